@@ -1,0 +1,1 @@
+"""What both halves need of the frozen codec: its verified weights, recordings as samples, samples as tokens."""

@@ -1,0 +1,196 @@
+"""Recordings as mono float32 at any rate, read once from front to back in bounded memory.
+
+A recording is a stretch of frames in a file. Resampling is windowed-sinc (Kaiser) by torchaudio; a stretch of the
+output is computed from the frames that its kernel reaches, so it equals that stretch of the whole resampled recording.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import soundfile
+import torch
+from torchaudio.transforms import Resample
+
+Samples = npt.NDArray[np.float32]
+
+MIN_RATE, MAX_RATE = 8_000, 192_000
+BLOCK_FRAMES = 1 << 16
+SEEKABLE = {"WAV", "WAVEX", "RF64", "W64", "FLAC", "AIFF"}  # formats in which seeking is exact and quick
+KERNEL_WIDTH = 64  # zero crossings on each side; with ROLLOFF and BETA, resampy's "kaiser_best"
+ROLLOFF = 0.9475937167399596
+BETA = 14.769656459379492
+MAX_KERNEL_ELEMENTS = 1 << 25
+UNKNOWN_WAV_LENGTHS = {0, 0x7FFFFFFF, 0xFFFFFFFF}  # what programs write that stream to a pipe
+
+
+class AudioError(Exception):
+    """Why a recording cannot be used; it becomes the reason in its rows."""
+
+
+@dataclass(frozen=True)
+class Header:
+    frames: int
+    rate: int
+    channels: int
+
+
+def probe(path: Path) -> Header:
+    """Length, rate and channels by the file's own word. Raises AudioError."""
+    with _open(path) as file:
+        if not MIN_RATE <= file.samplerate <= MAX_RATE:
+            raise AudioError(f"sample rate {file.samplerate} Hz is outside {MIN_RATE} … {MAX_RATE} Hz")
+        if file.frames <= 0:
+            raise AudioError("holds no audio")
+        _check_wav_is_whole(file)
+        return Header(file.frames, file.samplerate, file.channels)
+
+
+def output_length(frames: int, rate: int, rate_out: int) -> int:
+    """Samples of `frames` resampled: the whole of the last one counts."""
+    return -(-frames * rate_out // rate)
+
+
+class Recording:
+    """Frames [first, first + frames) of a file. `read` must ask for stretches in order; they may overlap.
+
+    Raises AudioError for what cannot be decoded, ends early, is not finite, or changed since it was measured.
+    """
+
+    def __init__(self, path: Path, header: Header, first: int = 0, frames: int | None = None) -> None:
+        self.path, self.header, self.first = path, header, first
+        self.frames = header.frames - first if frames is None else frames
+
+    def length(self, rate: int) -> int:
+        return output_length(self.frames, self.header.rate, rate)
+
+    def blocks(self, start: int = 0) -> Iterator[Samples]:
+        """Mono blocks from frame `start` of the recording to its end."""
+        with _open(self.path) as file:
+            if (file.frames, file.samplerate, file.channels) != (
+                self.header.frames,
+                self.header.rate,
+                self.header.channels,
+            ):
+                raise AudioError(f"has {file.frames} frames at {file.samplerate} Hz, planned with {self.header}")
+            position = self._seek(file, self.first + start)
+            end = self.first + self.frames
+            while position < end:
+                block = _read(file, min(BLOCK_FRAMES, end - position))
+                if not np.isfinite(block).all():
+                    raise AudioError(f"NaN or infinity near {position / self.header.rate:.3f} s")
+                position += len(block)
+                yield block.mean(axis=1, dtype=np.float32)
+
+    def peak(self) -> float:
+        return max(float(np.abs(block).max()) for block in self.blocks())
+
+    def _seek(self, file: soundfile.SoundFile, frame: int) -> int:
+        if frame and file.format in SEEKABLE:
+            file.seek(frame)
+        else:
+            for done in range(0, frame, BLOCK_FRAMES):
+                _read(file, min(BLOCK_FRAMES, frame - done))
+        return frame
+
+
+class Resampler:
+    """A recording at `rate`: `read(a, b)` returns its samples [a, b), zeros where the recording has ended."""
+
+    def __init__(self, recording: Recording, rate: int) -> None:
+        common = math.gcd(recording.header.rate, rate)
+        self.old, self.new = recording.header.rate // common, rate // common
+        self.recording = recording
+        self.margin = 0 if self.old == self.new else -(-_kernel_width(self.old, self.new) // self.old)
+        self._held = np.zeros(0, np.float32)
+        self._held_from = 0
+        self._blocks: Iterator[Samples] | None = None
+
+    def read(self, a: int, b: int) -> Samples:
+        first = a // self.new - self.margin
+        last = -(-b // self.new) + self.margin
+        native = self._native(first * self.old, last * self.old)
+        if self.old == self.new:
+            return native
+        resampled = _resample(self.old, self.new)(torch.from_numpy(native)).numpy()
+        skip = a - first * self.new
+        return resampled[skip : skip + b - a]
+
+    def _native(self, a: int, b: int) -> Samples:
+        """Frames [a, b) of the recording, with zeros before its start and after its end."""
+        start, stop = max(a, 0), min(b, self.recording.frames)
+        if self._blocks is None:
+            self._blocks, self._held_from = self.recording.blocks(start), start
+        assert start >= self._held_from or stop <= start, "stretches must be read in order"
+        self._drop_before(min(start, self.recording.frames))
+        pieces, held = [self._held], len(self._held)
+        while self._held_from + held < stop:
+            pieces.append(next(self._blocks))
+            held += len(pieces[-1])
+        self._held = np.concatenate(pieces)
+        self._drop_before(min(start, self.recording.frames))
+        real = self._held[: max(stop - start, 0)]
+        return np.pad(real, (min(start - a, b - a), b - a - min(start - a, b - a) - len(real)))
+
+    def _drop_before(self, frame: int) -> None:
+        drop = min(max(frame - self._held_from, 0), len(self._held))
+        self._held = self._held[drop:]
+        self._held_from += drop
+
+
+def _kernel_width(old: int, new: int) -> int:
+    return math.ceil(KERNEL_WIDTH * old / (min(old, new) * ROLLOFF))
+
+
+@lru_cache(maxsize=16)
+def _resample(old: int, new: int) -> Resample:
+    if new * (old + 2 * _kernel_width(old, new)) > MAX_KERNEL_ELEMENTS:
+        raise AudioError(f"its rate shares too little with ours ({old}:{new}): convert it to 48 kHz first")
+    return Resample(
+        old,
+        new,
+        resampling_method="sinc_interp_kaiser",
+        lowpass_filter_width=KERNEL_WIDTH,
+        rolloff=ROLLOFF,
+        beta=BETA,
+    )
+
+
+def _open(path: Path) -> soundfile.SoundFile:
+    if not path.exists():
+        raise AudioError("no such file")
+    if path.stat().st_size == 0:
+        raise AudioError("the file is empty")
+    try:
+        return soundfile.SoundFile(path)
+    except (soundfile.LibsndfileError, OSError) as error:
+        raise AudioError(f"not readable as audio: {_reason(error)}") from error
+
+
+def _read(file: soundfile.SoundFile, frames: int) -> npt.NDArray[np.float32]:
+    before = file.tell()
+    try:
+        block: npt.NDArray[np.float32] = file.read(frames, dtype="float32", always_2d=True)
+    except (soundfile.LibsndfileError, OSError) as error:
+        raise AudioError(f"broken near {before / file.samplerate:.3f} s: {_reason(error)}") from error
+    if len(block) < frames:
+        raise AudioError(f"ends at frame {before + len(block)}, its header says {file.frames}")
+    return block
+
+
+def _check_wav_is_whole(file: soundfile.SoundFile) -> None:
+    """libsndfile quietly shortens a WAV whose header promises more than the file holds; its log tells."""
+    promised = re.search(r"^data : (\d+) \(should be (\d+)\)", file.extra_info, re.MULTILINE)
+    if promised and int(promised[1]) not in UNKNOWN_WAV_LENGTHS and int(promised[1]) > int(promised[2]):
+        raise AudioError(f"cut off: the header promises {promised[1]} bytes of samples, the file holds {promised[2]}")
+
+
+def _reason(error: Exception) -> str:
+    return str(getattr(error, "error_string", error)).strip().rstrip(".")

@@ -1,0 +1,114 @@
+"""The frozen SNAC 24 kHz: loaded verified, and run in windows that give the tokens of the whole recording.
+
+The encoder's receptive field is shorter than two coarse tokens, so a window that overlaps its neighbours by two on
+each side yields the same tokens as `SNAC.encode` of the whole. Windows are batched by equal length only: padding one
+would change its last tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import TypeVar
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from snac import SNAC
+
+from codec.weights import SNAC_FILES, Weights, resolve
+from shards.contract import COARSE_24K, CODEBOOK_SIZE, CODEC_RATE, TOKENS_PER_COARSE
+from shards.errors import UserError
+
+OVERLAP_COARSE = 2
+GEOMETRY = {"encoder_rates": [2, 4, 8, 8], "vq_strides": [4, 2, 1], "codebook_size": CODEBOOK_SIZE}
+
+Item = TypeVar("Item")
+
+
+def load_snac(name: str) -> tuple[SNAC, Weights]:
+    """A hub name or a local directory → stock SNAC in eval mode, frozen. Raises UserError for another geometry."""
+    weights = resolve(name, SNAC_FILES)
+    model = SNAC.from_pretrained(str(weights.folder()))
+    found = {key: getattr(model, key) for key in GEOMETRY}
+    if found != GEOMETRY or model.sampling_rate != CODEC_RATE or model.attn_window_size is not None:
+        raise UserError(f"{name} is not a SNAC 24 kHz: expected {GEOMETRY} at {CODEC_RATE} Hz, found {found}")
+    return model.requires_grad_(False).eval(), weights
+
+
+def device_of(gpu: str | int) -> torch.device:
+    """`cpu`, or the number of a GPU. Raises UserError where there is none: nothing falls back to the CPU unasked."""
+    if gpu == "cpu":
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise UserError(f"gpu={gpu}: no GPU is usable here; gpu=cpu runs on the CPU")
+    if int(gpu) >= torch.cuda.device_count():
+        raise UserError(f"gpu={gpu}: this machine has {torch.cuda.device_count()} GPUs, numbered from 0")
+    return torch.device("cuda", int(gpu))
+
+
+@dataclass(frozen=True)
+class Window:
+    """Coarse tokens [start, stop) of a recording of `total`, read with OVERLAP_COARSE more on each side."""
+
+    start: int
+    stop: int
+    total: int
+
+    @property
+    def read_start(self) -> int:
+        return max(self.start - OVERLAP_COARSE, 0)
+
+    @property
+    def read_stop(self) -> int:
+        return min(self.stop + OVERLAP_COARSE, self.total)
+
+    @property
+    def samples(self) -> tuple[int, int]:
+        return self.read_start * COARSE_24K, self.read_stop * COARSE_24K
+
+
+def coarse_length(samples_24k: int) -> int:
+    return -(-samples_24k // COARSE_24K)
+
+
+def windows(total: int, window_coarse: int, start: int = 0, stop: int | None = None) -> Iterator[Window]:
+    """The windows that hold coarse tokens [start, stop). They lie on a grid fixed by the recording alone."""
+    for first in range(start // window_coarse * window_coarse, total if stop is None else stop, window_coarse):
+        yield Window(first, min(first + window_coarse, total), total)
+
+
+def bucketed(
+    items: Iterable[tuple[int, Item]], batch_length: int, pending_length: int
+) -> Iterator[tuple[int, list[Item]]]:
+    """(length, item) pairs → batches of equal length, at most `batch_length` in sum (or one item).
+
+    At most `pending_length` waits at a time; the fullest bucket leaves early. A function of the input order alone.
+    """
+    buckets: dict[int, list[Item]] = {}
+    for length, item in items:
+        bucket = buckets.setdefault(length, [])
+        bucket.append(item)
+        if (len(bucket) + 1) * length > batch_length:
+            yield length, buckets.pop(length)
+        elif sum(size * len(waiting) for size, waiting in buckets.items()) > pending_length:
+            fullest = max(buckets, key=lambda size: (size * len(buckets[size]), size))
+            yield fullest, buckets.pop(fullest)
+    for length in sorted(buckets):
+        yield length, buckets[length]
+
+
+@torch.inference_mode()
+def encode(model: SNAC, window: list[Window], audio_BT: npt.NDArray[np.float32]) -> list[npt.NDArray[np.int16]]:
+    """Equal-length windows with their samples at 24 kHz → the (T, 7) tokens of each window's own part."""
+    device = next(model.parameters()).device
+    levels = model.encode(torch.from_numpy(audio_BT)[:, None].to(device))
+    rows = [level.cpu().numpy().reshape(len(window), -1, n) for level, n in zip(levels, TOKENS_PER_COARSE, strict=True)]
+    tokens = np.concatenate(rows, axis=2).astype(np.int16)
+    return [t[w.start - w.read_start :][: w.stop - w.start] for w, t in zip(window, tokens, strict=True)]
+
+
+def snac_levels(codes_T7: npt.NDArray[np.int16]) -> list[torch.Tensor]:
+    """(T, 7) → the list of (1, T), (1, 2T), (1, 4T) int64 tensors that stock `SNAC.decode` takes."""
+    codes = torch.from_numpy(codes_T7.astype(np.int64))
+    return [codes[None, :, 0], codes[:, 1:3].reshape(1, -1), codes[:, 3:].reshape(1, -1)]

@@ -1,0 +1,1 @@
+"""Settings files, and what reads them: JSON, then key=value, then pydantic."""

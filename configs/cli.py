@@ -1,0 +1,65 @@
+"""How every command is built: `--help` from its settings, key=value arguments, errors as one line."""
+
+from __future__ import annotations
+
+import errno
+import importlib
+import sys
+from pathlib import Path
+
+import click
+
+from configs.loader import FOLDER, Settings, load_settings
+from shards.errors import UserError
+
+
+def add_command(group: click.Group, name: str, settings: type[Settings], config: str, runs: str) -> None:
+    """Adds command `name`, which loads `settings` and calls `runs` ("module:function") with them.
+
+    The module is imported only when the command runs, so that `--help` stays quick.
+    """
+
+    @click.argument("overrides", nargs=-1, metavar="[key=value]...")
+    def body(overrides: tuple[str, ...]) -> None:
+        try:
+            resolved = load_settings(settings, config, overrides)
+            module, function = runs.split(":")
+            getattr(importlib.import_module(module), function)(resolved)
+        except UserError as error:
+            click.echo(f"error: {' '.join(str(error).split())}", err=True)
+            sys.exit(error.exit_code)
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOENT):
+                raise
+            click.echo(f"error: {error.strerror}: {error.filename or 'while writing'}", err=True)
+            sys.exit(1)
+
+    body.__doc__ = f"{settings.__doc__}\n\n{_keys(settings, config)}"
+    group.command(name)(body)
+
+
+def _keys(settings: type[Settings], config: str) -> str:
+    """The settings as click prints them: key, default, meaning."""
+    defaults = load_defaults(settings, config)
+    lines = [f"\b\nSettings (defaults: configs/{config}; another file: config=FILE)"]
+    for key, field in settings.model_fields.items():
+        lines.append(f"  {key}={defaults.get(key, '(needed)')}\n      {field.description}")
+    return "\n".join(lines)
+
+
+def load_defaults(settings: type[Settings], config: str) -> dict[str, str]:
+    import json
+
+    written = json.loads((FOLDER / config).read_text())
+    declared = {key: field.default for key, field in settings.model_fields.items() if not field.is_required()}
+    return {
+        key: value if isinstance(value, str) else json.dumps(value) for key, value in {**declared, **written}.items()
+    }
+
+
+def write_settings(path: Path, settings: Settings) -> None:
+    """The resolved settings, beside what they produced."""
+    from shards.writer import replacing
+
+    with replacing(path) as temporary:
+        temporary.write_text(settings.model_dump_json(indent=2) + "\n")

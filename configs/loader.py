@@ -1,0 +1,87 @@
+"""A JSON file of `configs/`, merged with key=value overrides, validated by a pydantic model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from shards.errors import SettingsError
+
+FOLDER = Path(__file__).parent
+
+
+class Settings(BaseModel):
+    """Base of every command's settings: frozen, no unknown keys, no NaN or infinity."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, validate_default=True)
+
+
+S = TypeVar("S", bound=Settings)
+
+
+def load_settings(model: type[S], default_file: str, overrides: Iterable[str]) -> S:
+    """`default_file` (or the one named by a `config=` override) with the overrides on top.
+
+    Values are parsed as JSON, else taken as text. Raises SettingsError with one line that names the key.
+    """
+    values, file = _split(overrides, default_file)
+    merged = _read(file)
+    for key, value in values.items():
+        _put(merged, key, value)
+    try:
+        return model.model_validate(merged)
+    except ValidationError as error:
+        raise SettingsError(_explain(error, model)) from None
+
+
+def _split(overrides: Iterable[str], file: str) -> tuple[dict[str, Any], Path]:
+    values: dict[str, Any] = {}
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals or not key:
+            raise SettingsError(f"{override!r} is not key=value")
+        if key in values:
+            raise SettingsError(f"{key} is given twice")
+        values[key] = _parse(text)
+    chosen = values.pop("config", None)
+    return values, FOLDER / file if chosen is None else Path(str(chosen))
+
+
+def _parse(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise SettingsError(f"config {path} is not a readable JSON file: {error}") from None
+    if not isinstance(content, dict):
+        raise SettingsError(f"config {path} should hold one JSON object")
+    return content
+
+
+def _put(values: dict[str, Any], dotted: str, value: Any) -> None:
+    *parents, last = dotted.split(".")
+    for parent in parents:
+        values = values.setdefault(parent, {})
+        if not isinstance(values, dict):
+            raise SettingsError(f"{dotted}: {parent} is not a group of settings")
+    values[last] = value
+
+
+def _explain(error: ValidationError, model: type[BaseModel]) -> str:
+    problems = []
+    for problem in error.errors(include_url=False):
+        key = ".".join(map(str, problem["loc"]))
+        given = f" (given: {problem['input']!r})" if problem["type"] not in ("missing", "extra_forbidden") else ""
+        text = "unknown key" if problem["type"] == "extra_forbidden" else problem["msg"]
+        problems.append(f"{key}: {text}{given}" if key else text)
+    return f"{'; '.join(problems)}. Known keys: {', '.join(model.model_fields)}"

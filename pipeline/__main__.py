@@ -1,0 +1,21 @@
+"""`python -m pipeline COMMAND key=value …`"""
+
+import click
+
+from configs.cli import add_command
+from pipeline import settings
+
+
+@click.group()
+def main() -> None:
+    """Recordings → shards."""
+
+
+add_command(main, "shard-codes", settings.CodesSettings, "shard_codes.json", "pipeline.codes:shard_codes")
+add_command(main, "shard-targets", settings.TargetsSettings, "shard_targets.json", "pipeline.targets:shard_targets")
+add_command(main, "inspect", settings.InspectSettings, "inspect.json", "pipeline.inspect:inspect")
+add_command(main, "verify", settings.VerifySettings, "verify.json", "pipeline.verify:verify")
+add_command(main, "prefetch", settings.PrefetchSettings, "prefetch.json", "pipeline.prefetch:prefetch")
+
+if __name__ == "__main__":
+    main(prog_name="python -m pipeline")

@@ -1,0 +1,48 @@
+"""Run shard jobs one after the other, with progress; then say what became of every segment."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pyarrow.parquet as pq
+from tqdm import tqdm
+
+from pipeline.plan import Plan
+from shards.contract import FAILED, OK
+from shards.errors import UserError
+
+REASONS_SHOWN = 5
+
+
+def run_shards(what: str, plan: Plan, done: Callable[[int], bool], make: Callable[[int], None]) -> None:
+    """Calls `make` for each shard of the plan that is not `done`; the bar counts seconds of audio."""
+    waiting = [number for number in range(len(plan.shards)) if not done(number)]
+    finished = sum(plan.seconds) - sum(plan.seconds[number] for number in waiting)
+    bar_format = "{desc}: {percentage:3.0f}%|{bar}| {n:.0f}/{total:.0f} s of audio, {rate_fmt}, {remaining} left"
+    with tqdm(total=sum(plan.seconds), initial=finished, desc=what, unit=" s", bar_format=bar_format) as bar:
+        for number in waiting:
+            make(number)
+            bar.update(plan.seconds[number])
+
+
+def summarize(paths: Sequence[Path], max_failed_fraction: float, title: str) -> None:
+    """Prints counts by status and the commonest reasons. Raises UserError above `max_failed_fraction`."""
+    statuses, reasons = Counter[str](), Counter[str]()
+    for path in paths:
+        table = pq.read_table(path, columns=["status", "reason"])
+        statuses.update(table["status"].to_pylist())
+        reasons.update(reason for reason in table["reason"].to_pylist() if reason)
+    total = sum(statuses.values())
+    tqdm.write(f"{title}: {total} segments, {', '.join(f'{n} {name}' for name, n in statuses.most_common())}")
+    for reason, n in reasons.most_common(REASONS_SHOWN):
+        tqdm.write(f"  {n} × {reason}")
+    failed = statuses[FAILED] / total
+    if failed > max_failed_fraction:
+        raise UserError(
+            f"{statuses[FAILED]} of {total} segments failed, above max_failed_fraction={max_failed_fraction:g}; the "
+            "reasons stand in the rows. What succeeded is kept: mend the recordings, or raise the limit and run again"
+        )
+    if not statuses[OK]:
+        raise UserError(f"{title}: no segment is usable")

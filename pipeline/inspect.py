@@ -1,0 +1,78 @@
+"""`just inspect`: what a plan, codes file, sidecar, index, shard or folder of shards holds."""
+
+from __future__ import annotations
+
+import tarfile
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import click
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline.settings import InspectSettings
+from shards.contract import INDEX_NAME, OK, TARGET_RATE
+from shards.errors import UserError
+from shards.index import tar_path
+from shards.reader import decode_sample, split_members
+from shards.writer import read_metadata
+
+
+def inspect(settings: InspectSettings) -> None:
+    """Raises UserError for a path that is none of these."""
+    path = settings.path
+    if path.is_dir():
+        inside = [path / INDEX_NAME, path / "shards" / INDEX_NAME]
+        path = next((file for file in inside if file.exists()), path)
+    if path.suffix == ".parquet" and path.exists():
+        _table(path, settings.rows)
+    elif path.suffix == ".tar" and path.exists():
+        _tar(path, settings.rows)
+    else:
+        raise UserError(f"{settings.path}: expected a .parquet or .tar of ours, or a folder with {INDEX_NAME}")
+
+
+def _table(path: Path, rows: int) -> None:
+    table = pq.read_table(path)
+    click.echo(f"{path}: {table.num_rows} rows")
+    for key, value in read_metadata(path).items():
+        click.echo(f"  {key}: {value if len(str(value)) < 400 else f'{len(value)} entries'}")
+    if "status" in table.column_names:
+        _statuses(table)
+    _rows(table.slice(0, rows).to_pylist())
+
+
+def _statuses(table: pa.Table) -> None:
+    click.echo(f"  statuses: {dict(Counter(table['status'].to_pylist()))}")
+    for reason, n in Counter(filter(None, table["reason"].to_pylist())).most_common():
+        click.echo(f"    {n} × {reason}")
+    usable = table.filter(pa.compute.field("status") == OK)
+    if "n_samples" in table.column_names and usable.num_rows:
+        seconds = pa.compute.sum(usable["n_samples"]).as_py() / TARGET_RATE
+        click.echo(f"  usable: {usable.num_rows} segments, {seconds / 3600:.3f} h")
+
+
+def _rows(rows: list[dict[str, Any]]) -> None:
+    for row in rows:
+        click.echo("  " + ", ".join(f"{key}={_short(value)}" for key, value in row.items() if value is not None))
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, list) and len(value) > 6:
+        return f"[{', '.join(map(str, value[:6]))}, … {len(value)}]"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _tar(path: Path, rows: int) -> None:
+    sidecar = pq.read_table(tar_path(path.parent.parent, path.parent.name, int(path.stem)).with_suffix(".parquet"))
+    samples = sidecar.filter(pa.compute.field("status") == OK)
+    with tarfile.open(path) as tar:
+        names = tar.getnames()
+    click.echo(f"{path}: {path.stat().st_size} bytes, {len(names)} members, {samples.num_rows} samples")
+    with path.open("rb") as file:
+        for row in samples.slice(0, rows).to_pylist():
+            file.seek(row["offset"])
+            sample = decode_sample(split_members(file.read(row["length"]), row["key"]))
+            meta = sample["meta"]
+            click.echo(f"  {row['key']}: codes {sample['codes'].shape}, target {sample['target'].shape}, {meta}")

@@ -1,0 +1,25 @@
+"""`just prefetch`: download the pinned model files and verify them."""
+
+from __future__ import annotations
+
+from tqdm import tqdm
+
+from codec.weights import read_pins, resolve
+from pipeline.settings import PrefetchSettings
+from shards.errors import UserError
+
+
+def prefetch(settings: PrefetchSettings) -> None:
+    """Tries every file of the list. Raises UserError at the end when one could not be had or verified."""
+    wanted = [(name, file) for name, entry in read_pins(settings.weights).items() for file in entry["files"]]
+    failures = 0
+    for name, file in tqdm(wanted, desc="fetching", unit="file", disable=None):
+        try:
+            weights = resolve(name, (file,), settings.weights)
+        except UserError as error:
+            tqdm.write(f"FAIL {name}/{file}: {error}")
+            failures += 1
+        else:
+            tqdm.write(f"ok   {name}/{file} {weights.sha256[file][:12]} {weights.paths[file]}")
+    if failures:
+        raise UserError(f"{failures} of {len(wanted)} files could not be had or verified")

@@ -1,0 +1,65 @@
+"""Typed settings of each command; every number is bounded."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from configs.loader import Settings
+
+Gpu = Annotated[Literal["cpu"] | int, Field(description="number of the GPU, or cpu", union_mode="left_to_right")]
+
+
+class CodesSettings(Settings):
+    """Stage 1: recordings → frozen SNAC 24 kHz → codes (Parquet). Plans first, then skips what is done."""
+
+    audio: Path = Field(description="folder of recordings, or a manifest (.parquet, .csv, .jsonl) with a path column")
+    work: Path = Field(description="folder for plan, codes and shards")
+    pretrained_model: str = Field(description="SNAC 24 kHz: hub name or local directory")
+    gpu: Gpu = Field(description="number of the GPU, or cpu")
+    segment_length: float = Field(gt=0, le=60, description="seconds; becomes the nearest whole number of coarse tokens")
+    min_seconds: float = Field(ge=0, le=60, description="segments with less real audio are dropped, with a row")
+    segments_per_shard: int = Field(ge=1, le=99_999, description="rows of one shard")
+    validation_fraction: float = Field(gt=0, lt=1, description="share of the groups kept for validation, by hash")
+    group_pattern: str | None = Field(
+        default=None, description="regex on the id; its first group names the speaker (null: the parent folder)"
+    )
+    seed: int = Field(ge=0, lt=2**63, description="of the split and of the order in which recordings fill shards")
+    window_seconds: float = Field(ge=1, le=600, description="longest stretch encoded at once")
+    batch_seconds: float = Field(ge=1, le=100_000, description="audio of equal length encoded together")
+    max_failed_fraction: float = Field(ge=0, le=1, description="the run ends with an error when more segments failed")
+
+
+class TargetsSettings(Settings):
+    """Stage 2: each segment's codes next to its 48 kHz target → tar shards, sidecars and index.parquet."""
+
+    work: Path = Field(description="folder that holds plan and codes; shards go to its shards/")
+    teacher: Literal["sidon", "recording"] = Field(description="where the 48 kHz target comes from")
+    sidon: str = Field(description="SIDON's TorchScript pair: hub name or local directory")
+    weights: Path = Field(description="file with revision and sha256 of the model files")
+    gpu: Gpu = Field(description="number of the GPU, or cpu")
+    window_seconds: float = Field(ge=4, le=60, description="longest stretch restored at once, overlap included")
+    overlap_seconds: float = Field(ge=0.5, le=10, description="shared by neighbouring windows on each side of a seam")
+    target_bits: Literal[16, 24] = Field(description="bits per sample of the FLAC target")
+    max_failed_fraction: float = Field(ge=0, le=1, description="the run ends with an error when more segments failed")
+
+
+class InspectSettings(Settings):
+    """Print what a plan, codes file, sidecar, index, tar shard or a whole folder of shards holds."""
+
+    path: Path = Field(description="the file or folder")
+    rows: int = Field(ge=0, le=1000, description="rows to print")
+
+
+class VerifySettings(Settings):
+    """Check shards: index against sidecars, sizes, sha256, crc32 and every sample against the contract."""
+
+    shards: Path = Field(description="folder with index.parquet")
+
+
+class PrefetchSettings(Settings):
+    """Download the pinned SNAC and SIDON files and verify their sha256; offline use works afterwards."""
+
+    weights: Path = Field(description="file with revision and sha256 of the model files")

@@ -1,0 +1,27 @@
+"""`just verify`: every shard against its sidecar, the index and the contract."""
+
+from __future__ import annotations
+
+from tqdm import tqdm
+
+from pipeline.settings import VerifySettings
+from shards.contract import INDEX_NAME
+from shards.errors import ShardError
+from shards.index import problems, shard_list
+
+
+def verify(settings: VerifySettings) -> None:
+    """Prints each problem as one line. Raises ShardError when there was one."""
+    if not (settings.shards / INDEX_NAME).exists():
+        raise ShardError(f"{settings.shards / INDEX_NAME} is missing: run `just shard-targets` to its end")
+    shards = shard_list(settings.shards)
+    found = 0
+    for split, shard in tqdm(shards, desc="verifying", unit="shard", disable=None):
+        for problem in problems(settings.shards, split, shard):
+            tqdm.write(problem)
+            found += 1
+    if found:
+        raise ShardError(
+            f"{found} problem(s) in {len(shards)} shards: delete what is damaged, run `just shard-targets`"
+        )
+    tqdm.write(f"{settings.shards}: {len(shards)} shards are whole")

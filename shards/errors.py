@@ -1,0 +1,17 @@
+"""Errors that the person at the keyboard can mend; the command line shows them as one line."""
+
+
+class UserError(Exception):
+    """The message names the thing, the value and the way out."""
+
+    exit_code = 1
+
+
+class SettingsError(UserError):
+    """A setting is wrong: nothing has been written yet."""
+
+    exit_code = 2
+
+
+class ShardError(UserError):
+    """A shard, sidecar or index is not what it claims to be."""

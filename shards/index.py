@@ -1,0 +1,135 @@
+"""Sidecars → one index.parquet that readers trust; and the check that shards are what the index says."""
+
+from __future__ import annotations
+
+import os
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from shards.contract import FORMAT_VERSION, INDEX_NAME, INDEX_SCHEMA, OK
+from shards.errors import ShardError
+from shards.reader import decode_sample, split_members
+from shards.writer import encode_metadata, file_sha256, read_metadata, replacing
+
+
+def tar_path(folder: Path, split: str, shard: int) -> Path:
+    return folder / split / f"{shard:06d}.tar"
+
+
+def compact(folder: Path, shards: Sequence[tuple[str, int]]) -> Path:
+    """All sidecars of `shards`, in that order, into `folder/index.parquet`; one sidecar in memory at a time."""
+    path = folder / INDEX_NAME
+    fingerprint = _metadata(folder, *shards[0])["fingerprint"]
+    common = {key: value for key, value in fingerprint.items() if key != "plan_rows"}
+    schema = INDEX_SCHEMA.with_metadata(encode_metadata({"format_version": FORMAT_VERSION, "fingerprint": common}))
+    with replacing(path) as temporary, pq.ParquetWriter(temporary, schema, compression="zstd") as writer:
+        for split, shard in shards:
+            writer.write_table(_index_rows(folder, split, shard).replace_schema_metadata(schema.metadata))
+    return path
+
+
+@dataclass(frozen=True)
+class Index:
+    """The usable samples of one split, in shard order."""
+
+    folder: Path
+    split: str
+    table: pa.Table  # rows with status ok
+    shards: tuple[int, ...]
+    counts: tuple[int, ...]  # samples of each shard
+    sha256: str
+    fingerprint: dict[str, Any]
+
+    def __len__(self) -> int:
+        return sum(self.counts)
+
+
+def load(folder: Path, split: str) -> Index:
+    """Raises ShardError when there is no index, or one of another format."""
+    path = folder / INDEX_NAME
+    if not path.exists():
+        raise ShardError(f"{path} is missing: run `just shard-targets` to its end, or point shards= at its folder")
+    metadata = read_metadata(path)
+    if metadata.get("format_version") != FORMAT_VERSION:
+        raise ShardError(f"{path} has format {metadata.get('format_version')}, this version reads {FORMAT_VERSION}")
+    columns = ["shard", "key", "offset", "length", "crc32", "n_coarse", "n_samples"]
+    chosen = (pc.field("split") == split) & (pc.field("status") == OK)
+    table = pq.read_table(path, columns=columns, filters=chosen).combine_chunks()
+    shards, counts = np.unique(table["shard"].to_numpy(), return_counts=True)
+    return Index(
+        folder=folder,
+        split=split,
+        table=table,
+        shards=tuple(shards.tolist()),
+        counts=tuple(counts.tolist()),
+        sha256=file_sha256(path),
+        fingerprint=metadata["fingerprint"],
+    )
+
+
+def shard_list(folder: Path) -> list[tuple[str, int]]:
+    """(split, shard) of every shard in the index, in its order."""
+    table = pq.read_table(folder / INDEX_NAME, columns=["split", "shard"])
+    pairs = zip(table["split"].to_pylist(), table["shard"].to_pylist(), strict=True)
+    return list(dict.fromkeys(pairs))
+
+
+def problems(folder: Path, split: str, shard: int) -> Iterator[str]:
+    """What is wrong with one shard: index against sidecar, sidecar against tar, every sample against the contract."""
+    path = tar_path(folder, split, shard)
+    try:
+        metadata = _metadata(folder, split, shard)
+        rows = _index_rows(folder, split, shard)
+    except ShardError as error:
+        yield str(error)
+        return
+    chosen = (pc.field("split") == split) & (pc.field("shard") == shard)
+    indexed = pq.read_table(folder / INDEX_NAME, filters=chosen).replace_schema_metadata(None)
+    if not indexed.equals(rows.replace_schema_metadata(None)):
+        yield f"{path.with_suffix('.parquet')}: its rows are not those of the index"
+    if not path.exists():
+        yield f"{path}: missing"
+        return
+    size = path.stat().st_size
+    if size != metadata["tar_bytes"]:
+        yield f"{path}: {size} bytes, its sidecar says {metadata['tar_bytes']}"
+    elif file_sha256(path) != metadata["tar_sha256"]:
+        yield f"{path}: its sha256 is not the sidecar's"
+    with path.open("rb") as tar:
+        for row in rows.filter(pc.field("status") == OK).to_pylist():
+            data = os.pread(tar.fileno(), row["length"], row["offset"])
+            if zlib.crc32(data) != row["crc32"]:
+                yield f"{path}: {row['key']}: crc32 differs"
+                continue
+            try:
+                decode_sample(split_members(data, row["key"]))
+            except ShardError as error:
+                yield f"{path}: {row['key']}: {error}"
+
+
+def _metadata(folder: Path, split: str, shard: int) -> dict[str, Any]:
+    path = tar_path(folder, split, shard).with_suffix(".parquet")
+    if not path.exists():
+        raise ShardError(f"{path}: missing; run `just shard-targets` again")
+    return read_metadata(path)
+
+
+def _index_rows(folder: Path, split: str, shard: int) -> pa.Table:
+    path = tar_path(folder, split, shard).with_suffix(".parquet")
+    try:
+        rows = pq.read_table(path)
+    except (pa.ArrowInvalid, OSError) as error:
+        raise ShardError(f"{path}: {error}") from error
+    where = {"split": pa.array([split] * len(rows)), "shard": pa.array([shard] * len(rows), pa.int32())}
+    columns = [where.get(name, rows[name] if name in rows.column_names else None) for name in INDEX_SCHEMA.names]
+    if any(column is None for column in columns):
+        raise ShardError(f"{path}: its columns are {rows.column_names}, expected {INDEX_SCHEMA.names[2:]}")
+    return pa.table(columns, schema=INDEX_SCHEMA)

@@ -1,0 +1,77 @@
+"""Which sample stands where in training: a pure function of (seed, global batch, window, index) and the step.
+
+Shards are permuted once per epoch; samples are permuted inside windows of `window` consecutive shards, so a reader
+needs at most that many shards at a time. Epochs follow each other without a gap: a batch may hold the end of one
+and the beginning of the next, and every sample is seen exactly once per epoch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+
+import numpy as np
+import numpy.typing as npt
+
+
+def random_words(n: int, *key: int | str) -> npt.NDArray[np.uint64]:
+    """`n` random 64-bit words that depend on `key` alone. Philox is counter-based and its stream is stable in NumPy."""
+    digest = hashlib.sha256("/".join(map(str, key)).encode()).digest()
+    return np.random.Philox(key=np.frombuffer(digest[:16], dtype=np.uint64)).random_raw(n)
+
+
+@lru_cache(maxsize=8)
+def permutation(n: int, *key: int | str) -> npt.NDArray[np.intp]:
+    return np.argsort(random_words(n, *key), kind="stable")
+
+
+@dataclass(frozen=True)
+class Order:
+    """`counts` holds the number of samples of each shard; a sample's number runs through the shards in that order."""
+
+    counts: tuple[int, ...]
+    seed: int
+    global_batch: int
+    window: int
+
+    @cached_property
+    def _counts(self) -> npt.NDArray[np.int64]:
+        return np.asarray(self.counts, dtype=np.int64)
+
+    @cached_property
+    def _first_of_shard(self) -> npt.NDArray[np.int64]:
+        return np.cumsum(self._counts) - self._counts
+
+    @cached_property
+    def samples_per_epoch(self) -> int:
+        return sum(self.counts)
+
+    def steps(self, epochs: float) -> int:
+        """The least number of global batches that hold `epochs` epochs."""
+        return int(-(-self.samples_per_epoch * epochs // self.global_batch))
+
+    def batch(self, step: int) -> list[tuple[int, int]]:
+        """(position in the endless stream, number of the sample) for each place of global batch `step`."""
+        first = step * self.global_batch
+        return [(position, self.sample_at(position)) for position in range(first, first + self.global_batch)]
+
+    def sample_at(self, position: int) -> int:
+        epoch, place = divmod(position, self.samples_per_epoch)
+        shards = permutation(len(self.counts), self.seed, "shards", epoch)
+        ends = np.cumsum(self._counts[shards])
+        window = int(np.searchsorted(ends, place, side="right")) // self.window
+        first = window * self.window
+        members = shards[first : first + self.window]
+        member_ends = ends[first : first + self.window]
+        window_start = int(ends[first - 1]) if first else 0
+        shuffled = permutation(int(member_ends[-1]) - window_start, self.seed, "samples", epoch, window)
+        chosen = window_start + int(shuffled[place - window_start])
+        member = int(np.searchsorted(member_ends, chosen, side="right"))
+        row = chosen - int(member_ends[member] - self._counts[members[member]])
+        return int(self._first_of_shard[members[member]]) + row
+
+
+def rank_slice(n: int, rank: int, world_size: int) -> range:
+    """The places of a global batch of `n` that belong to `rank`: contiguous, and all places belong to one rank."""
+    return range(n * rank // world_size, n * (rank + 1) // world_size)

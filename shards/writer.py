@@ -1,0 +1,154 @@
+"""One shard, written so that it is either complete under its final name or not there at all."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import io
+import json
+import os
+import tarfile
+import zlib
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from shards.contract import FORMAT_VERSION, SIDECAR_SCHEMA
+from shards.errors import ShardError, UserError
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yields a temporary name beside `path`; on success its bytes reach the disk, then the name is taken over."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        yield temporary
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    _fsync_folder(path.parent)
+
+
+@contextmanager
+def exclusive(folder: Path) -> Iterator[None]:
+    """Holds `folder` for this process. Raises UserError when another process writes there."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(
+                f"{folder}: another process is writing here; wait for it or choose another folder"
+            ) from None
+        yield
+
+
+def write_table(path: Path, table: pa.Table, metadata: Mapping[str, Any], row_group_size: int | None = None) -> None:
+    """A Parquet file whose schema metadata holds `metadata`, each value as JSON."""
+    table = table.replace_schema_metadata(encode_metadata(metadata))
+    with replacing(path) as temporary:
+        pq.write_table(table, temporary, row_group_size=row_group_size, compression="zstd")
+
+
+def encode_metadata(metadata: Mapping[str, Any]) -> dict[str, str]:
+    return {key: json.dumps(value, sort_keys=True) for key, value in metadata.items()}
+
+
+def read_metadata(path: Path) -> dict[str, Any]:
+    """The metadata that `write_table` stored. Raises ShardError for a file that is not such a table."""
+    try:
+        raw = pq.read_metadata(path).metadata or {}
+    except (pa.ArrowInvalid, OSError) as error:
+        raise ShardError(f"{path}: not a readable Parquet file ({error}); delete it and run the stage again") from error
+    return {key.decode(): json.loads(value) for key, value in raw.items() if key != b"ARROW:schema"}
+
+
+def differences(found: Mapping[str, Any], expected: Mapping[str, Any]) -> str:
+    """`segment_length is 4.0, now 2.0`, for every key that differs; empty when nothing does."""
+    keys = [key for key in {**found, **expected} if found.get(key) != expected.get(key)]
+    return "; ".join(f"{key} is {found.get(key)}, now {expected.get(key)}" for key in keys)
+
+
+def is_done(path: Path, fingerprint: Mapping[str, Any]) -> bool:
+    """Whether the table at `path` stands and was made by this very run. Raises ShardError when by another."""
+    if not path.exists():
+        return False
+    changed = differences(read_metadata(path).get("fingerprint", {}), fingerprint)
+    if changed:
+        raise ShardError(f"{path} was made by another run ({changed}): use another folder or delete it")
+    return True
+
+
+class ShardWriter:
+    """Collects samples into `folder/000000.tar` and rows into `folder/000000.parquet`; `finish` commits both.
+
+    The sidecar is renamed last: a shard is done when its sidecar stands.
+    """
+
+    def __init__(self, folder: Path, shard: int, fingerprint: Mapping[str, Any]) -> None:
+        self.tar_path = folder / f"{shard:06d}.tar"
+        self.sidecar_path = folder / f"{shard:06d}.parquet"
+        self._fingerprint = fingerprint
+        self._rows: list[dict[str, Any]] = []
+        self._replacing = replacing(self.tar_path)
+
+    def __enter__(self) -> ShardWriter:
+        self._temporary = self._replacing.__enter__()
+        self._file = self._temporary.open("w+b")
+        self._tar = tarfile.open(fileobj=self._file, mode="w", format=tarfile.USTAR_FORMAT)
+        return self
+
+    def add(self, row: dict[str, Any], members: Mapping[str, bytes]) -> None:
+        """A sample: its sidecar row (without offset, length, crc32) and its members by suffix."""
+        offset = self._tar.offset
+        for suffix, data in members.items():
+            info = tarfile.TarInfo(f"{row['key']}.{suffix}")  # mtime 0, mode 0644, no owner: same input, same bytes
+            info.size = len(data)
+            self._tar.addfile(info, io.BytesIO(data))
+        length = self._tar.offset - offset
+        self._file.flush()
+        crc = zlib.crc32(os.pread(self._file.fileno(), length, offset))
+        self._rows.append({**row, "offset": offset, "length": length, "crc32": crc})
+
+    def add_row(self, row: dict[str, Any]) -> None:
+        """A segment without a sample: its row says why."""
+        self._rows.append(row)
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
+        if error is None:
+            self._tar.close()
+        self._file.close()
+        if error is not None:
+            self._replacing.__exit__(kind, error, trace)
+            return
+        digest = file_sha256(self._temporary)
+        size = self._temporary.stat().st_size
+        self._replacing.__exit__(None, None, None)
+        metadata = {
+            "format_version": FORMAT_VERSION,
+            "tar_bytes": size,
+            "tar_sha256": digest,
+            "fingerprint": self._fingerprint,
+        }
+        write_table(self.sidecar_path, pa.Table.from_pylist(self._rows, schema=SIDECAR_SCHEMA), metadata)
+
+
+def file_sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _fsync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

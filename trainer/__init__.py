@@ -1,0 +1,1 @@
+"""Shards → a 48 kHz decoder for the same tokens."""

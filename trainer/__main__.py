@@ -1,0 +1,20 @@
+"""`python -m trainer COMMAND key=value …`"""
+
+import click
+
+from configs.cli import add_command
+from trainer import settings
+
+
+@click.group()
+def main() -> None:
+    """Shards → a 48 kHz decoder."""
+
+
+add_command(main, "train", settings.TrainSettings, "decoder_48khz.json", "trainer.loop:train")
+add_command(main, "decode", settings.DecodeSettings, "decode.json", "trainer.decode:decode")
+add_command(main, "export", settings.ExportSettings, "export.json", "trainer.export:export")
+add_command(main, "eval", settings.EvalSettings, "eval.json", "trainer.evaluate:evaluate")
+
+if __name__ == "__main__":
+    main(prog_name="python -m trainer")
