@@ -1,0 +1,1 @@
+"""Measurements that README quotes; each module answers one question."""

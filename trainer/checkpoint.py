@@ -1,0 +1,97 @@
+"""Checkpoints: the decoder alone, everything a bit-exact resume needs, and the frozen parts by name and hash."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from snac import SNAC
+from snac.layers import Decoder
+
+from codec.snac import load_snac
+from shards.errors import UserError
+from shards.writer import differences, replacing
+from trainer.decoder import RATES_48K
+
+BEST = "best.pt"
+
+
+def save(path: Path, state: dict[str, Any]) -> None:
+    with replacing(path) as temporary:
+        torch.save(state, temporary)
+
+
+def load(path: Path) -> dict[str, Any]:
+    """Never runs code from the file. Raises UserError for one that is not a checkpoint of ours."""
+    try:
+        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises several kinds for a damaged file
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"{path} is not a readable checkpoint ({reason}); delete it or take another") from error
+    if not isinstance(state, dict) or not {"decoder", "snac", "snac_sha256"} <= state.keys():
+        raise UserError(f"{path} is not a checkpoint of this trainer: it needs decoder, snac and snac_sha256")
+    return state
+
+
+def folder(run: Path) -> Path:
+    return run / "checkpoints"
+
+
+def newest(run: Path) -> Path | None:
+    found = sorted(folder(run).glob("step_*.pt"))
+    return found[-1] if found else None
+
+
+def step_path(run: Path, step: int) -> Path:
+    return folder(run) / f"step_{step:09d}.pt"
+
+
+def prune(run: Path, keep: int) -> None:
+    for path in sorted(folder(run).glob("step_*.pt"))[:-keep]:
+        path.unlink()
+
+
+@dataclass(frozen=True)
+class Codec48k:
+    """The frozen stock SNAC 24 kHz and the decoder that speaks its tokens at 48 kHz."""
+
+    snac: SNAC
+    decoder: Decoder
+    snac_name: str
+    history: dict[str, Any]  # what the checkpoint says of its training; empty for an exported directory
+
+
+def load_codec(model: Path, pretrained_model: str | None = None) -> Codec48k:
+    """A run (its best checkpoint), a checkpoint or an exported directory. Raises UserError naming what is wrong."""
+    if model.is_dir() and (model / "config.json").exists():
+        return _from_export(model)
+    path = folder(model) / BEST if model.is_dir() else model
+    if not path.exists():
+        raise UserError(f"model={model}: no checkpoint there; expected a run with {path}, a .pt or an exported folder")
+    state = load(path)
+    snac, weights = load_snac(pretrained_model or state["snac"])
+    changed = differences(state["snac_sha256"], weights.sha256)
+    if changed:
+        raise UserError(f"{path} belongs to another SNAC than {weights.name} ({changed}); name it by pretrained_model=")
+    decoder = empty_decoder(json.loads(weights.paths["config.json"].read_text()), snac.latent_dim)
+    decoder.load_state_dict(state["decoder"])
+    history = {name: state[name] for name in ("step", "settings", "data", "validation") if name in state}
+    return Codec48k(snac, decoder.eval().requires_grad_(False), weights.describe(), history)
+
+
+def empty_decoder(config: dict[str, Any], latent_dim: int) -> Decoder:
+    """A decoder of the right shape, to be filled from a state dict."""
+    return Decoder(
+        latent_dim, config["decoder_dim"], RATES_48K, config["noise"], config["depthwise"], config["attn_window_size"]
+    )
+
+
+def _from_export(directory: Path) -> Codec48k:
+    config = json.loads((directory / "config.json").read_text())
+    if config.get("decoder_rates") != RATES_48K:
+        raise UserError(f"{directory} decodes with rates {config.get('decoder_rates')}, expected {RATES_48K}")
+    codec = SNAC.from_pretrained(str(directory)).requires_grad_(False).eval()
+    return Codec48k(codec, codec.decoder, directory.name, {})

@@ -1,0 +1,135 @@
+"""Samples → crops of whole coarse tokens with real context → batches, in the order of `shards.order`."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import webdataset
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from shards.contract import COARSE_48K, CONTEXT_COARSE, TARGET_RATE, TOKENS
+from shards.errors import ShardError
+from shards.index import Index
+from shards.order import Order, random_words, rank_slice
+from shards.reader import OrderedSamples, decode_sample, read_sample
+from trainer.decoder import PADDING_TOKEN
+
+
+@dataclass(frozen=True)
+class Crop:
+    """Part of a segment with its context: what the decoder reads, and what the loss compares."""
+
+    key: str
+    codes_T7: npt.NDArray[np.int16]  # context, crop, context
+    before: int  # coarse tokens of context at the front
+    target: npt.NDArray[np.float32]  # crop at 48 kHz, real samples only
+
+
+@dataclass(frozen=True)
+class Batch:
+    """B crops. Shorter ones are padded at the end: tokens with PADDING_TOKEN, targets with zeros."""
+
+    keys: list[str]
+    tokens_BT7: Tensor
+    before_B: Tensor
+    target_BN: Tensor
+    valid_B: Tensor  # real samples of each crop
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def to(self, device: torch.device) -> Batch:
+        tensors = (self.tokens_BT7, self.before_B, self.target_BN, self.valid_B)
+        return Batch(self.keys, *(tensor.to(device, non_blocking=True) for tensor in tensors))
+
+    def split(self, size: int) -> Iterator[Batch]:
+        for start in range(0, len(self), size):
+            part = slice(start, start + size)
+            yield Batch(
+                self.keys[part], self.tokens_BT7[part], self.before_B[part], self.target_BN[part], self.valid_B[part]
+            )
+
+    def select(self, wav_BN: Tensor) -> Tensor:
+        """The decoder's output for all tokens → its crops, with zeros after each crop's real samples."""
+        samples = torch.arange(self.target_BN.shape[1], device=wav_BN.device)
+        crops = wav_BN.gather(1, self.before_B[:, None] * COARSE_48K + samples)
+        return crops * (samples < self.valid_B[:, None])
+
+
+def crop_coarse(seconds: float) -> int:
+    """The nearest whole number of coarse tokens, at least one."""
+    return max(round(seconds * TARGET_RATE / COARSE_48K), 1)
+
+
+def crop(members: dict[str, Any], length: int, seed: int) -> Crop:
+    """`length` coarse tokens of a segment at a place given by its position in the stream; all of a shorter segment."""
+    sample = decode_sample(members)
+    meta, codes_T7 = sample["meta"], sample["codes"]
+    length = min(length, meta["n_coarse"])
+    places = meta["n_coarse"] - length + 1
+    start = int(random_words(1, seed, "crop", members["position"])[0] % places)
+    first = meta["context_before"] + start  # in codes_T7
+    before = min(first, CONTEXT_COARSE)
+    target = sample["target"][start * COARSE_48K : min((start + length) * COARSE_48K, meta["n_samples"])]
+    return Crop(members["__key__"], codes_T7[first - before : first + length + CONTEXT_COARSE], before, target)
+
+
+def collate(crops: list[Crop], length: int) -> Batch:
+    """A batch of the same shape whatever its crops: `length` coarse tokens and full context."""
+    tokens = np.full((len(crops), length + 2 * CONTEXT_COARSE, TOKENS), PADDING_TOKEN, dtype=np.int64)
+    target = np.zeros((len(crops), length * COARSE_48K), dtype=np.float32)
+    for place, item in enumerate(crops):
+        tokens[place, : len(item.codes_T7)] = item.codes_T7
+        target[place, : len(item.target)] = item.target
+    return Batch(
+        keys=[item.key for item in crops],
+        tokens_BT7=torch.from_numpy(tokens),
+        before_B=torch.tensor([item.before for item in crops]),
+        target_BN=torch.from_numpy(target),
+        valid_B=torch.tensor([len(item.target) for item in crops]),
+    )
+
+
+def training_batches(
+    index: Index, order: Order, steps: range, length: int, workers: int, rank: int, world_size: int
+) -> Iterator[Batch]:
+    """This rank's share of each global batch of `steps`. Raises ShardError, naming shard and key."""
+    share = len(rank_slice(order.global_batch, rank, world_size))
+    pipeline = webdataset.DataPipeline(
+        OrderedSamples(index, order, steps, rank, world_size),
+        webdataset.map(partial(crop, length=length, seed=order.seed)),
+        webdataset.batched(share, collation_fn=partial(collate, length=length)),
+    )
+    loader = DataLoader(pipeline, batch_size=None, num_workers=workers, worker_init_fn=_leave_signals_alone)
+    try:
+        yield from loader
+    except ShardError as error:  # a worker's error arrives as its whole traceback
+        raise ShardError(str(error).strip().splitlines()[-1].removeprefix("shards.errors.ShardError: ")) from error
+
+
+def fixed_batches(
+    index: Index, samples: int, batch_size: int, length: int, seed: int, rank: int = 0, world_size: int = 1
+) -> Iterator[Batch]:
+    """This rank's share of the same `samples` crops at every call (all samples, if there are fewer)."""
+    order = Order(index.counts, seed, 1, len(index.counts))
+    places = rank_slice(min(samples, len(index)), rank, world_size)
+    for start in range(0, len(places), batch_size):
+        crops = [
+            crop({**read_sample(index, order.sample_at(place)), "position": place}, length, seed)
+            for place in places[start : start + batch_size]
+        ]
+        yield collate(crops, length)
+
+
+def _leave_signals_alone(worker: int) -> None:
+    """A worker ends with its loader; the trainer's own SIGTERM handler is not for it."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -1,0 +1,63 @@
+"""One process per GPU, started by torchrun; a lone process when there is one device."""
+
+from __future__ import annotations
+
+import os
+import sys
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from codec.snac import device_of
+
+
+@dataclass(frozen=True)
+class Process:
+    rank: int
+    world_size: int
+    device: torch.device
+
+    @property
+    def is_first(self) -> bool:
+        return self.rank == 0
+
+    def sum(self, values: Tensor) -> Tensor:
+        """The sum over all processes."""
+        if self.world_size > 1:
+            dist.all_reduce(values)
+        return values
+
+    def wait(self) -> None:
+        if self.world_size > 1:
+            dist.barrier()
+
+
+def launch(gpus: str) -> None:
+    """Replaces this process by torchrun with one process for each of `gpus` (0,1,…), same arguments."""
+    count = gpus.count(",") + 1
+    for gpu in gpus.split(","):
+        device_of(int(gpu))
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}"]
+    os.execve(sys.executable, [*torchrun, "-m", "trainer", *sys.argv[1:]], {**os.environ, "CUDA_VISIBLE_DEVICES": gpus})
+
+
+def under_torchrun() -> bool:
+    return "LOCAL_RANK" in os.environ
+
+
+def start(gpu: str | int) -> Process:
+    """Joins torchrun's group, or stands alone. `gpu` numbers count only without torchrun."""
+    if not under_torchrun():
+        return Process(0, 1, device_of(gpu))
+    device = device_of("cpu" if gpu == "cpu" else int(os.environ["LOCAL_RANK"]))
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    dist.init_process_group("gloo" if device.type == "cpu" else "nccl")
+    return Process(dist.get_rank(), dist.get_world_size(), device)
+
+
+def stop(process: Process) -> None:
+    if process.world_size > 1:
+        dist.destroy_process_group()

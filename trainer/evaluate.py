@@ -1,0 +1,89 @@
+"""Scores on fixed crops of the validation split: for the training loop, and as a table for people."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import click
+import torch
+from torch import Tensor, nn
+from torchaudio.transforms import Resample
+
+from codec.audio import BETA, KERNEL_WIDTH, ROLLOFF
+from codec.snac import device_of
+from shards.contract import CODEC_RATE, TARGET_RATE
+from shards.index import load
+from trainer.checkpoint import load_codec
+from trainer.data import Batch, crop_coarse, fixed_batches
+from trainer.decoder import CodesToLatent, CropDecoder, warm_start
+from trainer.losses import base_losses
+from trainer.metrics import log_spectral_distances
+from trainer.settings import EvalSettings, TrainSettings
+
+DISTANCES = ("lsd", "lsd_hf", "lsd_lf")
+VALIDATION_NAMES = ("loss", "l1", "stft", *DISTANCES)
+
+
+def crop_losses(model: nn.Module, batch: Batch, settings: TrainSettings) -> tuple[Tensor, dict[str, Tensor]]:
+    """The decoded crops (B, samples) and the recipe's losses, one value per crop."""
+    wav_BN = batch.select(model(batch.tokens_BT7))
+    weights = (settings.l1_weight, settings.stft_weight, settings.n_ffts)
+    return wav_BN, base_losses(wav_BN, batch.target_BN, batch.valid_B, *weights)
+
+
+@torch.no_grad()
+def validation_sums(
+    model: nn.Module, batches: Iterable[Batch], settings: TrainSettings, device: torch.device
+) -> Tensor:
+    """The sum over all crops of each of VALIDATION_NAMES, float64."""
+    sums = torch.zeros(len(VALIDATION_NAMES), dtype=torch.float64, device=device)
+    for batch in batches:
+        batch = batch.to(device)
+        wav_BN, losses = crop_losses(model, batch, settings)
+        distances = crop_distances(wav_BN, batch)
+        rows = [losses[name] if name in losses else distances[name] for name in VALIDATION_NAMES]
+        sums += torch.stack([row.double().sum() for row in rows])
+    return sums
+
+
+def crop_distances(wav_BN: Tensor, batch: Batch) -> dict[str, Tensor]:
+    """Log-spectral distances of each crop's real samples, shape B each."""
+    rows = [
+        log_spectral_distances(wav_N[:valid], target_N[:valid])
+        for wav_N, target_N, valid in zip(wav_BN, batch.target_BN, batch.valid_B.tolist(), strict=True)
+    ]
+    return {name: torch.tensor([row[name] for row in rows], device=wav_BN.device) for name in DISTANCES}
+
+
+@torch.no_grad()
+def evaluate(settings: EvalSettings) -> None:
+    """Prints mean LSD, LSD-HF and LSD-LF of three decoders on the same crops of unseen groups."""
+    device = device_of(settings.gpu)
+    codec = load_codec(settings.model, settings.pretrained_model)
+    index = load(settings.shards, "validation")
+    to_latent = CodesToLatent(codec.snac)
+    stock = CropDecoder(to_latent, codec.stock_decoder()).to(device)
+    sinc = Resample(
+        CODEC_RATE,
+        TARGET_RATE,
+        resampling_method="sinc_interp_kaiser",
+        lowpass_filter_width=KERNEL_WIDTH,
+        rolloff=ROLLOFF,
+        beta=BETA,
+    ).to(device)
+    rows: dict[str, Callable[[Tensor], Tensor]] = {
+        "stock 24 kHz + sinc": lambda tokens: sinc(stock(tokens)),
+        "warm start, untrained": CropDecoder(to_latent, warm_start(codec.snac, "zero", settings.seed)).to(device),
+        "trained": CropDecoder(to_latent, codec.decoder).to(device),
+    }
+    batches = fixed_batches(index, settings.samples, 8, crop_coarse(settings.segment_length), settings.seed)
+    found: dict[str, list[dict[str, Tensor]]] = {name: [] for name in rows}
+    for batch in batches:
+        batch = batch.to(device)
+        for name, decode in rows.items():
+            found[name].append(crop_distances(batch.select(decode(batch.tokens_BT7)), batch))
+    click.echo(f"{min(settings.samples, len(index))} crops of unseen groups; codes by {codec.snac_name}")
+    click.echo(f"{'':24}" + "".join(f"{name:>9}" for name in DISTANCES))
+    for name, results in found.items():
+        means = [float(torch.cat([result[distance] for result in results]).mean()) for distance in DISTANCES]
+        click.echo(f"{name:24}" + "".join(f"{mean:9.3f}" for mean in means))

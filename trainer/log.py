@@ -1,0 +1,63 @@
+"""What a run leaves for people and programs: training.log, metrics.jsonl and a progress bar."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from shards.writer import replacing
+
+
+class RunLog:
+    """`training.log` for people, `metrics.jsonl` (one object per line: kind, step, named values) for programs.
+
+    A resumed run first drops the lines of steps that it will do again. A process that is not first writes nothing.
+    """
+
+    def __init__(self, run: Path, first_step: int, total_steps: int, writes: bool) -> None:
+        self._metrics = run / "metrics.jsonl"
+        self._writes = writes
+        self._logger = logging.getLogger("trainer")
+        self._logger.setLevel(logging.INFO)
+        self._logger.propagate = False
+        self.close()
+        if writes:
+            self._drop_after(first_step)
+            handler = logging.FileHandler(run / "training.log")
+            handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+            self._logger.addHandler(handler)
+        self.bar = tqdm(
+            total=total_steps, initial=first_step, desc="training", unit="step", disable=None if writes else True
+        )
+
+    def say(self, text: str) -> None:
+        if self._writes:
+            self._logger.info(text)
+            tqdm.write(text)
+
+    def metrics(self, kind: str, step: int, values: dict[str, Any]) -> None:
+        if self._writes:
+            with self._metrics.open("a") as file:
+                file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
+
+    def close(self) -> None:
+        for handler in list(self._logger.handlers):
+            handler.close()
+            self._logger.removeHandler(handler)
+
+    def _drop_after(self, step: int) -> None:
+        if not self._metrics.exists():
+            return
+        kept = []
+        for line in self._metrics.read_text().splitlines(keepends=True):
+            try:
+                if json.loads(line)["step"] <= step:
+                    kept.append(line)
+            except ValueError:  # the line that a kill cut off
+                continue
+        with replacing(self._metrics) as temporary:
+            temporary.write_text("".join(kept))
