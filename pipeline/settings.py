@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
@@ -63,3 +63,16 @@ class PrefetchSettings(Settings):
     """Download the pinned SNAC and SIDON files and verify their sha256; offline use works afterwards."""
 
     weights: Path = Field(description="file with revision and sha256 of the model files")
+
+
+class WorkflowSettings(Settings):
+    """Codes, targets and training in one go. What is done is skipped, what was begun goes on."""
+
+    audio: Path = Field(description="folder of recordings, or a manifest")
+    work: Path = Field(description="folder for plan, codes and shards")
+    run: Path = Field(description="folder for checkpoints, logs and settings of the training")
+    pretrained_model: str = Field(description="SNAC 24 kHz: hub name or local directory")
+    gpu: Gpu | str = Field(description="number of the GPU, several for training (0,1), or cpu")
+    codes: dict[str, Any] = Field(default={}, description="further settings of shard-codes, as codes.KEY=VALUE")
+    targets: dict[str, Any] = Field(default={}, description="further settings of shard-targets, as targets.KEY=VALUE")
+    train: dict[str, Any] = Field(default={}, description="further settings of train, as train.KEY=VALUE")

@@ -17,6 +17,7 @@ from shards.writer import differences, replacing
 from trainer.decoder import RATES_48K
 
 BEST = "best.pt"
+PROVENANCE = "provenance.json"  # in an exported directory, beside what stock snac reads
 
 
 def save(path: Path, state: dict[str, Any]) -> None:
@@ -59,39 +60,42 @@ class Codec48k:
     """The frozen stock SNAC 24 kHz and the decoder that speaks its tokens at 48 kHz."""
 
     snac: SNAC
+    config: dict[str, Any]  # of the stock SNAC 24 kHz
     decoder: Decoder
-    snac_name: str
-    history: dict[str, Any]  # what the checkpoint says of its training; empty for an exported directory
+    provenance: dict[str, Any]  # where weights, codes and targets came from
+
+    @property
+    def snac_name(self) -> str:
+        return str(self.provenance["snac"])
 
 
 def load_codec(model: Path, pretrained_model: str | None = None) -> Codec48k:
     """A run (its best checkpoint), a checkpoint or an exported directory. Raises UserError naming what is wrong."""
-    if model.is_dir() and (model / "config.json").exists():
+    if (model / "config.json").exists():
         return _from_export(model)
     path = folder(model) / BEST if model.is_dir() else model
     if not path.exists():
-        raise UserError(f"model={model}: no checkpoint there; expected a run with {path}, a .pt or an exported folder")
+        raise UserError(f"model={model}: no checkpoint there; expected a run with {BEST}, a .pt or an exported folder")
     state = load(path)
     snac, weights = load_snac(pretrained_model or state["snac"])
     changed = differences(state["snac_sha256"], weights.sha256)
     if changed:
         raise UserError(f"{path} belongs to another SNAC than {weights.name} ({changed}); name it by pretrained_model=")
-    decoder = empty_decoder(json.loads(weights.paths["config.json"].read_text()), snac.latent_dim)
+    config = json.loads(weights.paths["config.json"].read_text())
+    decoder = Decoder(snac.latent_dim, config["decoder_dim"], RATES_48K, config["noise"], config["depthwise"], None)
     decoder.load_state_dict(state["decoder"])
-    history = {name: state[name] for name in ("step", "settings", "data", "validation") if name in state}
-    return Codec48k(snac, decoder.eval().requires_grad_(False), weights.describe(), history)
-
-
-def empty_decoder(config: dict[str, Any], latent_dim: int) -> Decoder:
-    """A decoder of the right shape, to be filled from a state dict."""
-    return Decoder(
-        latent_dim, config["decoder_dim"], RATES_48K, config["noise"], config["depthwise"], config["attn_window_size"]
-    )
+    names = ("step", "settings", "data", "validation")
+    provenance = {"snac": weights.describe(), **{name: state[name] for name in names if name in state}}
+    return Codec48k(snac, config, decoder.eval().requires_grad_(False), provenance)
 
 
 def _from_export(directory: Path) -> Codec48k:
-    config = json.loads((directory / "config.json").read_text())
+    try:
+        config = json.loads((directory / "config.json").read_text())
+        provenance = json.loads((directory / PROVENANCE).read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{directory} is not a directory made by `just export`: {error}") from error
     if config.get("decoder_rates") != RATES_48K:
         raise UserError(f"{directory} decodes with rates {config.get('decoder_rates')}, expected {RATES_48K}")
     codec = SNAC.from_pretrained(str(directory)).requires_grad_(False).eval()
-    return Codec48k(codec, codec.decoder, directory.name, {})
+    return Codec48k(codec, config, codec.decoder, provenance)

@@ -12,6 +12,7 @@ from torchaudio.transforms import Resample
 from codec.audio import BETA, KERNEL_WIDTH, ROLLOFF
 from codec.snac import device_of
 from shards.contract import CODEC_RATE, TARGET_RATE
+from shards.errors import UserError
 from shards.index import load
 from trainer.checkpoint import load_codec
 from trainer.data import Batch, crop_coarse, fixed_batches
@@ -60,9 +61,11 @@ def evaluate(settings: EvalSettings) -> None:
     """Prints mean LSD, LSD-HF and LSD-LF of three decoders on the same crops of unseen groups."""
     device = device_of(settings.gpu)
     codec = load_codec(settings.model, settings.pretrained_model)
+    if codec.snac.decoder is codec.decoder:
+        raise UserError(f"{settings.model} holds no 24 kHz decoder to compare with: name the run or its checkpoint")
     index = load(settings.shards, "validation")
     to_latent = CodesToLatent(codec.snac)
-    stock = CropDecoder(to_latent, codec.stock_decoder()).to(device)
+    stock = CropDecoder(to_latent, codec.snac.decoder).to(device)
     sinc = Resample(
         CODEC_RATE,
         TARGET_RATE,

@@ -1,0 +1,17 @@
+"""`python -m demo key=value …`"""
+
+import click
+
+from configs.cli import add_command
+from demo.settings import DemoSettings
+
+
+@click.group()
+def main() -> None:
+    """The whole way in minutes."""
+
+
+add_command(main, "run", DemoSettings, "demo.json", "demo.run:run")
+
+if __name__ == "__main__":
+    main(prog_name="python -m demo")

@@ -1,0 +1,83 @@
+"""What `just demo` does, through the same commands that people call."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import click
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from demo.picture import draw
+from demo.settings import DemoSettings
+from demo.voice import write_voices
+from shards.contract import OK
+
+SNAC = Path(__file__).parent / "snac_tiny_24khz"
+CODES = {"min_seconds": 0.3, "segment_length": 2.0, "segments_per_shard": 32, "validation_fraction": 0.2}
+TARGETS = {"teacher": "recording"}
+TRAIN = {
+    "resume": "auto",
+    "batch_size": 4,
+    "segment_length": 0.5,
+    "learning_rate": 1e-3,
+    "phase1_steps": 40,
+    "eval_every": 80,
+    "eval_samples": 24,
+    "checkpoint_every": 40,
+    "num_workers": 1,
+    "window_shards": 4,
+}
+SUMMARY = """
+Done. Listen and look:
+  48 kHz from tokens    {wav}
+  picture               {picture}
+  stock snac loads      {export}
+  shards                {shards}
+  training log          {run}/training.log
+The models are stand-ins: the codec is demo/snac_tiny_24khz, small and rough, not hubertsiuzdak/snac_24khz, and
+targets are the recordings themselves, not SIDON's. What you hear shows that the way works, not how good it gets.
+"""
+
+
+def run(settings: DemoSettings) -> None:
+    """Ends with a summary; leaves with the exit code of the first command that fails."""
+    out = settings.out / ("voice" if settings.audio is None else f"own-{settings.audio.resolve().name}")
+    audio, codes = settings.audio, dict[str, object](CODES)
+    if audio is None:
+        audio = out / "recordings"
+        click.echo(f"making a voice by code in {audio}")
+        write_voices(audio)
+    else:
+        codes["group_pattern"] = "(.*)"  # few recordings: each is a group of its own
+    work, training, export = out / "work", out / "run", out / "snac_48khz"
+    _command(
+        "pipeline", "workflow", f"audio={audio}", f"work={work}", f"run={training}", f"pretrained_model={SNAC}",
+        "gpu=cpu", f"codes={json.dumps(codes)}", f"targets={json.dumps(TARGETS)}",
+        f"train={json.dumps({**TRAIN, 'max_steps': settings.max_steps})}",
+    )  # fmt: skip
+    if not export.exists():
+        _command("trainer", "export", f"model={training}", f"out={export}")
+    unseen = _unseen_recording(work / "plan.parquet")
+    wav = out / f"{unseen.stem}.48k.wav"
+    _command("trainer", "decode", f"model={export}", f"input={unseen}", f"output={wav}")
+    picture = out / "spectrograms.png"
+    draw(unseen, wav, SNAC, picture)
+    click.echo(SUMMARY.format(wav=wav, picture=picture, export=export, shards=work / "shards", run=training))
+
+
+def _command(*words: str) -> None:
+    click.echo(f"\n$ python -m {' '.join(words[:2])}", err=True)
+    code = subprocess.run([sys.executable, "-m", *words], check=False).returncode
+    if code:
+        sys.exit(code)
+
+
+def _unseen_recording(plan: Path) -> Path:
+    rows = pq.read_table(
+        plan, columns=["path"], filters=(pc.field("split") == "validation") & (pc.field("status") == OK)
+    )
+    return Path(rows["path"][0].as_py())

@@ -1,0 +1,77 @@
+# Every argument after a command is key=value; `just COMMAND --help` lists the keys.
+
+set positional-arguments
+
+python := ".venv/bin/python"
+
+[private]
+default:
+    @just --list --unsorted
+
+# recordings → frozen SNAC 24 kHz → codes (Parquet)
+shard-codes *args: _env
+    @{{ python }} -m pipeline shard-codes "$@"
+
+# codes + SIDON's 48 kHz targets → tar shards, sidecars and index
+shard-targets *args: _env
+    @{{ python }} -m pipeline shard-targets "$@"
+
+# fit the 48 kHz decoder to shards: just train gpu=0
+train *args: _env
+    @{{ python }} -m trainer train "$@"
+
+# codes, targets and training in one go, skipping what is done
+workflow *args: _env
+    @{{ python }} -m pipeline workflow "$@"
+
+# a recording or a codes file → a 48 kHz WAV of its length
+decode *args: _env
+    @{{ python }} -m trainer decode "$@"
+
+# a directory that the stock snac package loads
+export *args: _env
+    @{{ python }} -m trainer export "$@"
+
+# spectral distances on unseen voices: stock + sinc, warm start, trained
+eval *args: _env
+    @{{ python }} -m trainer eval "$@"
+
+# what a plan, codes file, sidecar, index, shard or folder holds
+inspect *args: _env
+    @{{ python }} -m pipeline inspect "$@"
+
+# check shards: sizes, sha256, crc32, contract
+verify *args: _env
+    @{{ python }} -m pipeline verify "$@"
+
+# download and verify the pinned SNAC and SIDON files
+prefetch *args: _env
+    @{{ python }} -m pipeline prefetch "$@"
+
+# the whole way in minutes on a CPU, with a made voice or audio=FOLDER
+demo *args: _env
+    @{{ python }} -m demo run "$@"
+
+# format, lint, types
+check: _env
+    @{{ python }} -m ruff format --check .
+    @{{ python }} -m ruff check .
+    @{{ python }} -m mypy
+
+# the tests
+test *args: _env
+    @{{ python }} -m pytest "$@"
+
+# resolve newer versions into requirements.lock
+pins:
+    uv pip compile --universal --python-version 3.11 --no-emit-index-url --group dev pyproject.toml \
+        --custom-compile-command "just pins" --upgrade --quiet -o requirements.lock
+
+# .venv holds exactly requirements.lock; the stamp is written last
+_env:
+    @cmp -s requirements.lock .venv/.installed || ( \
+        echo "installing requirements.lock into .venv" >&2 \
+        && rm -f .venv/.installed \
+        && ( test -x {{ python }} || uv venv --quiet .venv ) \
+        && uv pip sync --python {{ python }} requirements.lock >&2 \
+        && cp requirements.lock .venv/.installed )

@@ -1,0 +1,37 @@
+"""`just workflow`: the three commands one after the other, each in a process of its own."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+from typing import Any
+
+from pipeline.settings import WorkflowSettings
+
+
+def workflow(settings: WorkflowSettings) -> None:
+    """Leaves with the exit code of the first command that fails; SIGTERM is passed on to the one that runs."""
+    work, model = settings.work, settings.pretrained_model
+    first_gpu = str(settings.gpu).split(",")[0]
+    codes = {"audio": settings.audio, "work": work, "pretrained_model": model, "gpu": first_gpu, **settings.codes}
+    targets = {"work": work, "gpu": first_gpu, **settings.targets}
+    train = {"shards": work / "shards", "run": settings.run, "pretrained_model": model, "gpu": settings.gpu}
+    _run("pipeline", "shard-codes", codes)
+    _run("pipeline", "shard-targets", targets)
+    _run("trainer", "train", {**train, **settings.train})
+
+
+def _run(module: str, command: str, values: dict[str, Any]) -> None:
+    arguments = [f"{key}={value if isinstance(value, str) else _json(value)}" for key, value in values.items()]
+    with subprocess.Popen([sys.executable, "-m", module, command, *arguments]) as process:
+        before = signal.signal(signal.SIGTERM, lambda *_: process.terminate())
+        code = process.wait()
+        signal.signal(signal.SIGTERM, before)
+    if code:
+        sys.exit(code if code > 0 else 128 - code)
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, default=str).strip('"')

@@ -1,0 +1,51 @@
+"""Fixtures shared by all tests: everything is seeded, small and offline."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import torch
+
+from codec.snac import load_snac
+from pipeline.codes import shard_codes
+from pipeline.targets import shard_targets
+from tests.helpers import TINY_SNAC, codes_settings, speechlike, targets_settings
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def snac():
+    """The stand-in SNAC, frozen."""
+    return load_snac(TINY_SNAC)[0]
+
+
+@pytest.fixture(scope="session")
+def recordings(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Eight recordings of four speakers, 0.4 to 3.2 s, at several rates, mono and stereo."""
+    folder = tmp_path_factory.mktemp("recordings")
+    rates = [48_000, 44_100, 24_000, 16_000]
+    for speaker in range(4):
+        (folder / f"speaker_{speaker}").mkdir()
+        for take in range(2):
+            seed = 2 * speaker + take
+            audio = speechlike(0.4 + 0.4 * seed, rates[speaker], seed)
+            stereo = np.stack([audio, 0.5 * audio], axis=1) if take else audio
+            soundfile.write(folder / f"speaker_{speaker}" / f"take_{take}.wav", stereo, rates[speaker], "FLOAT")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def work(recordings: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Plan, codes and shards of `recordings`, each recording its own target. Read only: copy before changing."""
+    folder = tmp_path_factory.mktemp("data") / "work"
+    shard_codes(codes_settings(recordings, folder))
+    shard_targets(targets_settings(folder))
+    return folder

@@ -1,0 +1,50 @@
+"""What several tests need: audio made by code, commands run as users run them."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from configs.loader import load_settings
+from pipeline.settings import CodesSettings, TargetsSettings
+
+ROOT = Path(__file__).parent.parent
+TINY_SNAC = str(ROOT / "demo" / "snac_tiny_24khz")
+
+
+def speechlike(seconds: float, rate: int, seed: int) -> npt.NDArray[np.float32]:
+    """Noise and tones under a slow envelope, peak 0.5: enough for a codec to give varied tokens."""
+    random = np.random.default_rng(seed)
+    time = np.arange(round(seconds * rate)) / rate
+    envelope = 0.5 + 0.5 * np.sin(2 * np.pi * (3 * time + random.random()))
+    tones = sum(np.sin(2 * np.pi * f * time) for f in random.uniform(100, 3000, 5))
+    audio = envelope * (tones + 0.3 * random.standard_normal(len(time)))
+    return (0.5 * audio / np.abs(audio).max()).astype(np.float32)
+
+
+def run_command(*words: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    """`python -m WORDS` as a user would run it, output captured."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    return subprocess.run(
+        [sys.executable, "-m", *words], cwd=cwd, env=environment, capture_output=True, text=True, check=False
+    )
+
+
+def codes_settings(audio: Path, work: Path, *overrides: str) -> CodesSettings:
+    small = ["gpu=cpu", "min_seconds=0.3", "segment_length=0.6", "segments_per_shard=8", "validation_fraction=0.25"]
+    given = [f"audio={audio}", f"work={work}", f"pretrained_model={TINY_SNAC}", *small, *overrides]
+    return load_settings(CodesSettings, "shard_codes.json", _last_wins(given))
+
+
+def targets_settings(work: Path, *overrides: str) -> TargetsSettings:
+    given = [f"work={work}", "gpu=cpu", "teacher=recording", *overrides]
+    return load_settings(TargetsSettings, "shard_targets.json", _last_wins(given))
+
+
+def _last_wins(overrides: list[str]) -> list[str]:
+    return [f"{key}={value}" for key, value in dict(override.split("=", 1) for override in overrides).items()]
