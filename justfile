@@ -50,7 +50,7 @@ prefetch *args: _env
 
 # the whole way in minutes on a CPU, with a made voice or audio=FOLDER
 demo *args: _env
-    @{{ python }} -m demo run "$@"
+    @{{ python }} -m demo demo "$@"
 
 # format, lint, types
 check: _env

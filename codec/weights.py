@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from shards.errors import UserError
-from shards.writer import file_sha256
+from shards.files import file_sha256
 
 PINS = Path(__file__).parent.parent / "configs" / "weights.json"
 SNAC_24KHZ = "hubertsiuzdak/snac_24khz"

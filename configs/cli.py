@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import errno
 import importlib
+import inspect
+import json
 import sys
-from pathlib import Path
 
 import click
 
@@ -34,7 +35,7 @@ def add_command(group: click.Group, name: str, settings: type[Settings], config:
             click.echo(f"error: {error.strerror}: {error.filename or 'while writing'}", err=True)
             sys.exit(1)
 
-    body.__doc__ = f"{settings.__doc__}\n\n{_keys(settings, config)}"
+    body.__doc__ = f"{inspect.cleandoc(settings.__doc__ or '')}\n\n{_keys(settings, config)}"
     group.command(name)(body)
 
 
@@ -48,18 +49,8 @@ def _keys(settings: type[Settings], config: str) -> str:
 
 
 def load_defaults(settings: type[Settings], config: str) -> dict[str, str]:
-    import json
-
     written = json.loads((FOLDER / config).read_text())
     declared = {key: field.default for key, field in settings.model_fields.items() if not field.is_required()}
     return {
         key: value if isinstance(value, str) else json.dumps(value) for key, value in {**declared, **written}.items()
     }
-
-
-def write_settings(path: Path, settings: Settings) -> None:
-    """The resolved settings, beside what they produced."""
-    from shards.writer import replacing
-
-    with replacing(path) as temporary:
-        temporary.write_text(settings.model_dump_json(indent=2) + "\n")

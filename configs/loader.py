@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from shards.errors import SettingsError
+from shards.files import replacing
 
 FOLDER = Path(__file__).parent
 
@@ -18,6 +19,11 @@ class Settings(BaseModel):
     """Base of every command's settings: frozen, no unknown keys, no NaN or infinity."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, validate_default=True)
+
+    def write(self, path: Path) -> None:
+        """The resolved settings, beside what they produced."""
+        with replacing(path) as temporary:
+            temporary.write_text(self.model_dump_json(indent=2) + "\n")
 
 
 S = TypeVar("S", bound=Settings)

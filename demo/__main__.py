@@ -11,7 +11,7 @@ def main() -> None:
     """The whole way in minutes."""
 
 
-add_command(main, "run", DemoSettings, "demo.json", "demo.run:run")
+add_command(main, "demo", DemoSettings, "demo.json", "demo.run:run")
 
 if __name__ == "__main__":
-    main(prog_name="python -m demo")
+    main(prog_name="just")

@@ -14,7 +14,7 @@ from matplotlib.axes import Axes
 from codec.audio import Recording, Resampler, probe
 from codec.snac import load_snac
 from shards.contract import CODEC_RATE, TARGET_RATE
-from shards.writer import replacing
+from shards.files import replacing
 
 SECONDS = 4
 FLOOR_DB = -110

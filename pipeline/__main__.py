@@ -19,4 +19,4 @@ add_command(main, "verify", settings.VerifySettings, "verify.json", "pipeline.ve
 add_command(main, "prefetch", settings.PrefetchSettings, "prefetch.json", "pipeline.prefetch:prefetch")
 
 if __name__ == "__main__":
-    main(prog_name="python -m pipeline")
+    main(prog_name="just")

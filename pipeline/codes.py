@@ -14,12 +14,12 @@ from snac import SNAC
 
 from codec.audio import AudioError, Header, Recording, Resampler
 from codec.snac import Window, bucketed, coarse_length, device_of, encode, load_snac, windows
-from configs.cli import write_settings
 from pipeline.execute import run_shards, summarize
 from pipeline.plan import make_plan, rows_sha256, segment_coarse
 from pipeline.settings import CodesSettings
 from shards.contract import CODEC_RATE, CODES_SCHEMA, CONTEXT_COARSE, FAILED, OK, flatten_codes, sample_key
-from shards.writer import exclusive, is_done, write_table
+from shards.files import exclusive
+from shards.writer import is_done, write_table
 
 Tokens = npt.NDArray[np.int16]
 PENDING_BATCHES = 4  # audio that waits for company of its own length, in batches
@@ -36,7 +36,7 @@ def shard_codes(settings: CodesSettings) -> None:
         model, weights = load_snac(settings.pretrained_model)
         model.to(device)
         plan = make_plan(settings)
-        write_settings(settings.work / "codes" / "settings.json", settings)
+        settings.write(settings.work / "codes" / "settings.json")
         provenance = {"snac": weights.describe(), "snac_sha256": weights.sha256}
 
         def fingerprint(rows: list[dict[str, Any]]) -> dict[str, Any]:

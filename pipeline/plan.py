@@ -23,7 +23,8 @@ from pipeline.settings import CodesSettings
 from pipeline.sources import Source, find
 from shards.contract import COARSE_48K, CODEC_RATE, FAILED, OK, PLAN_SCHEMA, SPLITS, TARGET_RATE, TOO_SHORT
 from shards.errors import UserError
-from shards.writer import differences, encode_metadata, read_metadata, replacing
+from shards.files import replacing
+from shards.writer import differences, encode_metadata, read_metadata
 
 PLAN_NAME = "plan.parquet"
 PROBE_THREADS = 8
@@ -201,5 +202,5 @@ def _segments(recording: Measured, length: int, min_seconds: float) -> Iterator[
             "n_coarse": n_coarse,
             "n_samples": n_samples,
             "status": TOO_SHORT if short else OK,
-            "reason": f"{n_samples / TARGET_RATE:.3f} s is less than min_seconds={min_seconds:g}" if short else None,
+            "reason": f"shorter than min_seconds={min_seconds:g}" if short else None,
         }

@@ -17,7 +17,6 @@ import soundfile
 
 from codec.audio import AudioError, Resampler
 from codec.snac import device_of
-from configs.cli import write_settings
 from pipeline.codes import codes_path, open_recording
 from pipeline.execute import run_shards, summarize
 from pipeline.plan import PLAN_NAME, Plan, rows_sha256
@@ -34,8 +33,9 @@ from shards.contract import (
     npy_bytes,
 )
 from shards.errors import ShardError, UserError
+from shards.files import exclusive
 from shards.index import compact, tar_path
-from shards.writer import ShardWriter, exclusive, is_done, read_metadata
+from shards.writer import ShardWriter, is_done, read_metadata
 
 Row = dict[str, Any]
 Samples = npt.NDArray[np.float32]
@@ -89,7 +89,7 @@ def shard_targets(settings: TargetsSettings) -> None:
     folder = settings.work / "shards"
     with exclusive(settings.work):
         teacher: Teacher = RecordingTeacher() if settings.teacher == "recording" else SidonTeacher(settings)
-        write_settings(folder / "settings.json", settings)
+        settings.write(folder / "settings.json")
 
         def fingerprint(number: int) -> dict[str, Any]:
             codes = _codes_fingerprint(settings.work, plan, number)

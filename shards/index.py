@@ -16,8 +16,9 @@ import pyarrow.parquet as pq
 
 from shards.contract import FORMAT_VERSION, INDEX_NAME, INDEX_SCHEMA, OK
 from shards.errors import ShardError
+from shards.files import file_sha256, replacing
 from shards.reader import decode_sample, split_members
-from shards.writer import encode_metadata, file_sha256, read_metadata, replacing
+from shards.writer import encode_metadata, read_metadata
 
 
 def tar_path(folder: Path, split: str, shard: int) -> Path:

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import fcntl
-import hashlib
 import io
 import json
 import os
 import tarfile
 import zlib
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,37 +15,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from shards.contract import FORMAT_VERSION, SIDECAR_SCHEMA
-from shards.errors import ShardError, UserError
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """Yields a temporary name beside `path`; on success its bytes reach the disk, then the name is taken over."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        yield temporary
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    _fsync_folder(path.parent)
-
-
-@contextmanager
-def exclusive(folder: Path) -> Iterator[None]:
-    """Holds `folder` for this process. Raises UserError when another process writes there."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(
-                f"{folder}: another process is writing here; wait for it or choose another folder"
-            ) from None
-        yield
+from shards.errors import ShardError
+from shards.files import file_sha256, replacing
 
 
 def write_table(path: Path, table: pa.Table, metadata: Mapping[str, Any], row_group_size: int | None = None) -> None:
@@ -139,16 +107,3 @@ class ShardWriter:
             "fingerprint": self._fingerprint,
         }
         write_table(self.sidecar_path, pa.Table.from_pylist(self._rows, schema=SIDECAR_SCHEMA), metadata)
-
-
-def file_sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _fsync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -17,4 +17,4 @@ add_command(main, "export", settings.ExportSettings, "export.json", "trainer.exp
 add_command(main, "eval", settings.EvalSettings, "eval.json", "trainer.evaluate:evaluate")
 
 if __name__ == "__main__":
-    main(prog_name="python -m trainer")
+    main(prog_name="just")

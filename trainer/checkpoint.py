@@ -13,7 +13,8 @@ from snac.layers import Decoder
 
 from codec.snac import load_snac
 from shards.errors import UserError
-from shards.writer import differences, replacing
+from shards.files import replacing
+from shards.writer import differences
 from trainer.decoder import RATES_48K
 
 BEST = "best.pt"

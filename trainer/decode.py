@@ -15,7 +15,7 @@ from codec.audio import AudioError, Recording, Resampler, probe
 from codec.snac import coarse_length, device_of, encode, windows
 from shards.contract import COARSE_48K, CODEC_RATE, CONTEXT_COARSE, TARGET_RATE, load_codes
 from shards.errors import ShardError, UserError
-from shards.writer import replacing
+from shards.files import replacing
 from trainer.checkpoint import Codec48k, load_codec
 from trainer.decoder import CodesToLatent, CropDecoder
 from trainer.settings import DecodeSettings

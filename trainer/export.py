@@ -11,7 +11,7 @@ import torch
 from snac import SNAC
 
 from shards.errors import UserError
-from shards.writer import replacing
+from shards.files import replacing
 from trainer.checkpoint import PROVENANCE, Codec48k, load_codec
 from trainer.decoder import RATES_48K
 from trainer.settings import ExportSettings

@@ -9,7 +9,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from shards.writer import replacing
+from shards.files import replacing
 
 
 class RunLog:

@@ -15,12 +15,12 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from codec.snac import load_snac
-from configs.cli import write_settings
 from shards.contract import COARSE_48K, TARGET_RATE
 from shards.errors import SettingsError, UserError
+from shards.files import exclusive
 from shards.index import load
 from shards.order import Order, random_words
-from shards.writer import differences, exclusive
+from shards.writer import differences
 from trainer import checkpoint, distributed
 from trainer.data import Batch, crop_coarse, fixed_batches, training_batches
 from trainer.decoder import CodesToLatent, CropDecoder, trainable, warm_start
@@ -72,7 +72,7 @@ class Trainer:
         self._resume()
         process.wait()  # nobody writes before everybody has read
         if process.is_first:
-            write_settings(settings.run / "settings.json", settings)
+            settings.write(settings.run / "settings.json")
         self.log = RunLog(settings.run, self.step, self.total_steps, process.is_first)
 
     def run(self) -> bool:
