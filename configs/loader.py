@@ -86,7 +86,8 @@ def _put(values: dict[str, Any], dotted: str, value: Any) -> None:
 def _explain(error: ValidationError, model: type[BaseModel]) -> str:
     problems = []
     for problem in error.errors(include_url=False):
-        key = ".".join(map(str, problem["loc"]))
+        parts = map(str, problem["loc"])
+        key = ".".join(part for part in parts if part.isidentifier() or part.isdigit())  # not a union's alternatives
         given = f" (given: {problem['input']!r})" if problem["type"] not in ("missing", "extra_forbidden") else ""
         text = "unknown key" if problem["type"] == "extra_forbidden" else problem["msg"]
         problems.append(f"{key}: {text}{given}" if key else text)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from collections import Counter
@@ -18,8 +19,14 @@ from shards.contract import SPLITS
 from shards.errors import UserError
 
 EXTENSIONS = {".wav", ".flac", ".ogg", ".oga", ".mp3", ".opus"}
-MANIFEST_TEXT = {"path": pa.string(), "id": pa.string(), "speaker": pa.string(), "split": pa.string()}
-MANIFEST_NUMBERS = {"start": pa.float64(), "end": pa.float64()}
+MANIFEST_TYPES = {
+    "path": pa.string(),
+    "id": pa.string(),
+    "speaker": pa.string(),
+    "split": pa.string(),
+    "start": pa.float64(),  # seconds
+    "end": pa.float64(),
+}
 
 
 @dataclass(frozen=True)
@@ -106,7 +113,7 @@ def _from_row(row: dict[str, str | float | None], folder: Path, group_pattern: s
     start, end = float(row.get("start") or 0.0), row.get("end")
     id = str(row.get("id") or (f"{name}#{start:g}-{end if end is not None else ''}" if start or end else name))
     problem = None
-    if start < 0 or (end is not None and float(end) <= start):
+    if not (0 <= start < (math.inf if end is None else float(end))):
         problem = f"start {start:g} s and end {end} s are not a stretch of time"
     return Source(
         id=id,
@@ -122,17 +129,21 @@ def _from_row(row: dict[str, str | float | None], folder: Path, group_pattern: s
 def _read_table(path: Path) -> pa.Table:
     try:
         if path.suffix == ".parquet":
-            return pq.read_table(path)
+            return _typed(pq.read_table(path))
         if path.suffix == ".csv":
-            convert = pa.csv.ConvertOptions(
-                column_types={**MANIFEST_TEXT, **MANIFEST_NUMBERS}, strings_can_be_null=True
-            )
+            convert = pa.csv.ConvertOptions(column_types=MANIFEST_TYPES, strings_can_be_null=True)
             return pa.csv.read_csv(path, convert_options=convert)
         if path.suffix in (".jsonl", ".ndjson"):
-            return pa.json.read_json(path)
-    except (pa.ArrowInvalid, OSError) as error:
+            return _typed(pa.json.read_json(path))
+    except (pa.ArrowException, OSError) as error:
         raise UserError(f"manifest {path} cannot be read: {error}") from error
     raise UserError(f"audio={path} is neither a folder nor a manifest (.parquet, .csv, .jsonl)")
+
+
+def _typed(table: pa.Table) -> pa.Table:
+    """The columns that we know, each of its type: a speaker 7 becomes "7", a start "x" is an error."""
+    known = [name for name in table.column_names if name in MANIFEST_TYPES]
+    return pa.table({name: table[name].cast(MANIFEST_TYPES[name]) for name in known} or table)
 
 
 def _group(id: str, pattern: str | None) -> str:

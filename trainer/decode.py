@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import wave
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-import soundfile
 import torch
 from tqdm import tqdm
 
@@ -86,12 +86,13 @@ def write_wav(path: Path, blocks: Iterator[Samples], length: int) -> None:
     left = length
     with replacing(path) as temporary:
         with (
-            soundfile.SoundFile(temporary, "w", TARGET_RATE, 1, format="WAV", subtype="PCM_16") as wav,
+            wave.open(str(temporary), "wb") as wav,
             tqdm(total=length / TARGET_RATE, desc="decoding", unit=" s", disable=None) as bar,
         ):
+            wav.setparams((1, 2, TARGET_RATE, length, "NONE", "not compressed"))
             for block in blocks:
                 kept = block[:left]
-                wav.write(np.clip(np.round(kept * 32768), -32768, 32767).astype(np.int16))
+                wav.writeframes(np.clip(np.round(kept * 32768), -32768, 32767).astype("<i2").tobytes())
                 left -= len(kept)
                 bar.update(len(kept) / TARGET_RATE)
         if left:

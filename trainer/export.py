@@ -7,12 +7,11 @@ import shutil
 from pathlib import Path
 
 import click
-import torch
 from snac import SNAC
 
 from shards.errors import UserError
 from shards.files import replacing
-from trainer.checkpoint import PROVENANCE, Codec48k, load_codec
+from trainer.checkpoint import PROVENANCE, Codec48k, load_codec, save
 from trainer.decoder import RATES_48K
 from trainer.settings import ExportSettings
 
@@ -74,5 +73,4 @@ def write_export(codec: Codec48k, folder: Path, name: str) -> None:
     for file, text in texts.items():
         with replacing(folder / file) as temporary:
             temporary.write_text(text)
-    with replacing(folder / "pytorch_model.bin") as temporary:
-        torch.save(whole.state_dict(), temporary)
+    save(folder / "pytorch_model.bin", whole.state_dict())
