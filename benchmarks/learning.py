@@ -24,7 +24,7 @@ TRAINING = {
     "batch_size": 6,
     "segment_length": 0.5,
     "learning_rate": 3e-4,
-    "max_steps": 3000,
+    "max_steps": 1000,
     "phase1_steps": 300,
     "eval_every": 250,
     "eval_samples": 96,

@@ -16,6 +16,10 @@ SNAC_24KHZ = "hubertsiuzdak/snac_24khz"
 SNAC_FILES = ("config.json", "pytorch_model.bin")
 
 
+class UnreachableError(UserError):
+    """A file is neither here nor to be had from the hub."""
+
+
 @dataclass(frozen=True)
 class Weights:
     name: str
@@ -72,14 +76,16 @@ def _local(folder: Path, files: tuple[str, ...]) -> dict[str, Path]:
 
 def _from_hub(name: str, files: tuple[str, ...], entry: dict[str, Any] | None, pins: Path) -> dict[str, Path]:
     from huggingface_hub import hf_hub_download
+    from huggingface_hub.utils import logging
 
+    logging.set_verbosity_error()  # its retries are not news; their failure is
     if entry is None:
         raise UserError(f"{name} is neither a directory nor a repository listed in {pins} with revision and sha256")
     try:
         return {file: Path(hf_hub_download(name, file, revision=entry["revision"])) for file in files}
     except Exception as error:  # the hub's client raises its own, requests' and the system's errors
         reason = str(error).strip().splitlines()[0]
-        raise UserError(
+        raise UnreachableError(
             f"{name} cannot be had ({type(error).__name__}: {reason}): run `just prefetch` where the hub can be "
             "reached, or name a local directory that holds the files"
         ) from error

@@ -36,8 +36,8 @@ def load_settings(model: type[S], default_file: str, overrides: Iterable[str]) -
     """
     values, file = _split(overrides, default_file)
     merged = _read(file)
-    for key, value in values.items():
-        _put(merged, key, value)
+    for key in sorted(values, key=lambda key: key.count(".")):  # train={…} first, train.seed=1 into it
+        _put(merged, key, values[key])
     try:
         return model.model_validate(merged)
     except ValidationError as error:

@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 from tqdm import tqdm
 
 from pipeline.plan import Plan
-from shards.contract import FAILED, OK
+from shards.contract import FAILED, OK, REJECTED
 from shards.errors import UserError
 
 REASONS_SHOWN = 5
@@ -38,11 +38,11 @@ def summarize(paths: Sequence[Path], max_failed_fraction: float, title: str) -> 
     tqdm.write(f"{title}: {total} segments, {', '.join(f'{n} {name}' for name, n in statuses.most_common())}")
     for reason, n in reasons.most_common(REASONS_SHOWN):
         tqdm.write(f"  {n} × {reason}")
-    failed = statuses[FAILED] / total
-    if failed > max_failed_fraction:
+    lost = statuses[FAILED] + statuses[REJECTED]
+    if lost / total > max_failed_fraction:
         raise UserError(
-            f"{statuses[FAILED]} of {total} segments failed, above max_failed_fraction={max_failed_fraction:g}; the "
-            "reasons stand in the rows. What succeeded is kept: mend the recordings, or raise the limit and run again"
+            f"{lost} of {total} segments failed or were rejected, above max_failed_fraction={max_failed_fraction:g}; "
+            "the rows say why. What succeeded is kept: mend the recordings, or raise the limit and run again"
         )
     if not statuses[OK]:
         raise UserError(f"{title}: no segment is usable")

@@ -9,14 +9,13 @@ from typing import Any
 
 import click
 import pyarrow as pa
-import pyarrow.parquet as pq
+import pyarrow.compute as pc
 
 from pipeline.settings import InspectSettings
 from shards.contract import INDEX_NAME, OK, TARGET_RATE
-from shards.errors import UserError
-from shards.index import tar_path
+from shards.errors import ShardError, UserError
 from shards.reader import decode_sample, split_members
-from shards.writer import read_metadata
+from shards.writer import read_metadata, read_table
 
 
 def inspect(settings: InspectSettings) -> None:
@@ -25,20 +24,20 @@ def inspect(settings: InspectSettings) -> None:
     if path.is_dir():
         inside = [path / INDEX_NAME, path / "shards" / INDEX_NAME]
         path = next((file for file in inside if file.exists()), path)
-    if path.suffix == ".parquet" and path.exists():
+    if path.suffix == ".parquet" and path.is_file():
         _table(path, settings.rows)
-    elif path.suffix == ".tar" and path.exists():
+    elif path.suffix == ".tar" and path.is_file():
         _tar(path, settings.rows)
     else:
         raise UserError(f"{settings.path}: expected a .parquet or .tar of ours, or a folder with {INDEX_NAME}")
 
 
 def _table(path: Path, rows: int) -> None:
-    table = pq.read_table(path)
+    metadata, table = read_metadata(path), read_table(path)
     click.echo(f"{path}: {table.num_rows} rows")
-    for key, value in read_metadata(path).items():
+    for key, value in metadata.items():
         click.echo(f"  {key}: {value if len(str(value)) < 400 else f'{len(value)} entries'}")
-    if "status" in table.column_names:
+    if {"status", "reason"} <= set(table.column_names):
         _statuses(table)
     _rows(table.slice(0, rows).to_pylist())
 
@@ -47,9 +46,9 @@ def _statuses(table: pa.Table) -> None:
     click.echo(f"  statuses: {dict(Counter(table['status'].to_pylist()))}")
     for reason, n in Counter(filter(None, table["reason"].to_pylist())).most_common():
         click.echo(f"    {n} × {reason}")
-    usable = table.filter(pa.compute.field("status") == OK)
+    usable = table.filter(pc.field("status") == OK)
     if "n_samples" in table.column_names and usable.num_rows:
-        seconds = pa.compute.sum(usable["n_samples"]).as_py() / TARGET_RATE
+        seconds = pc.sum(usable["n_samples"]).as_py() / TARGET_RATE
         click.echo(f"  usable: {usable.num_rows} segments, {seconds / 3600:.3f} h")
 
 
@@ -65,14 +64,19 @@ def _short(value: Any) -> str:
 
 
 def _tar(path: Path, rows: int) -> None:
-    sidecar = pq.read_table(tar_path(path.parent.parent, path.parent.name, int(path.stem)).with_suffix(".parquet"))
-    samples = sidecar.filter(pa.compute.field("status") == OK)
-    with tarfile.open(path) as tar:
-        names = tar.getnames()
+    sidecar = path.with_suffix(".parquet")
+    if not sidecar.exists():
+        raise ShardError(f"{path}: expected its sidecar {sidecar.name} beside it; a tar without one is not complete")
+    samples = read_table(sidecar).filter(pc.field("status") == OK)
+    try:
+        with tarfile.open(path, "r:") as tar:
+            names = tar.getnames()
+    except tarfile.TarError as error:
+        raise ShardError(f"{path}: not a whole tar: {error}") from error
     click.echo(f"{path}: {path.stat().st_size} bytes, {len(names)} members, {samples.num_rows} samples")
     with path.open("rb") as file:
         for row in samples.slice(0, rows).to_pylist():
             file.seek(row["offset"])
-            sample = decode_sample(split_members(file.read(row["length"]), row["key"]))
+            sample = decode_sample(split_members(file.read(row["length"]), row["key"], path))
             meta = sample["meta"]
             click.echo(f"  {row['key']}: codes {sample['codes'].shape}, target {sample['target'].shape}, {meta}")

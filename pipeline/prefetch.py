@@ -4,22 +4,24 @@ from __future__ import annotations
 
 from tqdm import tqdm
 
-from codec.weights import read_pins, resolve
+from codec.weights import UnreachableError, read_pins, resolve
 from pipeline.settings import PrefetchSettings
 from shards.errors import UserError
 
 
 def prefetch(settings: PrefetchSettings) -> None:
-    """Tries every file of the list. Raises UserError at the end when one could not be had or verified."""
+    """Tries every file of the list. Raises UserError when the hub is out of reach, or at the end for wrong files."""
     wanted = [(name, file) for name, entry in read_pins(settings.weights).items() for file in entry["files"]]
     failures = 0
     for name, file in tqdm(wanted, desc="fetching", unit="file", disable=None):
         try:
             weights = resolve(name, (file,), settings.weights)
+        except UnreachableError:
+            raise
         except UserError as error:
             tqdm.write(f"FAIL {name}/{file}: {error}")
             failures += 1
         else:
             tqdm.write(f"ok   {name}/{file} {weights.sha256[file][:12]} {weights.paths[file]}")
     if failures:
-        raise UserError(f"{failures} of {len(wanted)} files could not be had or verified")
+        raise UserError(f"{failures} of {len(wanted)} files could not be verified")

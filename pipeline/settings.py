@@ -43,6 +43,9 @@ class TargetsSettings(Settings):
     gpu: Gpu = Field(description="number of the GPU, or cpu")
     window_seconds: float = Field(ge=4, le=60, description="longest stretch restored at once, overlap included")
     overlap_seconds: float = Field(ge=0.5, le=10, description="shared by neighbouring windows on each side of a seam")
+    min_correlation: float = Field(
+        ge=-1, le=1, description="SIDON's targets whose 50 ms envelope correlates less with the recording are rejected"
+    )
     target_bits: Literal[16, 24] = Field(description="bits per sample of the FLAC target")
     max_failed_fraction: float = Field(ge=0, le=1, description="the run ends with an error when more segments failed")
 

@@ -6,6 +6,7 @@ import io
 import json
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 from typing import Any, Protocol
@@ -19,6 +20,7 @@ from codec.audio import AudioError, Resampler
 from codec.snac import device_of
 from pipeline.codes import codes_path, open_recording
 from pipeline.execute import run_shards, summarize
+from pipeline.fidelity import compare
 from pipeline.plan import PLAN_NAME, Plan, rows_sha256
 from pipeline.settings import TargetsSettings
 from shards.contract import (
@@ -28,6 +30,7 @@ from shards.contract import (
     FORMAT_VERSION,
     META_SUFFIX,
     OK,
+    REJECTED,
     TARGET_RATE,
     TARGET_SUFFIX,
     npy_bytes,
@@ -41,24 +44,34 @@ Row = dict[str, Any]
 Samples = npt.NDArray[np.float32]
 
 
+@dataclass(frozen=True)
+class Opened:
+    """A recording as a teacher gives it: `read(a, b)` returns 48 kHz samples; stretches are asked for in order."""
+
+    read: Callable[[int, int], Samples]
+    gain: float = 1.0  # that the recording was given on its way through a model
+    source: Callable[[int, int], Samples] | None = None  # the recording itself, where the target is not it
+
+
 class Teacher(Protocol):
-    """Where targets come from: opens a plan row's recording as a reader of 48 kHz samples."""
+    """Where targets come from."""
 
     name: str
-    provenance: dict[str, Any]
+    provenance: dict[str, Any]  # what a shard's bytes depend on
 
-    def open(self, row: Row) -> tuple[Callable[[int, int], Samples], float]:
-        """→ read(a, b) and the gain that the recording was given on its way through the model."""
+    def open(self, row: Row) -> Opened: ...
 
 
 class RecordingTeacher:
     """The recording is its own target."""
 
     name = "recording"
-    provenance: dict[str, Any] = {"teacher": "recording"}  # noqa: RUF012
 
-    def open(self, row: Row) -> tuple[Callable[[int, int], Samples], float]:
-        return Resampler(open_recording(row), TARGET_RATE).read, 1.0
+    def __init__(self) -> None:
+        self.provenance = {"teacher": self.name}
+
+    def open(self, row: Row) -> Opened:
+        return Opened(Resampler(open_recording(row), TARGET_RATE).read)
 
 
 class SidonTeacher:
@@ -68,19 +81,19 @@ class SidonTeacher:
         from pipeline.sidon import Restorer, Sidon
 
         sidon = Sidon(settings.sidon, settings.weights, device_of(settings.gpu))
+        windows = settings.model_dump(include={"window_seconds", "overlap_seconds"})
         self.name = f"sidon: {sidon.weights.describe()}"
         self.provenance = {
             "teacher": self.name,
             "sidon_sha256": sidon.weights.sha256,
-            **settings.model_dump(include={"window_seconds", "overlap_seconds"}),
+            "min_correlation": settings.min_correlation,
+            **windows,
         }
-        self._restorer = lambda row: Restorer(
-            open_recording(row), sidon, settings.window_seconds, settings.overlap_seconds
-        )
+        self._restorer = lambda row: Restorer(open_recording(row), sidon, **windows)
 
-    def open(self, row: Row) -> tuple[Callable[[int, int], Samples], float]:
+    def open(self, row: Row) -> Opened:
         restorer = self._restorer(row)
-        return restorer.read, restorer.gain
+        return Opened(restorer.read, restorer.gain, Resampler(open_recording(row), TARGET_RATE).read)
 
 
 def shard_targets(settings: TargetsSettings) -> None:
@@ -110,10 +123,9 @@ def shard_targets(settings: TargetsSettings) -> None:
         def make(number: int) -> None:
             split, shard = plan.shards[number]
             codes = pq.read_table(codes_path(settings.work, split, shard)).to_pylist()
-            with ShardWriter(folder / split, shard, fingerprint(number)) as writer:
-                for row, members in samples(
-                    plan.rows(number), codes, teacher, settings.target_bits, fingerprint(number)
-                ):
+            provenance = fingerprint(number)
+            with ShardWriter(folder / split, shard, provenance) as writer:
+                for row, members in samples(plan.rows(number), codes, teacher, settings, provenance["snac"]):
                     writer.add(row, members) if members else writer.add_row(row)
 
         run_shards("writing targets", plan, done, make)
@@ -133,30 +145,39 @@ def _codes_fingerprint(work: Path, plan: Plan, number: int) -> dict[str, Any]:
 
 
 def samples(
-    plan_rows: list[Row], codes_rows: list[Row], teacher: Teacher, bits: int, provenance: Row
+    plan_rows: list[Row], codes_rows: list[Row], teacher: Teacher, settings: TargetsSettings, snac: str
 ) -> Iterator[tuple[Row, dict[str, bytes] | None]]:
     """For every segment its sidecar row and, when it has a target, its members, in plan order."""
     pairs = zip(plan_rows, codes_rows, strict=True)
-    for _, recording in groupby(pairs, key=lambda pair: pair[0]["recording"]):
-        read, gain, problem = None, 1.0, None
-        for plan, codes in recording:
+    for _, segments in groupby(pairs, key=lambda pair: pair[0]["recording"]):
+        opened, problem = None, None
+        for plan, codes in segments:
             row = _sidecar_row(plan, codes)
             if row["status"] == OK and problem is None:
                 try:
-                    if read is None:
-                        read, gain = teacher.open(plan)
-                    start = plan["start_coarse"] * COARSE_48K
-                    target = read(start, start + plan["n_samples"])
+                    opened = opened or teacher.open(plan)
+                    target = _judged_target(row, opened, plan["start_coarse"] * COARSE_48K, settings.min_correlation)
                 except AudioError as error:
                     problem = str(error)
             if row["status"] == OK and problem is not None:
                 row.update(status=FAILED, reason=problem)
-            if row["status"] != OK:
+            if row["status"] != OK or opened is None:
                 yield row, None
                 continue
-            row.update(measure(target))
-            meta = {"gain": gain, "teacher": teacher.name, "snac": provenance["snac"]}
-            yield row, _members(row, codes["codes"], target, bits, meta)
+            meta = {"gain": opened.gain, "teacher": teacher.name, "snac": snac}
+            yield row, _members(row, codes["codes"], target, settings.target_bits, meta)
+
+
+def _judged_target(row: Row, opened: Opened, start: int, min_correlation: float) -> Samples:
+    """The real samples of a segment's target; what was measured of it goes into `row`, a rejection too."""
+    stop = start + row["n_samples"]
+    target = opened.read(start, stop)
+    row.update(measure(target))
+    if opened.source is not None:
+        row.update(compare(opened.source(start, stop), target))
+        if row["correlation"] is not None and row["correlation"] < min_correlation:
+            row.update(status=REJECTED, reason=f"envelopes correlate less than min_correlation={min_correlation:g}")
+    return target
 
 
 def _sidecar_row(plan: Row, codes: Row) -> Row:

@@ -7,7 +7,7 @@ from tqdm import tqdm
 from pipeline.settings import VerifySettings
 from shards.contract import INDEX_NAME
 from shards.errors import ShardError
-from shards.index import problems, shard_list
+from shards.index import problems, shard_list, unlisted
 
 
 def verify(settings: VerifySettings) -> None:
@@ -20,6 +20,9 @@ def verify(settings: VerifySettings) -> None:
         for problem in problems(settings.shards, split, shard):
             tqdm.write(problem)
             found += 1
+    for problem in unlisted(settings.shards, shards):
+        tqdm.write(problem)
+        found += 1
     if found:
         raise ShardError(
             f"{found} problem(s) in {len(shards)} shards: delete what is damaged, run `just shard-targets`"

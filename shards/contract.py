@@ -32,6 +32,7 @@ SPLITS = ("train", "validation")
 
 OK = "ok"  # has codes and, in a shard, a target
 FAILED = "failed"  # the recording cannot be used; `reason` says why
+REJECTED = "rejected"  # the target does not say what the recording says
 TOO_SHORT = "too_short"  # shorter than `min_seconds`
 
 PLAN_SCHEMA = pa.schema(
@@ -90,6 +91,9 @@ SIDECAR_SCHEMA = pa.schema(
         ("peak", pa.float32()),  # of the target before clipping, full scale = 1
         ("level_db", pa.float32()),  # RMS of the target's real samples, dB re full scale
         ("clipped_samples", pa.int32()),
+        ("lag_samples", pa.float32()),  # at 48 kHz, of the target behind its recording; null when it is the recording
+        ("level_difference_db", pa.float32()),  # of target over recording, 100 Hz to 8 kHz; null likewise
+        ("correlation", pa.float32()),  # of their 50 ms envelopes; null likewise, or when one is silent
     ]
 )
 
@@ -144,8 +148,8 @@ def npy_bytes(array: npt.NDArray[Any]) -> bytes:
 def load_codes(data: bytes) -> npt.NDArray[np.int16]:
     """Bytes of a `codes.npy` → (T, 7), checked; never unpickles."""
     try:
-        flat = np.load(io.BytesIO(data), allow_pickle=False)
-    except (ValueError, EOFError, OSError) as error:
+        flat = np.lib.format.read_array(io.BytesIO(data), allow_pickle=False)
+    except Exception as error:  # on damaged headers NumPy raises whatever its parser of Python literals raises
         raise ShardError(f"codes are not a plain .npy array: {error}") from error
     return unflatten_codes(flat)
 

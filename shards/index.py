@@ -14,11 +14,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from shards.contract import FORMAT_VERSION, INDEX_NAME, INDEX_SCHEMA, OK
+from shards.contract import FORMAT_VERSION, INDEX_NAME, INDEX_SCHEMA, OK, SIDECAR_SCHEMA
 from shards.errors import ShardError
 from shards.files import file_sha256, replacing
 from shards.reader import decode_sample, split_members
-from shards.writer import encode_metadata, read_metadata
+from shards.writer import differences, encode_metadata, read_metadata, read_table
 
 
 def tar_path(folder: Path, split: str, shard: int) -> Path:
@@ -29,8 +29,8 @@ def compact(folder: Path, shards: Sequence[tuple[str, int]]) -> Path:
     """All sidecars of `shards`, in that order, into `folder/index.parquet`; one sidecar in memory at a time."""
     path = folder / INDEX_NAME
     fingerprint = _metadata(folder, *shards[0])["fingerprint"]
-    common = {key: value for key, value in fingerprint.items() if key != "plan_rows"}
-    schema = INDEX_SCHEMA.with_metadata(encode_metadata({"format_version": FORMAT_VERSION, "fingerprint": common}))
+    metadata = {"format_version": FORMAT_VERSION, "fingerprint": _common(fingerprint)}
+    schema = INDEX_SCHEMA.with_metadata(encode_metadata(metadata))
     with replacing(path) as temporary, pq.ParquetWriter(temporary, schema, compression="zstd") as writer:
         for split, shard in shards:
             writer.write_table(_index_rows(folder, split, shard).replace_schema_metadata(schema.metadata))
@@ -61,9 +61,11 @@ def load(folder: Path, split: str) -> Index:
     metadata = read_metadata(path)
     if metadata.get("format_version") != FORMAT_VERSION:
         raise ShardError(f"{path} has format {metadata.get('format_version')}, this version reads {FORMAT_VERSION}")
+    if "fingerprint" not in metadata:
+        raise ShardError(f"{path} does not say what its shards were made from: run `just shard-targets` again")
     columns = ["shard", "key", "offset", "length", "crc32", "n_coarse", "n_samples"]
     chosen = (pc.field("split") == split) & (pc.field("status") == OK)
-    table = pq.read_table(path, columns=columns, filters=chosen).combine_chunks()
+    table = read_table(path, columns=columns, filters=chosen).combine_chunks()
     shards, counts = np.unique(table["shard"].to_numpy(), return_counts=True)
     return Index(
         folder=folder,
@@ -78,24 +80,38 @@ def load(folder: Path, split: str) -> Index:
 
 def shard_list(folder: Path) -> list[tuple[str, int]]:
     """(split, shard) of every shard in the index, in its order."""
-    table = pq.read_table(folder / INDEX_NAME, columns=["split", "shard"])
+    table = read_table(folder / INDEX_NAME, columns=["split", "shard"])
     pairs = zip(table["split"].to_pylist(), table["shard"].to_pylist(), strict=True)
     return list(dict.fromkeys(pairs))
+
+
+def unlisted(folder: Path, shards: Sequence[tuple[str, int]]) -> Iterator[str]:
+    """Shards that stand in `folder` although its index, which lists `shards`, does not know them."""
+    known = {tar_path(folder, split, shard) for split, shard in shards}
+    for path in sorted(folder.glob("*/*")):
+        if path.suffix in (".tar", ".parquet") and path.with_suffix(".tar") not in known:
+            yield f"{path}: not in the index"
 
 
 def problems(folder: Path, split: str, shard: int) -> Iterator[str]:
     """What is wrong with one shard: index against sidecar, sidecar against tar, every sample against the contract."""
     path = tar_path(folder, split, shard)
+    sidecar = path.with_suffix(".parquet")
+    chosen = (pc.field("split") == split) & (pc.field("shard") == shard)
     try:
         metadata = _metadata(folder, split, shard)
         rows = _index_rows(folder, split, shard)
+        indexed = read_table(folder / INDEX_NAME, filters=chosen)
+        made_by = read_metadata(folder / INDEX_NAME).get("fingerprint", {})
     except ShardError as error:
         yield str(error)
         return
-    chosen = (pc.field("split") == split) & (pc.field("shard") == shard)
-    indexed = pq.read_table(folder / INDEX_NAME, filters=chosen).replace_schema_metadata(None)
-    if not indexed.equals(rows.replace_schema_metadata(None)):
-        yield f"{path.with_suffix('.parquet')}: its rows are not those of the index"
+    trusted = indexed.replace_schema_metadata(None).equals(rows.replace_schema_metadata(None))
+    if not trusted:
+        yield f"{sidecar}: its rows are not those of the index"
+    changed = differences(_common(metadata["fingerprint"]), made_by)
+    if changed:
+        yield f"{sidecar}: made by another run than the index ({changed})"
     if not path.exists():
         yield f"{path}: missing"
         return
@@ -104,6 +120,8 @@ def problems(folder: Path, split: str, shard: int) -> Iterator[str]:
         yield f"{path}: {size} bytes, its sidecar says {metadata['tar_bytes']}"
     elif file_sha256(path) != metadata["tar_sha256"]:
         yield f"{path}: its sha256 is not the sidecar's"
+    if not trusted:
+        return
     with path.open("rb") as tar:
         for row in rows.filter(pc.field("status") == OK).to_pylist():
             data = os.pread(tar.fileno(), row["length"], row["offset"])
@@ -111,26 +129,35 @@ def problems(folder: Path, split: str, shard: int) -> Iterator[str]:
                 yield f"{path}: {row['key']}: crc32 differs"
                 continue
             try:
-                decode_sample(split_members(data, row["key"]))
+                decode_sample(split_members(data, row["key"], path))
             except ShardError as error:
-                yield f"{path}: {row['key']}: {error}"
+                yield str(error)
 
 
 def _metadata(folder: Path, split: str, shard: int) -> dict[str, Any]:
     path = tar_path(folder, split, shard).with_suffix(".parquet")
     if not path.exists():
         raise ShardError(f"{path}: missing; run `just shard-targets` again")
-    return read_metadata(path)
+    metadata = read_metadata(path)
+    lacking = {"format_version", "tar_bytes", "tar_sha256", "fingerprint"} - metadata.keys()
+    if lacking:
+        raise ShardError(f"{path}: its schema metadata lacks {', '.join(sorted(lacking))}; delete it and make it again")
+    if metadata["format_version"] != FORMAT_VERSION:
+        raise ShardError(f"{path} has format {metadata['format_version']}, this version reads {FORMAT_VERSION}")
+    return metadata
+
+
+def _common(fingerprint: dict[str, Any]) -> dict[str, Any]:
+    """What the fingerprints of all shards of a run have in common."""
+    return {key: value for key, value in fingerprint.items() if key != "plan_rows"}
 
 
 def _index_rows(folder: Path, split: str, shard: int) -> pa.Table:
     path = tar_path(folder, split, shard).with_suffix(".parquet")
-    try:
-        rows = pq.read_table(path)
-    except (pa.ArrowInvalid, OSError) as error:
-        raise ShardError(f"{path}: {error}") from error
-    where = {"split": pa.array([split] * len(rows)), "shard": pa.array([shard] * len(rows), pa.int32())}
-    columns = [where.get(name, rows[name] if name in rows.column_names else None) for name in INDEX_SCHEMA.names]
-    if any(column is None for column in columns):
-        raise ShardError(f"{path}: its columns are {rows.column_names}, expected {INDEX_SCHEMA.names[2:]}")
-    return pa.table(columns, schema=INDEX_SCHEMA)
+    rows = read_table(path)
+    if rows.schema != SIDECAR_SCHEMA:
+        found = {field.name: field.type for field in rows.schema}
+        changed = differences({field.name: field.type for field in SIDECAR_SCHEMA}, found) or "their order"
+        raise ShardError(f"{path}: its columns are not those of a sidecar ({changed})")
+    where = [pa.array([split] * len(rows), pa.string()), pa.array([shard] * len(rows), pa.int32())]
+    return pa.table([*where, *rows.columns], schema=INDEX_SCHEMA)

@@ -8,7 +8,9 @@ and the beginning of the next, and every sample is seen exactly once per epoch.
 from __future__ import annotations
 
 import hashlib
+import math
 from dataclasses import dataclass
+from fractions import Fraction
 from functools import cached_property, lru_cache
 
 import numpy as np
@@ -49,7 +51,7 @@ class Order:
 
     def steps(self, epochs: float) -> int:
         """The least number of global batches that hold `epochs` epochs."""
-        return int(-(-self.samples_per_epoch * epochs // self.global_batch))
+        return math.ceil(self.samples_per_epoch * Fraction(str(epochs)) / self.global_batch)  # 0.07 is 7 in 100
 
     def batch(self, step: int) -> list[tuple[int, int]]:
         """(position in the endless stream, number of the sample) for each place of global batch `step`."""

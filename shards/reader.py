@@ -8,8 +8,11 @@ import tarfile
 import time
 import zlib
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+import numpy.typing as npt
 import soundfile
 
 from shards.contract import CODES_SUFFIX, META_SUFFIX, TARGET_SUFFIX, check_meta, check_sample, load_codes
@@ -22,29 +25,45 @@ if TYPE_CHECKING:
 READ_ATTEMPTS = 3
 
 
-def split_members(data: bytes, key: str) -> dict[str, bytes]:
-    """A sample's stretch of the tar → its members by suffix."""
+def split_members(data: bytes, key: str, path: Path) -> dict[str, Any]:
+    """A sample's stretch of the tar → {suffix: bytes} with `__key__` and `__url__`. Raises ShardError naming both."""
+    expected = {f"{key}.{suffix}": suffix for suffix in (CODES_SUFFIX, TARGET_SUFFIX, META_SUFFIX)}
     try:
         with tarfile.open(fileobj=io.BytesIO(data + bytes(2 * tarfile.BLOCKSIZE)), mode="r:") as tar:
-            members = {info.name: tar.extractfile(info) for info in tar}
+            names = sorted(info.name if info.isreg() else f"{info.name} (no plain file)" for info in tar)
+            if names != sorted(expected):
+                raise ShardError(f"{path}: {key}: holds {names}, expected {sorted(expected)}")
+            files = {expected[name]: tar.extractfile(name) for name in names}
+            members = {suffix: file.read() for suffix, file in files.items() if file}
     except tarfile.TarError as error:
-        raise ShardError(f"not a tar: {error}") from error
-    expected = {f"{key}.{suffix}": suffix for suffix in (CODES_SUFFIX, TARGET_SUFFIX, META_SUFFIX)}
-    if members.keys() != expected.keys():
-        raise ShardError(f"holds {sorted(members)}, expected {sorted(expected)}")
-    return {expected[name]: member.read() if member else b"" for name, member in members.items()}
+        raise ShardError(f"{path}: {key}: not a whole tar: {error}") from error
+    return {"__key__": key, "__url__": str(path), **members}
 
 
 def decode_sample(members: dict[str, Any]) -> dict[str, Any]:
-    """Members as bytes → `codes` (T, 7) int16, `target` float32 in [−1, 1) and `meta`, checked against the contract."""
-    meta = check_meta(members[META_SUFFIX])
-    codes_T7 = load_codes(members[CODES_SUFFIX])
+    """Members as `split_members` gives them → `codes` (T, 7) int16, `target` float32 in [−1, 1) and `meta`.
+
+    Raises ShardError naming shard and key when they are not as the contract says.
+    """
     try:
-        target, rate = soundfile.read(io.BytesIO(members[TARGET_SUFFIX]), dtype="float32")
+        meta = check_meta(members[META_SUFFIX])
+        codes_T7 = load_codes(members[CODES_SUFFIX])
+        target, rate = _read_target(members[TARGET_SUFFIX])
+        check_sample(codes_T7, len(target), rate, meta)
+    except ShardError as error:
+        raise ShardError(f"{members['__url__']}: {members['__key__']}: {error}") from error
+    return {"codes": codes_T7, "target": target, "meta": meta}
+
+
+def _read_target(data: bytes) -> tuple[npt.NDArray[np.float32], int]:
+    try:
+        with soundfile.SoundFile(io.BytesIO(data)) as file:
+            if file.format != "FLAC" or file.channels != 1:
+                raise ShardError(f"target is {file.format} of {file.channels} channels, expected FLAC of one")
+            samples: npt.NDArray[np.float32] = file.read(dtype="float32")
+            return samples, file.samplerate
     except soundfile.LibsndfileError as error:
         raise ShardError(f"target is not readable FLAC: {error}") from error
-    check_sample(codes_T7, len(target), rate, meta)
-    return {"codes": codes_T7, "target": target, "meta": meta}
 
 
 def read_sample(index: Index, sample: int) -> dict[str, Any]:
@@ -53,7 +72,7 @@ def read_sample(index: Index, sample: int) -> dict[str, Any]:
     Raises ShardError naming shard and key when its bytes cannot be had, or are not those of the index.
     """
     row = {name: index.table[name][sample].as_py() for name in ("shard", "key", "offset", "length", "crc32")}
-    path = index.folder / index.split / f"{row['shard']:06d}.tar"
+    path: Path = index.folder / index.split / f"{row['shard']:06d}.tar"
     trouble = ""
     for attempt in range(READ_ATTEMPTS):
         if attempt:
@@ -65,7 +84,7 @@ def read_sample(index: Index, sample: int) -> dict[str, Any]:
             trouble = str(error)
             continue
         if zlib.crc32(data) == row["crc32"]:
-            return {"__key__": row["key"], "__url__": str(path), **split_members(data, row["key"])}
+            return split_members(data, row["key"], path)
         trouble = f"crc32 of {len(data)} bytes at {row['offset']} differs from the index"
     raise ShardError(f"{path}: {row['key']}: {trouble} ({READ_ATTEMPTS} attempts); `just verify` lists what is damaged")
 

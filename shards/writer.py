@@ -7,7 +7,8 @@ import json
 import os
 import tarfile
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -32,11 +33,24 @@ def encode_metadata(metadata: Mapping[str, Any]) -> dict[str, str]:
 
 def read_metadata(path: Path) -> dict[str, Any]:
     """The metadata that `write_table` stored. Raises ShardError for a file that is not such a table."""
-    try:
+    with _naming(path):
         raw = pq.read_metadata(path).metadata or {}
-    except (pa.ArrowInvalid, OSError) as error:
-        raise ShardError(f"{path}: not a readable Parquet file ({error}); delete it and run the stage again") from error
-    return {key.decode(): json.loads(value) for key, value in raw.items() if key != b"ARROW:schema"}
+        return {key.decode(): json.loads(value) for key, value in raw.items() if key != b"ARROW:schema"}
+
+
+def read_table(path: Path, **options: Any) -> pa.Table:
+    """`pyarrow.parquet.read_table`. Raises ShardError for a file that is damaged."""
+    with _naming(path):
+        return pq.read_table(path, **options)
+
+
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (pa.ArrowException, ValueError, OSError, MemoryError) as error:  # what pyarrow raises on flipped bits
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ShardError(f"{path}: damaged, or no file of ours ({reason}); make it again by its stage") from error
 
 
 def differences(found: Mapping[str, Any], expected: Mapping[str, Any]) -> str:
@@ -56,7 +70,7 @@ def is_done(path: Path, fingerprint: Mapping[str, Any]) -> bool:
 
 
 class ShardWriter:
-    """Collects samples into `folder/000000.tar` and rows into `folder/000000.parquet`; `finish` commits both.
+    """Collects samples into `folder/000000.tar` and rows into `folder/000000.parquet`; leaving commits both.
 
     The sidecar is renamed last: a shard is done when its sidecar stands.
     """
@@ -66,12 +80,13 @@ class ShardWriter:
         self.sidecar_path = folder / f"{shard:06d}.parquet"
         self._fingerprint = fingerprint
         self._rows: list[dict[str, Any]] = []
-        self._replacing = replacing(self.tar_path)
 
     def __enter__(self) -> ShardWriter:
-        self._temporary = self._replacing.__enter__()
-        self._file = self._temporary.open("w+b")
-        self._tar = tarfile.open(fileobj=self._file, mode="w", format=tarfile.USTAR_FORMAT)
+        with ExitStack() as stack:
+            self._temporary = stack.enter_context(replacing(self.tar_path))
+            self._file = stack.enter_context(self._temporary.open("w+b"))
+            self._tar = tarfile.open(fileobj=self._file, mode="w", format=tarfile.USTAR_FORMAT)
+            self._open = stack.pop_all()
         return self
 
     def add(self, row: dict[str, Any], members: Mapping[str, bytes]) -> None:
@@ -91,19 +106,16 @@ class ShardWriter:
         self._rows.append(row)
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
-        if error is None:
-            self._tar.close()
-        self._file.close()
         if error is not None:
-            self._replacing.__exit__(kind, error, trace)
+            self._open.__exit__(kind, error, trace)
             return
-        digest = file_sha256(self._temporary)
-        size = self._temporary.stat().st_size
-        self._replacing.__exit__(None, None, None)
-        metadata = {
-            "format_version": FORMAT_VERSION,
-            "tar_bytes": size,
-            "tar_sha256": digest,
-            "fingerprint": self._fingerprint,
-        }
+        with self._open:  # a disk that is full only now leaves nothing behind either
+            self._tar.close()
+            self._file.flush()
+            metadata = {
+                "format_version": FORMAT_VERSION,
+                "tar_bytes": self._temporary.stat().st_size,
+                "tar_sha256": file_sha256(self._temporary),
+                "fingerprint": self._fingerprint,
+            }
         write_table(self.sidecar_path, pa.Table.from_pylist(self._rows, schema=SIDECAR_SCHEMA), metadata)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,13 +35,22 @@ def save(path: Path, state: Mapping[str, Any]) -> None:
 def load(path: Path) -> dict[str, Any]:
     """Never runs code from the file. Raises UserError for one that is not a checkpoint of ours."""
     try:
+        _check_crc32(path)
         state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises several kinds for a damaged file
-        reason = str(error).strip().splitlines()[0]
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"{path} is not a readable checkpoint ({reason}); delete it or take another") from error
     if not isinstance(state, dict) or not {"decoder", "snac", "snac_sha256"} <= state.keys():
         raise UserError(f"{path} is not a checkpoint of this trainer: it needs decoder, snac and snac_sha256")
     return state
+
+
+def _check_crc32(path: Path) -> None:
+    """torch.load takes flipped bits for weights, although the archive stores the crc32 of every record."""
+    with zipfile.ZipFile(path) as archive:
+        damaged = archive.testzip()
+    if damaged:
+        raise ValueError(f"crc32 of {damaged} differs")
 
 
 def folder(run: Path) -> Path:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from snac import SNAC
@@ -50,7 +51,7 @@ def warm_start(snac: SNAC, noise: str, seed: int) -> Decoder:
     return decoder
 
 
-def _carry_taps(stock: nn.Sequential, new: nn.Sequential) -> None:
+def _carry_taps(stock: Any, new: Any) -> None:
     stock_snake, stock_head = stock[NEW_BLOCK], stock[NEW_BLOCK + 1]
     snake, upsample, *rest = new[NEW_BLOCK].block
     near, middle, far = rest[-3:]
@@ -80,7 +81,7 @@ def _carry_taps(stock: nn.Sequential, new: nn.Sequential) -> None:
     head.bias.copy_(stock_head.bias)
 
 
-def _shift(unit: nn.Module, channel: int, steps: int) -> None:
+def _shift(unit: Any, channel: int, steps: int) -> None:
     """Makes a residual unit move one channel by `steps` of its dilation, and leave it out of the others."""
     snake_in, depthwise, snake_out, mix = unit.block
     snake_in.alpha[:, channel] = LINEAR_ALPHA
@@ -98,7 +99,7 @@ def _shift(unit: nn.Module, channel: int, steps: int) -> None:
     mix.bias[channel] = 0
 
 
-def set_kernel(conv: nn.Module, kernel: Tensor) -> None:
+def set_kernel(conv: Any, kernel: Tensor) -> None:
     """Sets a weight-normed kernel through its magnitude g and direction v; a zero kernel keeps its old direction."""
     g, v = conv.parametrizations.weight.original0, conv.parametrizations.weight.original1
     norm = kernel.flatten(1).norm(dim=1).view(-1, *[1] * (kernel.dim() - 1))
@@ -126,11 +127,15 @@ def trainable(decoder: Decoder, phase: int, noise: str) -> None:
 class CodesToLatent(nn.Module):
     """Tokens → latent by three look-ups: what `quantizer.from_codes` computes, with codebook · out_proj done once."""
 
+    table_0: Tensor  # (4096, latent channels), coarse
+    table_1: Tensor
+    table_2: Tensor
+
     def __init__(self, snac: SNAC) -> None:
         super().__init__()
         with torch.no_grad():
             for level, vq in enumerate(snac.quantizer.quantizers):
-                table = vq.out_proj(vq.codebook.weight.T[None])[0].T.contiguous()  # (4096, latent channels)
+                table = vq.out_proj(vq.codebook.weight.T[None])[0].T.contiguous()
                 self.register_buffer(f"table_{level}", table, persistent=False)
 
     def forward(self, tokens_BT7: Tensor) -> Tensor:

@@ -53,10 +53,11 @@ class RunLog:
         if not self._metrics.exists():
             return
         kept = []
-        for line in self._metrics.read_text().splitlines(keepends=True):
+        lines = self._metrics.read_text().splitlines() if step else []  # without a checkpoint the run begins anew
+        for line in lines:
             try:
                 if json.loads(line)["step"] <= step:
-                    kept.append(line)
+                    kept.append(line + "\n")
             except ValueError:  # the line that a kill cut off
                 continue
         with replacing(self._metrics) as temporary:

@@ -75,8 +75,13 @@ class Trainer:
             settings.write(settings.run / "settings.json")
         self.log = RunLog(settings.run, self.step, self.total_steps, process.is_first)
 
+    @torch.jit.optimized_execution(False)  # type: ignore[attr-defined]
     def run(self) -> bool:
-        """Whether training came to its end; False when SIGTERM asked it to leave."""
+        """Whether training came to its end; False when SIGTERM asked it to leave.
+
+        TorchScript (snac's snake) runs as written: optimized, its gradients differ in the last bits with the number
+        of calls before, and a resumed run would not be the uninterrupted one.
+        """
         settings, log = self.settings, self.log
         log.say(
             f"{len(self.training)} training and {len(self.validation)} validation segments, codes by "
@@ -131,8 +136,8 @@ class Trainer:
         values: dict[str, list[Tensor]] = {}
         parts = list(batch.split(settings.micro_batch_size or len(batch)))
         for number, part in enumerate(parts, start=1):
-            waits = isinstance(model, DistributedDataParallel) and number < len(parts)
-            with model.no_sync() if waits else nullcontext():
+            more = number < len(parts)
+            with model.no_sync() if isinstance(model, DistributedDataParallel) and more else nullcontext():
                 losses = crop_losses(model, part.to(process.device), settings)[1]
                 # DDP averages over processes, so their number makes it a sum over the global batch again
                 (losses["loss"].sum() * process.world_size / settings.batch_size).backward()

@@ -29,10 +29,11 @@ def magnitudes(wav_BN: Tensor, n_fft: int) -> Tensor:
 
 
 def stft_l1(wav_BN: Tensor, target_BN: Tensor, valid_B: Tensor, n_fft: int) -> Tensor:
-    """Mean | |X| − |Y| | over bins and over the frames that a real sample reaches."""
-    difference = (magnitudes(wav_BN, n_fft) - magnitudes(target_BN, n_fft)).abs()
-    frames_B = (valid_B + n_fft // 2).div(n_fft // 4, rounding_mode="floor").clamp(max=difference.shape[2] - 1) + 1
-    return difference.mean(dim=1).sum(dim=1) / frames_B
+    """Mean | |X| − |Y| | over bins and over the frames of the real samples: those of the crop when it is alone."""
+    difference_BT = (magnitudes(wav_BN, n_fft) - magnitudes(target_BN, n_fft)).abs().mean(dim=1)
+    frames_B = valid_B.div(n_fft // 4, rounding_mode="floor") + 1
+    real_BT = torch.arange(difference_BT.shape[1], device=wav_BN.device) < frames_B[:, None]
+    return (difference_BT * real_BT).sum(dim=1) / frames_B
 
 
 def base_losses(

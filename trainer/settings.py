@@ -9,7 +9,7 @@ from pydantic import Field
 
 from configs.loader import Settings
 
-Gpu = Literal["cpu"] | int
+Gpu = Literal["cpu"] | Annotated[int, Field(ge=0)]
 Gpus = Gpu | Annotated[str, Field(pattern=r"^\d+(,\d+)+$")]
 
 

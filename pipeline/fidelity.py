@@ -1,0 +1,88 @@
+"""Does a target say the same as its recording, at the same instant and level?
+
+SIDON re-synthesises: phases differ even where the speech is the same, so waveforms are not compared, envelopes are.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from shards.contract import TARGET_RATE
+
+Samples = npt.NDArray[np.float32]
+
+HOP = 48  # samples of one envelope step: 1 ms
+N_FFT = 960  # 20 ms
+BAND_EDGES_HZ = np.geomspace(200, 10_000, 13)  # twelve bands, whose envelopes are aligned together
+LEVEL_BAND_HZ = (100, 8_000)
+MAX_LAG_STEPS = 60
+SMOOTHING_STEPS = 50
+SILENCE_DB = -70.0  # RMS below which there is nothing to compare
+
+
+def compare(source: Samples, target: Samples) -> dict[str, float | None]:
+    """Equal stretches at 48 kHz → `lag_samples`, `level_difference_db` and `correlation` of target against source.
+
+    Lag is the shift at which the bands' envelopes correlate best, positive when the target is late. Level is RMS from
+    100 Hz to 8 kHz. Correlation is Pearson's, of the 50 ms RMS envelopes in that band. All None where one is silent.
+    """
+    a, b = _spectrogram(source), _spectrogram(target)
+    envelope_a, envelope_b = _band(a, *LEVEL_BAND_HZ), _band(b, *LEVEL_BAND_HZ)
+    level_a, level_b = (10 * math.log10(max(float(power.mean()), 1e-20)) for power in (envelope_a, envelope_b))
+    if min(level_a, level_b) < SILENCE_DB:
+        return {"lag_samples": None, "level_difference_db": None, "correlation": None}
+    smoothed = torch.stack([_smooth(envelope_a), _smooth(envelope_b)]).sqrt()
+    return {
+        "lag_samples": _lag_steps(_band_envelopes(a), _band_envelopes(b)) * HOP,
+        "level_difference_db": level_b - level_a,
+        "correlation": float(torch.corrcoef(smoothed)[0, 1].nan_to_num()),
+    }
+
+
+def _spectrogram(samples: Samples) -> Tensor:
+    """(bins, steps): power, so that a band's sum is its mean square; full scale = 1."""
+    window = torch.hann_window(N_FFT)
+    spectrum = torch.stft(
+        torch.from_numpy(samples), N_FFT, HOP, window=window, pad_mode="constant", return_complex=True
+    )
+    return spectrum.abs().square() * 2 / (window.square().sum() * N_FFT)
+
+
+def _band(power_FT: Tensor, low_hz: float, high_hz: float) -> Tensor:
+    first = math.ceil(low_hz * N_FFT / TARGET_RATE)
+    last = max(math.ceil(high_hz * N_FFT / TARGET_RATE), first + 1)
+    return power_FT[first:last].sum(dim=0)
+
+
+def _smooth(power_T: Tensor) -> Tensor:
+    kernel = torch.full((1, 1, SMOOTHING_STEPS), 1 / SMOOTHING_STEPS)
+    return torch.nn.functional.conv1d(power_T[None, None], kernel, padding=SMOOTHING_STEPS // 2)[0, 0]
+
+
+def _band_envelopes(power_FT: Tensor) -> Tensor:
+    """(bands, steps), each without its mean and of unit norm, so that every band has one voice."""
+    bands = [_band(power_FT, low, high) for low, high in itertools.pairwise(BAND_EDGES_HZ)]
+    envelope_CT = torch.stack(bands).sqrt()
+    centred = envelope_CT - envelope_CT.mean(dim=1, keepdim=True)
+    return centred / centred.norm(dim=1, keepdim=True).clamp(min=1e-9)
+
+
+def _lag_steps(source_CT: Tensor, target_CT: Tensor) -> float:
+    """The shift of best correlation, summed over bands; a parabola finds it between the steps."""
+    size = 2 * source_CT.shape[1]
+    product = torch.fft.rfft(target_CT, size) * torch.fft.rfft(source_CT, size).conj()
+    correlation = torch.fft.irfft(product, size).sum(dim=0)
+    reach = min(MAX_LAG_STEPS, source_CT.shape[1] - 1)
+    around = torch.cat([correlation[size - reach :], correlation[: reach + 1]])
+    best = int(around.argmax())
+    if not 0 < best < 2 * reach:
+        return float(best - reach)
+    left, middle, right = around[best - 1 : best + 2].tolist()
+    curvature = left - 2 * middle + right
+    return best - reach + (0.5 * (left - right) / curvature if curvature else 0.0)

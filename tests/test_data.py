@@ -1,0 +1,201 @@
+"""Crops are aligned, whole and placed by their position alone; batches have one shape; damage is named."""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from torch import Tensor
+
+from shards.contract import COARSE_48K, CONTEXT_COARSE, FORMAT_VERSION, TOKENS, flatten_codes, npy_bytes
+from shards.errors import ShardError
+from shards.index import Index, load
+from shards.order import Order
+from trainer.data import Batch, Crop, collate, crop, crop_coarse, fixed_batches, training_batches
+from trainer.decoder import PADDING_TOKEN
+
+LENGTH = 3
+
+
+def ramp_sample(n_coarse: int, before: int = 3, after: int = 3, missing: int = 0, position: int = 0) -> dict[str, Any]:
+    """A segment that says where it is: token row t holds 7t … 7t + 6, target sample n holds n (16 bit, from −32768)."""
+    rows = before + n_coarse + after
+    codes_T7 = np.arange(rows * TOKENS, dtype=np.int16).reshape(rows, TOKENS)
+    flac = io.BytesIO()
+    target = np.arange(n_coarse * COARSE_48K) - 32768
+    soundfile.write(flac, target.astype(np.int16), 48_000, format="FLAC", subtype="PCM_16")
+    meta = {
+        "format_version": FORMAT_VERSION, "recording": "r", "group": "g", "segment": 0, "start_seconds": 0.0,
+        "n_coarse": n_coarse, "context_before": before, "context_after": after,
+        "n_samples": n_coarse * COARSE_48K - missing, "sampling_rate": 48_000, "gain": 1.0, "teacher": "t", "snac": "s",
+    }  # fmt: skip
+    return {
+        "__key__": "000000-00000",
+        "__url__": "000000.tar",
+        "codes.npy": npy_bytes(flatten_codes(codes_T7)),
+        "target.flac": flac.getvalue(),
+        "json": json.dumps(meta).encode(),
+        "position": position,
+    }
+
+
+def place(item: Crop, before: int) -> int:
+    """Where the crop begins in its segment, in coarse tokens, by what its tokens say; checked against its target."""
+    first_row = int(item.codes_T7[0, 0]) // TOKENS
+    np.testing.assert_array_equal(item.codes_T7.ravel(), np.arange(item.codes_T7.size) + TOKENS * first_row)
+    start = first_row + item.before - before
+    expected = np.arange(len(item.target)) + start * COARSE_48K - 32768
+    np.testing.assert_array_equal(np.round(item.target * 32768), expected)
+    return start
+
+
+@pytest.mark.parametrize(("before", "after"), [(3, 3), (0, 0), (1, 2)])
+def test_tokens_and_target_are_the_same_stretch_of_time(before: int, after: int) -> None:
+    n_coarse, seen = 8, set()
+    for position in range(100):
+        item = crop(ramp_sample(n_coarse, before, after, position=position), LENGTH, seed=0)
+        start = place(item, before)
+        assert len(item.target) == LENGTH * COARSE_48K
+        assert item.before == min(start + before, CONTEXT_COARSE)
+        context_after = len(item.codes_T7) - item.before - LENGTH
+        assert context_after == min(n_coarse - start - LENGTH + after, CONTEXT_COARSE)
+        seen.add(start)
+    assert seen == set(range(n_coarse - LENGTH + 1))
+
+
+def test_the_place_depends_on_seed_and_position_alone() -> None:
+    def starts(seed: int) -> list[int]:
+        return [place(crop(ramp_sample(16, 0, 0, position=p), LENGTH, seed), 0) for p in range(40)]
+
+    torch.manual_seed(0)
+    np.random.seed(0)
+    first = starts(7)
+    torch.manual_seed(1)
+    np.random.seed(1)
+    assert starts(7) == first
+    assert starts(8) != first
+
+
+def test_a_short_segment_is_taken_whole() -> None:
+    item = crop(ramp_sample(2, 1, 0), LENGTH, seed=0)
+    assert place(item, 1) == 0
+    assert (item.before, len(item.codes_T7), len(item.target)) == (1, 3, 2 * COARSE_48K)
+
+
+def test_only_real_samples_are_compared() -> None:
+    missing = 1000
+    lengths = set()
+    for position in range(40):
+        item = crop(ramp_sample(5, missing=missing, position=position), LENGTH, seed=0)
+        at_the_end = place(item, 3) == 5 - LENGTH
+        assert len(item.target) == LENGTH * COARSE_48K - (missing if at_the_end else 0)
+        lengths.add(len(item.target))
+    assert len(lengths) == 2
+
+
+def test_crops_are_whole_tokens() -> None:
+    assert crop_coarse(4.0) == 47
+    assert crop_coarse(0.001) == 1
+    assert crop_coarse(3.49 * COARSE_48K / 48_000) == 3
+
+
+def test_batches_have_one_shape_and_say_what_is_real() -> None:
+    crops = [crop(ramp_sample(n, 0, 0, missing=7), LENGTH, seed=0) for n in (1, 2, 3)]
+    batch = collate(crops, LENGTH)
+    assert batch.tokens_BT7.shape == (3, LENGTH + 2 * CONTEXT_COARSE, TOKENS)
+    assert batch.target_BN.shape == (3, LENGTH * COARSE_48K)
+    assert batch.valid_B.tolist() == [n * COARSE_48K - 7 for n in (1, 2, 3)]
+    for n, tokens_T7, target_N, valid in zip((1, 2, 3), batch.tokens_BT7, batch.target_BN, batch.valid_B, strict=True):
+        assert bool((tokens_T7[n:] == PADDING_TOKEN).all())
+        assert bool((tokens_T7[:n] != PADDING_TOKEN).all())
+        assert not target_N[valid:].any()
+    one = collate(crops[:1], LENGTH)
+    assert one.tokens_BT7.shape[1:] == batch.tokens_BT7.shape[1:]
+    assert one.target_BN.shape[1:] == batch.target_BN.shape[1:]
+
+
+def test_select_cuts_each_crop_and_silences_what_is_not_real() -> None:
+    before, valid = [0, 3, 2], [LENGTH * COARSE_48K, 100, 2 * COARSE_48K]
+    batch = Batch(
+        keys=["a", "b", "c"],
+        tokens_BT7=torch.zeros(3, LENGTH + 2 * CONTEXT_COARSE, TOKENS),
+        before_B=torch.tensor(before),
+        target_BN=torch.zeros(3, LENGTH * COARSE_48K),
+        valid_B=torch.tensor(valid),
+    )
+    wav_BN = torch.arange(1.0, 1 + 3 * 9 * COARSE_48K).reshape(3, -1)
+    for wav_N, crop_N, coarse, n in zip(wav_BN, batch.select(wav_BN), before, valid, strict=True):
+        first = coarse * COARSE_48K
+        assert torch.equal(crop_N[:n], wav_N[first : first + n])
+        assert not crop_N[n:].any()
+    parts = list(batch.split(2))
+    assert [part.keys for part in parts] == [["a", "b"], ["c"]]
+    assert torch.equal(torch.cat([part.select(wav_BN[:2]) for part in parts[:1]]), batch.select(wav_BN)[:2])
+
+
+def contents(batches: list[Batch]) -> tuple[list[str], Tensor, Tensor]:
+    keys = [key for batch in batches for key in batch.keys]
+    return keys, torch.cat([b.tokens_BT7 for b in batches]), torch.cat([b.target_BN for b in batches])
+
+
+def assert_same(a: tuple[list[str], Tensor, Tensor], b: tuple[list[str], Tensor, Tensor]) -> None:
+    assert a[0] == b[0]
+    assert torch.equal(a[1], b[1])
+    assert torch.equal(a[2], b[2])
+
+
+@pytest.fixture
+def training(work: Path) -> tuple[Index, Order]:
+    index = load(work / "shards", "train")
+    return index, Order(index.counts, 3, 5, 2)
+
+
+def test_global_batches_do_not_depend_on_workers_ranks_or_where_one_begins(training: tuple[Index, Order]) -> None:
+    index, order = training
+    whole = list(training_batches(index, order, range(6), LENGTH, 0, 0, 1))
+    assert [len(batch) for batch in whole] == [5] * 6
+    for workers, first in ((2, 0), (1, 2)):
+        read = list(training_batches(index, order, range(first, 6), LENGTH, workers, 0, 1))
+        assert_same(contents(read), contents(whole[first:]))
+    ranks = [list(training_batches(index, order, range(6), LENGTH, 0, rank, 2)) for rank in range(2)]
+    for together, *shares in zip(whole, *ranks, strict=True):
+        assert [len(share) for share in shares] == [2, 3]
+        assert_same(contents(shares), contents([together]))
+
+
+def test_validation_crops_are_fixed_whatever_the_batch_size_and_the_number_of_ranks(work: Path) -> None:
+    index = load(work / "shards", "validation")
+    whole = contents(list(fixed_batches(index, 4, 4, LENGTH, 0)))
+    assert len(set(whole[0])) == 4
+    assert_same(contents(list(fixed_batches(index, 4, 3, LENGTH, 0))), whole)
+    ranks = [batch for rank in range(2) for batch in fixed_batches(index, 4, 1, LENGTH, 0, rank, 2)]
+    assert_same(contents(ranks), whole)
+    everything = contents(list(fixed_batches(index, 1000, 2, LENGTH, 0)))[0]
+    assert len(everything) == len(set(everything)) == len(index)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_damage_arrives_as_one_line_that_names_shard_and_key(work: Path, tmp_path: Path, workers: int) -> None:
+    shutil.copytree(work / "shards", tmp_path / "shards")
+    index = load(tmp_path / "shards", "train")
+    row = index.table.slice(len(index) - 1, 1).to_pylist()[0]
+    tar = tmp_path / "shards" / "train" / f"{row['shard']:06d}.tar"
+    with tar.open("r+b") as file:
+        file.seek(row["offset"] + row["length"] // 2)
+        byte = file.read(1)
+        file.seek(-1, io.SEEK_CUR)
+        file.write(bytes([byte[0] ^ 1]))
+    order = Order(index.counts, 0, 4, 2)
+    with pytest.raises(ShardError) as caught:
+        list(training_batches(index, order, range(5), LENGTH, workers, 0, 1))
+    message = str(caught.value)
+    assert message.startswith(f"{tar}: {row['key']}: crc32")
+    assert "\n" not in message
+    assert "Traceback" not in message

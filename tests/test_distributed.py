@@ -1,0 +1,67 @@
+"""Two processes under torchrun train what one process trains."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.helpers import ROOT
+from tests.training_helpers import largest_difference, last_state, metrics, small_training, train_words
+
+SETTINGS = {"batch_size": 3, "micro_batch_size": 1, "eval_samples": 3}  # ranks take one crop and two
+DOUBLE_PRECISION = """
+import torch
+from trainer.__main__ import main
+torch.set_default_dtype(torch.float64)
+main()
+"""
+
+
+def two_processes(*program: str, words: list[str]) -> None:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *program]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    ended = subprocess.run(
+        [*command, "train", *words], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
+    assert ended.returncode == 0, ended.stderr[-2000:]
+
+
+def assert_same_metrics(found: Path, expected: Path, relative: float) -> None:
+    for line, other in zip(metrics(found), metrics(expected), strict=True):
+        assert (line["kind"], line["step"]) == (other["kind"], other["step"])
+        for name in ("loss", "l1", "stft"):
+            assert line[name] == pytest.approx(other[name], rel=relative)
+
+
+def test_two_processes_are_one_to_rounding(work: Path, tmp_path: Path) -> None:
+    """In float64, because Adam magnifies rounding: a gradient of 1e-12 moves a weight as far as one of 1."""
+    script = tmp_path / "double_precision.py"
+    script.write_text(DOUBLE_PRECISION)
+    two_processes(str(script), words=train_words(work, tmp_path / "two", **SETTINGS))
+    torch.set_default_dtype(torch.float64)
+    try:
+        alone = small_training(work, tmp_path / "one", **SETTINGS)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    together = last_state(tmp_path / "two")
+    assert together["step"] == alone["step"] == 6
+    assert together["decoder"]["model.8.bias"].dtype == torch.float64
+    assert largest_difference(together["decoder"], alone["decoder"]) < 1e-9
+    assert_same_metrics(tmp_path / "two", tmp_path / "one", relative=1e-9)
+
+
+def test_a_run_of_one_process_is_resumed_by_two(work: Path, tmp_path: Path) -> None:
+    """By the command itself, in float32: weights move by up to 1e-4 a step and agree to a tenth of one step."""
+    alone = small_training(work, tmp_path / "one", **SETTINGS)
+    begun = small_training(work, tmp_path / "both", **SETTINGS, max_steps=3)
+    two_processes("-m", "trainer", words=train_words(work, tmp_path / "both", **SETTINGS))
+    together = last_state(tmp_path / "both")
+    assert together["step"] == 6
+    assert largest_difference(together["decoder"], begun["decoder"]) > 2e-4
+    assert largest_difference(together["decoder"], alone["decoder"]) < 1e-5
+    assert_same_metrics(tmp_path / "both", tmp_path / "one", relative=1e-3)

@@ -1,0 +1,193 @@
+"""A resumed run is the uninterrupted one, bit for bit; a run that cannot be that is refused with the reason."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+from click.testing import CliRunner
+
+from shards.errors import UserError
+from shards.files import exclusive
+from tests.helpers import ROOT
+from tests.training_helpers import (
+    CPU,
+    as_logged,
+    assert_same_state,
+    last_state,
+    logged_steps,
+    small_training,
+    train_settings,
+    train_words,
+)
+from trainer import checkpoint
+from trainer.__main__ import main
+from trainer.loop import Trainer, train
+
+
+@pytest.fixture(scope="module")
+def finished(work: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Six steps without interruption. Read only."""
+    run = tmp_path_factory.mktemp("finished") / "run"
+    small_training(work, run, keep_last=9)
+    return run
+
+
+def stopped_after(work: Path, run: Path, step: int, **changes: Any) -> Path:
+    small_training(work, run, max_steps=step, **changes)
+    return run
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_resumed_is_uninterrupted(work: Path, finished: Path, tmp_path: Path, workers: int) -> None:
+    """Stopped in phase 1 and on the first step of phase 2, at a validation and between two."""
+    run = tmp_path / "run"
+    for step in (1, 3):
+        stopped_after(work, run, step)
+    resumed = small_training(work, run, num_workers=workers)
+    assert_same_state(resumed, last_state(finished))
+    assert logged_steps(run, "train") == [1, 2, 3, 4, 5, 6]
+    assert [line for line in as_logged(run) if line["step"] != 1] == [
+        line for line in as_logged(finished) if line["step"] != 1
+    ]
+
+
+def test_what_was_logged_after_the_checkpoint_is_logged_once(work: Path, finished: Path, tmp_path: Path) -> None:
+    """As a kill leaves it: an older checkpoint than the log, whose last line is cut off."""
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    checkpoint.step_path(run, 6).unlink()
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"kind": "train", "st')
+    assert_same_state(small_training(work, run), last_state(finished))
+    assert as_logged(run) == as_logged(finished)
+    shutil.rmtree(checkpoint.folder(run))
+    small_training(work, run, max_steps=1)
+    assert logged_steps(run, "validation") == [0, 1]
+    assert logged_steps(run, "train") == [1]
+
+
+def test_noise_is_resumed_too(work: Path, tmp_path: Path) -> None:
+    whole = small_training(work, tmp_path / "whole", noise="keep", max_steps=4, eval_every=99)
+    run = stopped_after(work, tmp_path / "run", 3, noise="keep", eval_every=99)
+    resumed = small_training(work, run, noise="keep", max_steps=4, eval_every=99)
+    assert resumed["decoder"]["model.2.block.2.linear.parametrizations.weight.original0"].any(), "no noise is heard"
+    resumed["best"] = whole["best"]  # the stop was validated too
+    assert_same_state(resumed, whole)
+
+
+@pytest.mark.parametrize(
+    ("change", "difference"),
+    [
+        ({"seed": 1}, "seed is 0, now 1"),
+        ({"batch_size": 3}, "batch_size is 2, now 3"),
+        ({"window_shards": 1}, "window_shards is 2, now 1"),
+        ({"n_ffts": [64, 128]}, "n_ffts is [64, 256], now [64, 128]"),
+        ({"noise": "keep", "learning_rate": 0.5}, "learning_rate is 0.0001, now 0.5; noise is zero, now keep"),
+    ],
+)
+def test_other_settings_are_refused(work: Path, finished: Path, change: dict[str, Any], difference: str) -> None:
+    before = (finished / "settings.json").read_text()
+    with pytest.raises(UserError) as caught:
+        Trainer(train_settings(work, finished, **change), CPU)
+    assert f"cannot be resumed with other settings or data: {difference}; take another run=" in str(caught.value)
+    assert str(checkpoint.step_path(finished, 6)) in str(caught.value)
+    assert (finished / "settings.json").read_text() == before
+
+
+def test_other_data_is_refused_and_moved_data_is_not(work: Path, finished: Path, tmp_path: Path) -> None:
+    shutil.copytree(work / "shards", tmp_path / "shards")
+    assert Trainer(train_settings(tmp_path, finished), CPU).step == 6
+    index = tmp_path / "shards" / "index.parquet"
+    table = pq.read_table(index)
+    pq.write_table(table.slice(0, len(table) - 1), index)
+    with pytest.raises(UserError, match=r"other settings or data: index is \w{64}, now \w{64}; take another run="):
+        Trainer(train_settings(tmp_path, finished), CPU)
+
+
+def test_a_run_is_not_overwritten_unasked(work: Path, finished: Path) -> None:
+    with pytest.raises(UserError, match=r"step_000000006\.pt is already there: resume=auto goes on from it"):
+        Trainer(train_settings(work, finished, resume="never"), CPU)
+
+
+def damaged(whole: bytes, damage: str) -> bytes:
+    middle = len(whole) // 2
+    return {
+        "empty": b"",
+        "cut": whole[:-5000],
+        "one flipped bit": whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1 :],
+        "zeros": whole[:300] + bytes(600) + whole[900:],
+        "text": b"hello\n",
+    }[damage]
+
+
+@pytest.mark.parametrize("damage", ["empty", "cut", "one flipped bit", "zeros", "text", "not ours"])
+def test_a_damaged_checkpoint_is_one_clear_line(work: Path, finished: Path, tmp_path: Path, damage: str) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    path = checkpoint.step_path(run, 6)
+    if damage == "not ours":
+        torch.save({"weights": torch.zeros(1)}, path)
+    else:
+        path.write_bytes(damaged(path.read_bytes(), damage))
+    left = path.read_bytes()
+    result = CliRunner().invoke(main, ["train", *train_words(work, run)])
+    assert result.exit_code == 1
+    assert result.output.startswith(f"error: {path} is not a ")
+    assert result.output.count("\n") == 1
+    assert path.read_bytes() == left
+
+
+def test_two_trainings_in_one_folder_are_refused(work: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    with exclusive(run), pytest.raises(UserError, match="another process is writing here"):
+        train(train_settings(work, run))
+    assert not checkpoint.folder(run).exists()
+
+
+PROGRAM = """
+import sys
+sys.modules["transformers"] = None  # importing it fails
+from trainer.__main__ import main
+main(sys.argv[1:], standalone_mode=False)
+print("modules:", sorted({name.split(".")[0] for name in sys.modules if sys.modules[name]}))
+"""
+
+
+def test_sigterm_saves_and_another_process_goes_on(work: Path, tmp_path: Path) -> None:
+    """The process that is stopped has no transformers, imports nothing of the pipeline, and reads with workers."""
+    run = tmp_path / "run"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    words = [sys.executable, "-c", PROGRAM, "train"]
+    long = train_words(work, run, max_steps=1000, num_workers=1, checkpoint_every=500, eval_every=1000)
+    with subprocess.Popen([*words, *long], cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True) as process:
+        log, waited_until = run / "metrics.jsonl", time.monotonic() + 120
+        while not (log.exists() and '"train"' in log.read_text()):
+            assert process.poll() is None
+            assert time.monotonic() < waited_until
+            time.sleep(0.02)
+        process.send_signal(signal.SIGTERM)
+        output = process.communicate()[0]
+    assert process.returncode == 143
+    stopped = last_state(run)["step"]
+    assert 0 < stopped < 500
+    assert f"SIGTERM: saved step {stopped}; resume=auto goes on from here" in output
+    assert logged_steps(run, "train") == list(range(1, stopped + 1))
+
+    rest = {"max_steps": stopped + 1, "eval_every": 1000}
+    short = [*words, *train_words(work, run, **rest)]
+    ended = subprocess.run(short, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
+    modules = ended.stdout.rsplit("modules:", 1)[1]
+    assert "'trainer'" in modules
+    assert "'pipeline'" not in modules
+    assert "'transformers'" not in modules
+    assert_same_state(last_state(run), small_training(work, tmp_path / "whole", **rest))

@@ -1,0 +1,220 @@
+"""Training learns what it should and nothing else; what would spoil it stops it, with the reason."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from click.testing import CliRunner
+from snac import SNAC
+
+from pipeline.codes import shard_codes
+from pipeline.targets import shard_targets
+from shards.contract import COARSE_48K, TARGET_RATE
+from shards.errors import SettingsError, UserError
+from tests.helpers import TINY_SNAC, codes_settings, targets_settings
+from tests.training_helpers import (
+    CPU,
+    largest_difference,
+    last_state,
+    logged_steps,
+    metrics,
+    small_training,
+    train_settings,
+    train_words,
+)
+from trainer import checkpoint, data
+from trainer.__main__ import main
+from trainer.data import Crop, fixed_batches
+from trainer.distributed import Process
+from trainer.evaluate import crop_losses
+from trainer.loop import Trainer
+
+
+def frozen_bytes(codec: SNAC) -> dict[str, bytes]:
+    tensors = {**codec.encoder.state_dict(prefix="encoder."), **codec.quantizer.state_dict(prefix="quantizer.")}
+    return {name: tensor.numpy().tobytes() for name, tensor in tensors.items()}
+
+
+def test_frozen_means_frozen(work: Path, tmp_path: Path) -> None:
+    training = Trainer(train_settings(work, tmp_path / "run"), CPU)
+    frozen = frozen_bytes(training.snac)
+    tables = {name: table.clone() for name, table in training.model.to_latent.named_buffers()}
+    stock = {name: tensor.clone() for name, tensor in training.snac.decoder.state_dict().items()}
+    begun = {name: tensor.clone() for name, tensor in training.decoder.state_dict().items()}
+    assert training.run()
+    assert frozen_bytes(training.snac) == frozen
+    assert largest_difference(dict(training.model.to_latent.named_buffers()), tables) == 0
+    assert largest_difference(training.snac.decoder.state_dict(), stock) == 0
+    silent = [name for name in begun if ".block.2.linear." in name]
+    ended = training.decoder.state_dict()
+    assert [name for name in begun if torch.equal(begun[name], ended[name])] == silent
+    assert len(silent) == 2 * 5
+
+
+def test_phase_1_moves_the_new_layers_only(work: Path, tmp_path: Path) -> None:
+    training = Trainer(train_settings(work, tmp_path / "run", phase1_steps=3, max_steps=3), CPU)
+    begun = {name: tensor.clone() for name, tensor in training.decoder.state_dict().items()}
+    training.run()
+    ended = training.decoder.state_dict()
+    moved = {int(name.split(".")[1]) for name in begun if not torch.equal(begun[name], ended[name])}
+    assert moved == {6, 7, 8}
+    assert {line["phase"] for line in metrics(tmp_path / "run") if line["kind"] == "train"} == {1}
+
+
+def test_every_parameter_is_in_the_optimizer(work: Path, tmp_path: Path) -> None:
+    training = Trainer(train_settings(work, tmp_path / "run"), CPU)
+    held = [id(parameter) for group in training.optimizer.param_groups for parameter in group["params"]]
+    assert sorted(held) == sorted(id(parameter) for parameter in training.decoder.parameters())
+
+
+def eight_tones(folder: Path) -> Path:
+    """Eight segments of one coarse token each, a tone in each, and one for validation."""
+    rows, random = [], np.random.default_rng(0)
+    time = np.arange(COARSE_48K) / TARGET_RATE
+    for number, hertz in enumerate(random.uniform(100, 600, 9)):
+        tone = 0.45 * np.sin(2 * np.pi * hertz * time + random.uniform(0, 6))
+        soundfile.write(folder / f"{number}.wav", tone, TARGET_RATE, "FLOAT")
+        split = "validation" if number == 8 else "train"
+        rows.append({"path": f"{number}.wav", "speaker": f"{number}", "split": split})
+    (folder / "manifest.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    work = folder / "work"
+    shard_codes(codes_settings(folder / "manifest.jsonl", work, "min_seconds=0", "segment_length=0.085"))
+    shard_targets(targets_settings(work))
+    return work
+
+
+def test_it_overfits_eight_segments(tmp_path: Path) -> None:
+    settings = train_settings(
+        eight_tones(tmp_path), tmp_path / "run", learning_rate=1e-3, max_steps=130, phase1_steps=0,
+        n_ffts=[256, 1024], eval_every=1000, checkpoint_every=1000,
+    )  # fmt: skip
+    training = Trainer(settings, CPU)
+
+    @torch.no_grad()
+    def loss() -> float:
+        (batch,) = fixed_batches(training.training, 8, 8, 1, 0)
+        assert len(set(batch.keys)) == len(training.training) == 8
+        return float(crop_losses(training.model, batch, settings)[1]["loss"].mean())
+
+    warm_start = loss()
+    training.run()
+    assert loss() < warm_start / 2
+
+
+@pytest.fixture
+def double_precision() -> Iterator[None]:
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.usefixtures("double_precision")
+def test_micro_batches_change_nothing(work: Path, tmp_path: Path) -> None:
+    """In float64, because Adam magnifies rounding: a gradient of 1e-12 moves a weight as far as one of 1."""
+    states = {}
+    for size in (None, 2, 1):
+        run = tmp_path / str(size)
+        settings = {"batch_size": 3, "micro_batch_size": size, "max_steps": 3, "phase1_steps": 1, "eval_every": 99}
+        states[size] = small_training(work, run, **settings)
+    for size in (2, 1):
+        assert largest_difference(states[size]["decoder"], states[None]["decoder"]) < 1e-9
+        for line, expected in zip(metrics(tmp_path / str(size)), metrics(tmp_path / "None"), strict=True):
+            assert line["loss"] == pytest.approx(expected["loss"], rel=1e-9)
+    assert states[1]["decoder"]["model.8.bias"].dtype == torch.float64
+
+
+def test_validation_does_not_touch_training(work: Path, tmp_path: Path) -> None:
+    often = small_training(work, tmp_path / "often", eval_every=1, noise="keep", max_steps=4)
+    never = small_training(work, tmp_path / "never", eval_every=99, noise="keep", max_steps=4)
+    assert largest_difference(often["decoder"], never["decoder"]) == 0
+    assert logged_steps(tmp_path / "often", "validation") == [0, 1, 2, 3, 4]
+    assert logged_steps(tmp_path / "never", "validation") == [0, 4]
+    silent = small_training(work, tmp_path / "silent", eval_every=99, noise="zero", max_steps=4)
+    assert largest_difference(silent["decoder"], never["decoder"]) > 0
+
+
+def test_the_best_checkpoint_is_the_best_by_validation(
+    work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Validation losses are made to fall and rise again, whatever training does."""
+    losses = iter([5.0, 3.0, 4.0, 2.0, 6.0])
+    monkeypatch.setattr("trainer.loop.validation_sums", lambda *_: torch.tensor([next(losses), 0, 0, 0, 0, 0]))
+    run = tmp_path / "run"
+    last = small_training(work, run, eval_every=1, eval_samples=1, checkpoint_every=1, keep_last=9, max_steps=4)
+    best = checkpoint.load(checkpoint.folder(run) / checkpoint.BEST)
+    assert (best["step"], best["validation"]["loss"]) == (3, 2.0)
+    assert last["best"] == 2.0
+    assert largest_difference(best["decoder"], checkpoint.load(checkpoint.step_path(run, 3))["decoder"]) == 0
+    assert largest_difference(best["decoder"], last["decoder"]) > 0
+
+
+def test_checkpoints_hold_the_decoder_and_no_code(work: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    small_training(work, run, keep_last=2)
+    kept = sorted(path.name for path in checkpoint.folder(run).iterdir())
+    assert kept == ["best.pt", "step_000000004.pt", "step_000000006.pt"]
+    for name in kept:
+        state = torch.load(checkpoint.folder(run) / name, weights_only=True)
+        assert not {key for key in state["decoder"] if "encoder" in key or "quantizer" in key or "table" in key}
+        assert state["snac_sha256"].keys() == {"config.json", "pytorch_model.bin"}
+    assert "optimizer" not in torch.load(checkpoint.folder(run) / "best.pt", weights_only=True)
+
+
+def test_a_bad_target_stops_before_the_step_and_is_named(
+    work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, original = tmp_path / "run", data.crop
+    training = Trainer(train_settings(work, run, checkpoint_every=1, max_steps=50, eval_every=99), CPU)
+    order, index = training.order, training.training
+    bad_step = 3
+    seen = {sample for step in range(bad_step) for _, sample in order.batch(step)}
+    sample = next(sample for _, sample in order.batch(bad_step) if sample not in seen)
+    bad_key = index.table["key"][sample].as_py()
+    assert bad_key not in {row["key"] for row in training.validation.table.to_pylist()[:2]}
+
+    def planted(members: dict[str, Any], length: int, seed: int) -> Crop:
+        item = original(members, length, seed)
+        if item.key == bad_key and "train" in members["__url__"]:
+            item.target[7] = np.nan
+        return item
+
+    monkeypatch.setattr(data, "crop", planted)
+    with pytest.raises(UserError, match="not finite; stopped before the optimizer step") as caught:
+        training.run()
+    assert f"Keys of the batch here: {bad_key}. Mend" in str(caught.value)
+    assert str(checkpoint.step_path(run, bad_step)) in str(caught.value)
+    assert training.step == bad_step
+    assert largest_difference(training.decoder.state_dict(), last_state(run)["decoder"]) == 0
+
+
+def test_shards_of_another_snac_are_refused(work: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(TINY_SNAC, other)
+    weights = torch.load(other / "pytorch_model.bin", weights_only=True)
+    weights["quantizer.quantizers.0.codebook.weight"][0, 0] += 1
+    torch.save(weights, other / "pytorch_model.bin")
+    with pytest.raises(UserError, match=r"holds codes of another SNAC .*pytorch_model\.bin is \w+, now \w+"):
+        Trainer(train_settings(work, tmp_path / "run", pretrained_model=str(other)), CPU)
+    assert not (tmp_path / "run").exists()
+
+
+def test_fewer_crops_than_processes_are_refused(work: Path, tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match="batch_size=2 is less than the 3 processes"):
+        Trainer(train_settings(work, tmp_path / "run"), Process(0, 3, torch.device("cpu")))
+
+
+@pytest.mark.parametrize("gpu", ["0", "0,1"])
+def test_without_a_gpu_it_says_so(work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gpu: str) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    result = CliRunner().invoke(main, ["train", *train_words(work, tmp_path / "run", gpu=gpu)])
+    assert result.exit_code == 1
+    assert result.output == "error: gpu=0: no GPU is usable here; gpu=cpu runs on the CPU\n"
+    assert not (tmp_path / "run").exists()

@@ -1,0 +1,88 @@
+"""A training so small that many fit in one test file: settings, what it left, and how to compare two."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from configs.loader import load_settings
+from tests.helpers import TINY_SNAC
+from trainer import checkpoint
+from trainer.distributed import Process
+from trainer.loop import Trainer
+from trainer.settings import TrainSettings
+
+SMALL = {
+    "pretrained_model": TINY_SNAC,
+    "gpu": "cpu",
+    "batch_size": 2,
+    "segment_length": 0.085,
+    "n_ffts": [64, 256],
+    "phase1_steps": 2,
+    "max_steps": 6,
+    "num_workers": 0,
+    "window_shards": 2,
+    "eval_samples": 2,
+    "eval_batch_size": 2,
+    "eval_every": 3,
+    "checkpoint_every": 2,
+    "log_every": 1,
+    "resume": "auto",
+}
+CPU = Process(rank=0, world_size=1, device=torch.device("cpu"))
+
+
+def train_words(work: Path, run: Path, **changes: Any) -> list[str]:
+    """The key=value arguments of a small training on the CPU."""
+    values = {"shards": str(work / "shards"), "run": str(run), **SMALL, **changes}
+    return [f"{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in values.items()]
+
+
+def train_settings(work: Path, run: Path, **changes: Any) -> TrainSettings:
+    return load_settings(TrainSettings, "decoder_48khz.json", train_words(work, run, **changes))
+
+
+def small_training(work: Path, run: Path, **changes: Any) -> dict[str, Any]:
+    """Trains (or goes on) to the end in this process and returns the last checkpoint."""
+    assert Trainer(train_settings(work, run, **changes), CPU).run()
+    return last_state(run)
+
+
+def last_state(run: Path) -> dict[str, Any]:
+    path = checkpoint.newest(run)
+    assert path is not None, f"no checkpoint in {run}"
+    return checkpoint.load(path)
+
+
+def metrics(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def logged_steps(run: Path, kind: str) -> list[int]:
+    return [line["step"] for line in metrics(run) if line["kind"] == kind]
+
+
+def as_logged(run: Path) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl without what the clock measured."""
+    clock = ("audio_seconds_per_second", "data_wait_share")
+    return [{name: value for name, value in line.items() if name not in clock} for line in metrics(run)]
+
+
+def largest_difference(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
+    """Over all tensors of two state dicts with the same names."""
+    assert a.keys() == b.keys()
+    return max(float((a[name].double() - b[name].double()).abs().max()) for name in a)
+
+
+def assert_same_state(a: dict[str, Any], b: dict[str, Any]) -> None:
+    """Step, best loss, weights and optimizer are the same, bit for bit."""
+    assert a["step"] == b["step"]
+    assert a["best"] == b["best"]
+    assert largest_difference(a["decoder"], b["decoder"]) == 0
+    assert a["optimizer"]["param_groups"] == b["optimizer"]["param_groups"]
+    assert a["optimizer"]["state"].keys() == b["optimizer"]["state"].keys()
+    for number, moments in a["optimizer"]["state"].items():
+        assert largest_difference(moments, b["optimizer"]["state"][number]) == 0
