@@ -1,0 +1,75 @@
+"""Lag, level and correlation of a re-synthesised target, whose waveform is not the recording's."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+
+from demo.voice import synthesize
+from pipeline.fidelity import compare
+from shards.contract import TARGET_RATE
+
+Samples = npt.NDArray[np.float32]
+
+
+def resynthesised(samples: Samples, seed: int) -> Samples:
+    """Magnitudes kept, phases drawn anew and made consistent (Griffin and Lim, 1984)."""
+    window = torch.hann_window(960)
+    magnitude = torch.stft(torch.from_numpy(samples), 960, 240, window=window, return_complex=True).abs()
+    angle = torch.rand(magnitude.shape, generator=torch.Generator().manual_seed(seed)) * 2 * np.pi
+    phase = torch.polar(torch.ones_like(angle), angle)
+    for _ in range(8):
+        wav = torch.istft(magnitude * phase, 960, 240, window=window, length=len(samples))
+        spectrum = torch.stft(wav, 960, 240, window=window, return_complex=True)
+        phase = spectrum / spectrum.abs().clamp(min=1e-9)
+    resynthesis: Samples = torch.istft(magnitude * phase, 960, 240, window=window, length=len(samples)).numpy()
+    return resynthesis
+
+
+@pytest.fixture(scope="module")
+def pairs() -> list[tuple[Samples, Samples]]:
+    voices = [synthesize(speaker, utterance, 3.0) for speaker in range(4) for utterance in range(5)]
+    return [(voice, resynthesised(voice, seed)) for seed, voice in enumerate(voices)]
+
+
+def test_a_recording_is_itself() -> None:
+    voice = synthesize(0, 0, 2.0)
+    found = compare(voice, voice)
+    assert found["lag_samples"] == pytest.approx(0, abs=0.01)
+    assert found["level_difference_db"] == pytest.approx(0, abs=1e-6)
+    assert found["correlation"] == pytest.approx(1, abs=1e-5)
+
+
+def test_the_waveforms_have_nothing_in_common(pairs: list[tuple[Samples, Samples]]) -> None:
+    assert np.median([abs(np.corrcoef(a, b)[0, 1]) for a, b in pairs]) < 0.3
+
+
+def test_planted_delays_and_gains_are_found(pairs: list[tuple[Samples, Samples]]) -> None:
+    random = np.random.default_rng(0)
+    good = 0
+    for source, target in pairs:
+        delay, gain_db = int(random.integers(-1000, 1001)), random.uniform(-20, 10)
+        found = compare(source, (np.roll(target, delay) * 10 ** (gain_db / 20)).astype(np.float32))
+        own = compare(source, target)["level_difference_db"]
+        assert found["lag_samples"] is not None
+        assert found["level_difference_db"] is not None
+        assert own is not None
+        good += abs(found["lag_samples"] - delay) <= 24 and abs(found["level_difference_db"] - own - gain_db) < 0.5
+    assert good >= 0.95 * len(pairs)
+
+
+def test_what_is_said_decides_the_correlation(pairs: list[tuple[Samples, Samples]]) -> None:
+    same = [compare(source, target)["correlation"] or 0 for source, target in pairs]
+    others = [target for _, target in pairs[1:]] + [pairs[0][1]]
+    other = [compare(source, target)["correlation"] or 0 for (source, _), target in zip(pairs, others, strict=True)]
+    assert min(same) > 0.9
+    assert max(other) < 0.8
+
+
+@pytest.mark.parametrize("silent", ["source", "target"])
+def test_silence_is_compared_with_nothing(silent: str) -> None:
+    voice, silence = synthesize(0, 0, 1.0), np.zeros(TARGET_RATE, np.float32)
+    pair = (silence, voice) if silent == "source" else (voice, silence)
+    assert set(compare(*pair).values()) == {None}
