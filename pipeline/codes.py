@@ -15,9 +15,18 @@ from snac import SNAC
 from codec.audio import AudioError, Header, Recording, Resampler
 from codec.snac import Window, bucketed, coarse_length, device_of, encode, load_snac, windows
 from pipeline.execute import run_shards, summarize
-from pipeline.plan import make_plan, rows_sha256, segment_coarse
+from pipeline.plan import make_plan, rows_sha256
 from pipeline.settings import CodesSettings
-from shards.contract import CODEC_RATE, CODES_SCHEMA, CONTEXT_COARSE, FAILED, OK, flatten_codes, sample_key
+from shards.contract import (
+    CODEC_RATE,
+    CODES_SCHEMA,
+    CONTEXT_COARSE,
+    FAILED,
+    OK,
+    coarse_tokens,
+    flatten_codes,
+    sample_key,
+)
 from shards.files import exclusive
 from shards.writer import is_done, write_table
 
@@ -58,7 +67,7 @@ def shard_codes(settings: CodesSettings) -> None:
 
 def encode_shard(rows: list[dict[str, Any]], model: SNAC, settings: CodesSettings) -> list[dict[str, Any]]:
     """Plan rows of one shard → rows of CODES_SCHEMA, in the same order. A bad recording fails its own rows only."""
-    window_coarse = segment_coarse(settings.window_seconds)
+    window_coarse = coarse_tokens(settings.window_seconds)
     problems: dict[str, str] = {}
     tokens: dict[str, list[tuple[Window, Tokens]]] = {}
 

@@ -21,7 +21,17 @@ from codec.audio import AudioError, Header, output_length, probe
 from codec.snac import coarse_length
 from pipeline.settings import CodesSettings
 from pipeline.sources import Source, find
-from shards.contract import COARSE_48K, CODEC_RATE, FAILED, OK, PLAN_SCHEMA, SPLITS, TARGET_RATE, TOO_SHORT
+from shards.contract import (
+    COARSE_48K,
+    CODEC_RATE,
+    FAILED,
+    OK,
+    PLAN_SCHEMA,
+    SPLITS,
+    TARGET_RATE,
+    TOO_SHORT,
+    coarse_tokens,
+)
 from shards.errors import UserError
 from shards.files import replacing
 from shards.writer import differences, encode_metadata, read_metadata
@@ -64,11 +74,6 @@ def rows_sha256(rows: Iterable[dict[str, Any]]) -> str:
     """Identifies a shard's plan; where its files lie is no part of it."""
     stripped = [{name: value for name, value in row.items() if name != "path"} for row in rows]
     return hashlib.sha256(json.dumps(stripped, sort_keys=True).encode()).hexdigest()
-
-
-def segment_coarse(seconds: float) -> int:
-    """The nearest whole number of coarse tokens, at least one."""
-    return max(round(seconds * TARGET_RATE / COARSE_48K), 1)
 
 
 def make_plan(settings: CodesSettings) -> Plan:
@@ -162,7 +167,7 @@ def _write(
 def _deal(recordings: Iterable[Measured], settings: CodesSettings) -> Iterator[list[dict[str, Any]]]:
     rows: list[dict[str, Any]] = []
     for recording in recordings:
-        for row in _segments(recording, segment_coarse(settings.segment_length), settings.min_seconds):
+        for row in _segments(recording, coarse_tokens(settings.segment_length), settings.min_seconds):
             rows.append(row)
             if len(rows) == settings.segments_per_shard:
                 yield rows

@@ -121,6 +121,11 @@ def sample_key(shard: int, row: int) -> str:
     return f"{shard:06d}-{row:05d}"
 
 
+def coarse_tokens(seconds: float) -> int:
+    """The nearest whole number of coarse tokens, at least one: 4 s become 47 (4.0107 s)."""
+    return max(round(seconds * TARGET_RATE / COARSE_48K), 1)
+
+
 def flatten_codes(codes_T7: npt.NDArray[np.int16]) -> npt.NDArray[np.int16]:
     """(T, 7) rows of one coarse token each → flat: T coarse, 2T middle, 4T fine tokens, each in time order."""
     return np.concatenate([codes_T7[:, :1].ravel(), codes_T7[:, 1:3].ravel(), codes_T7[:, 3:].ravel()])

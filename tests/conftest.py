@@ -12,6 +12,7 @@ import soundfile
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import torch
+from snac import SNAC
 
 from codec.snac import load_snac
 from pipeline.codes import shard_codes
@@ -22,7 +23,7 @@ torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
-def snac():
+def snac() -> SNAC:
     """The stand-in SNAC, frozen."""
     return load_snac(TINY_SNAC)[0]
 

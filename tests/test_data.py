@@ -14,11 +14,11 @@ import soundfile
 import torch
 from torch import Tensor
 
-from shards.contract import COARSE_48K, CONTEXT_COARSE, FORMAT_VERSION, TOKENS, flatten_codes, npy_bytes
+from shards.contract import COARSE_48K, CONTEXT_COARSE, FORMAT_VERSION, TOKENS, coarse_tokens, flatten_codes, npy_bytes
 from shards.errors import ShardError
 from shards.index import Index, load
 from shards.order import Order
-from trainer.data import Batch, Crop, collate, crop, crop_coarse, fixed_batches, training_batches
+from trainer.data import Batch, Crop, collate, crop, fixed_batches, training_batches
 from trainer.decoder import PADDING_TOKEN
 
 LENGTH = 3
@@ -101,9 +101,9 @@ def test_only_real_samples_are_compared() -> None:
 
 
 def test_crops_are_whole_tokens() -> None:
-    assert crop_coarse(4.0) == 47
-    assert crop_coarse(0.001) == 1
-    assert crop_coarse(3.49 * COARSE_48K / 48_000) == 3
+    assert coarse_tokens(4.0) == 47
+    assert coarse_tokens(0.001) == 1
+    assert coarse_tokens(3.49 * COARSE_48K / 48_000) == 3
 
 
 def test_batches_have_one_shape_and_say_what_is_real() -> None:

@@ -33,7 +33,7 @@ def train_quietly(work: Path, run: Path) -> None:
 def context() -> Iterator[ForkServerContext]:
     """Processes that start with everything imported, in milliseconds."""
     forkserver = multiprocessing.get_context("forkserver")
-    forkserver.set_forkserver_preload(["tests.test_killed_training", "torch._dynamo"])
+    forkserver.set_forkserver_preload([__name__, "torch._dynamo", "huggingface_hub.file_download"])
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("OMP_NUM_THREADS", "1")
         patch.setenv("PYTHONPATH", str(ROOT))
@@ -61,7 +61,7 @@ def test_killed_twenty_times(context: ForkServerContext, work: Path, tmp_path: P
         assert number < KILLS, "most runs ended before they were killed"
         run = tmp_path / str(number)
         process = start(context, work, run)
-        process.join(delays.uniform(0, 0.7 * seconds) if kills < KILLS else None)
+        process.join(delays.uniform(0, seconds) if kills < KILLS else None)
         if process.is_alive():
             process.kill()
             process.join()
@@ -76,7 +76,7 @@ def test_killed_twenty_times(context: ForkServerContext, work: Path, tmp_path: P
         assert (best["step"], best["validation"]) == (expected["step"], expected["validation"])
         assert not list(run.rglob("*.tmp"))
         number += 1
-    assert len(resumed) >= 4, f"the kills fell at too few places: {resumed}"
+    assert len(resumed) >= 3, f"the kills fell at too few places: {resumed}"
 
 
 @pytest.mark.xfail(strict=True, reason="loader workers hold the folder's lock until they notice, up to 5 s later")

@@ -459,15 +459,6 @@ def widen_a_column(shards: Path, random: np.random.Generator) -> None:
     pq.write_table(table.set_column(place, "n_samples", table["n_samples"].cast(pa.int64())), path)
 
 
-def edit_metadata(shards: Path, random: np.random.Generator) -> None:
-    path = shards / "train" / "000000.parquet"
-    table = pq.read_table(path)
-    metadata = read_metadata(path)
-    key = sorted(metadata)[int(random.integers(len(metadata)))]
-    changes = {"format_version": 2, "tar_bytes": 512, "tar_sha256": "0", "fingerprint": {"snac": "another"}}
-    write_table(path, table, {**metadata, key: changes[key]})
-
-
 def edit_value(path: Path, column: str, row: int) -> None:
     """As a well-meaning hand would."""
     table = pq.read_table(path)
@@ -515,7 +506,6 @@ DAMAGES: list[tuple[Callable[[Path, np.random.Generator], None], int]] = [
     (drop_a_row, 3),
     (drop_a_column, 3),
     (widen_a_column, 1),
-    (edit_metadata, 8),
     (lose_metadata, 1),
     (index_of_another_set, 1),
     (index_of_fewer_shards, 1),
@@ -546,6 +536,22 @@ def test_an_edited_value_of_any_column_is_found(column: str, shards: Path) -> No
     path = shards / "train" / "000000.parquet"
     edit_value(path, column, SIDECAR_SCHEMA.names.index(column) % pq.read_metadata(path).num_rows)
     assert all_problems(shards) == [f"{path}: its rows are not those of the index"]
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "problem"),
+    [
+        ("format_version", 2, "000000.parquet has format 2, this version reads 1"),
+        ("tar_bytes", 512, "bytes, its sidecar says 512"),
+        ("tar_sha256", "0", "000000.tar: its sha256 is not the sidecar's"),
+        ("fingerprint", {"target_bits": 24}, "000000.parquet: made by another run than the index"),
+    ],
+)
+def test_edited_metadata_is_found(key: str, value: object, problem: str, shards: Path) -> None:
+    path = shards / "train" / "000000.parquet"
+    write_table(path, pq.read_table(path), {**read_metadata(path), key: value})
+    (found,) = all_problems(shards)
+    assert problem in found
 
 
 def test_each_damaged_sample_is_named(shards: Path) -> None:
@@ -760,6 +766,16 @@ def test_verify_as_a_command_says_each_problem_in_one_line(shards: Path) -> None
 def test_verify_of_no_shards_says_what_to_run(tmp_path: Path) -> None:
     with pytest.raises(ShardError, match="just shard-targets"):
         verify(VerifySettings(shards=tmp_path))
+
+
+def test_verify_names_shards_that_the_index_does_not_know(shards: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    compact(shards, shard_list(shards)[1:])
+    with pytest.raises(ShardError, match=r"2 problem\(s\) in 3 shards"):
+        verify(VerifySettings(shards=shards))
+    assert capsys.readouterr().out.splitlines() == [
+        f"{shards}/train/000000.parquet: not in the index",
+        f"{shards}/train/000000.tar: not in the index",
+    ]
 
 
 def test_what_is_damaged_can_be_made_again(work: Path, tmp_path: Path) -> None:

@@ -12,10 +12,10 @@ import pyarrow.parquet as pq
 import pytest
 import soundfile
 import torch
+from torchaudio.functional import highpass_biquad
 from transformers import SeamlessM4TFeatureExtractor
 
 from codec.audio import Recording, probe
-from pipeline import sidon as sidon_module
 from pipeline.codes import shard_codes
 from pipeline.sidon import FRAME, PADDING, Restorer, Sidon
 from pipeline.targets import shard_targets
@@ -113,10 +113,9 @@ def test_the_model_hears_the_reference_features(sidon: Sidon, monkeypatch: pytes
         return {"last_hidden_state": torch.zeros(1, features.shape[1], 1024)}
 
     monkeypatch.setattr(sidon, "encoder", listen)
-    audio = np.random.default_rng(0).standard_normal(20 * FRAME + 2 * PADDING).astype(np.float32) / 10
+    audio = np.random.default_rng(0).standard_normal(20 * FRAME + 2 * PADDING, dtype=np.float32) / np.float32(10)
     sidon.restore(audio)
-    filtered = torch.from_numpy(audio)
-    filtered = sidon_module.F.highpass_biquad(filtered, 16_000, 50.0)
+    filtered = highpass_biquad(torch.from_numpy(audio), 16_000, 50.0)
     reference = SeamlessM4TFeatureExtractor(feature_size=80, num_mel_bins=80, stride=2)
     expected = reference(filtered.numpy(), sampling_rate=16_000, return_tensors="pt")["input_features"]
     assert heard[0].shape == (1, 21, 160)

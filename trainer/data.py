@@ -15,7 +15,7 @@ import webdataset
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from shards.contract import COARSE_48K, CONTEXT_COARSE, TARGET_RATE, TOKENS
+from shards.contract import COARSE_48K, CONTEXT_COARSE, TOKENS
 from shards.errors import ShardError
 from shards.index import Index
 from shards.order import Order, random_words, rank_slice
@@ -62,11 +62,6 @@ class Batch:
         samples = torch.arange(self.target_BN.shape[1], device=wav_BN.device)
         crops = wav_BN.gather(1, self.before_B[:, None] * COARSE_48K + samples)
         return crops * (samples < self.valid_B[:, None])
-
-
-def crop_coarse(seconds: float) -> int:
-    """The nearest whole number of coarse tokens, at least one."""
-    return max(round(seconds * TARGET_RATE / COARSE_48K), 1)
 
 
 def crop(members: dict[str, Any], length: int, seed: int) -> Crop:

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from codec.audio import AudioError, Recording, Resampler, probe
 from codec.snac import coarse_length, device_of, encode, windows
-from shards.contract import COARSE_48K, CODEC_RATE, CONTEXT_COARSE, TARGET_RATE, load_codes
+from shards.contract import COARSE_48K, CODEC_RATE, CONTEXT_COARSE, TARGET_RATE, coarse_tokens, load_codes
 from shards.errors import ShardError, UserError
 from shards.files import replacing
 from trainer.checkpoint import Codec48k, load_codec
@@ -30,7 +30,7 @@ def decode(settings: DecodeSettings) -> None:
     device = device_of(settings.gpu)
     codec.snac.to(device)
     codec.decoder.to(device)
-    window_coarse = max(round(settings.window_seconds * TARGET_RATE / COARSE_48K), 1)
+    window_coarse = coarse_tokens(settings.window_seconds)
     output = settings.output or settings.input.with_suffix(".48k.wav")
     try:
         if settings.input.suffix == ".npy":

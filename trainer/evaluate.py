@@ -11,11 +11,11 @@ from torchaudio.transforms import Resample
 
 from codec.audio import BETA, KERNEL_WIDTH, ROLLOFF
 from codec.snac import device_of
-from shards.contract import CODEC_RATE, TARGET_RATE
+from shards.contract import CODEC_RATE, TARGET_RATE, coarse_tokens
 from shards.errors import UserError
 from shards.index import load
 from trainer.checkpoint import load_codec
-from trainer.data import Batch, crop_coarse, fixed_batches
+from trainer.data import Batch, fixed_batches
 from trainer.decoder import CodesToLatent, CropDecoder, warm_start
 from trainer.losses import base_losses
 from trainer.metrics import log_spectral_distances
@@ -79,7 +79,7 @@ def evaluate(settings: EvalSettings) -> None:
         "warm start, untrained": CropDecoder(to_latent, warm_start(codec.snac, "zero", settings.seed)).to(device),
         "trained": CropDecoder(to_latent, codec.decoder).to(device),
     }
-    batches = fixed_batches(index, settings.samples, 8, crop_coarse(settings.segment_length), settings.seed)
+    batches = fixed_batches(index, settings.samples, 8, coarse_tokens(settings.segment_length), settings.seed)
     found: dict[str, list[dict[str, Tensor]]] = {name: [] for name in rows}
     for batch in batches:
         batch = batch.to(device)

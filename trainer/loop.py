@@ -15,14 +15,14 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from codec.snac import load_snac
-from shards.contract import COARSE_48K, TARGET_RATE
+from shards.contract import COARSE_48K, TARGET_RATE, coarse_tokens
 from shards.errors import SettingsError, UserError
 from shards.files import exclusive
 from shards.index import load
 from shards.order import Order, random_words
 from shards.writer import differences
 from trainer import checkpoint, distributed
-from trainer.data import Batch, crop_coarse, fixed_batches, training_batches
+from trainer.data import Batch, fixed_batches, training_batches
 from trainer.decoder import CodesToLatent, CropDecoder, trainable, warm_start
 from trainer.distributed import Process
 from trainer.evaluate import VALIDATION_NAMES, crop_losses, validation_sums
@@ -63,7 +63,7 @@ class Trainer:
         self._check_data()
         self.order = Order(self.training.counts, settings.seed, settings.batch_size, settings.window_shards)
         self.total_steps = settings.max_steps or self.order.steps(settings.num_epochs)
-        self.length = crop_coarse(settings.segment_length)
+        self.length = coarse_tokens(settings.segment_length)
 
         self.decoder = warm_start(self.snac, settings.noise, settings.seed)
         self.model = CropDecoder(CodesToLatent(self.snac), self.decoder).to(process.device)

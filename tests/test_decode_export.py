@@ -1,0 +1,282 @@
+"""What training leaves works without this project: the stock package decodes it, and WAVs have the right length."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import soundfile
+import torch
+from click.testing import CliRunner
+from snac import SNAC
+
+from codec.snac import snac_levels
+from shards.contract import COARSE_48K, CONTEXT_COARSE, flatten_codes
+from tests.helpers import ROOT, TINY_SNAC, speechlike
+from tests.training_helpers import small_training
+from trainer import checkpoint
+from trainer.__main__ import main
+from trainer.checkpoint import load_codec
+from trainer.decode import decode_stream
+from trainer.decoder import RATES_48K
+
+STOCK_ONLY = """
+import sys
+import torch
+from snac import SNAC
+folder, original, codes, audio, out = sys.argv[1:]
+torch.set_num_threads(1)
+model, stock = SNAC.from_pretrained(folder), SNAC.from_pretrained(original)
+codes, audio = torch.load(codes), torch.load(audio)
+with torch.inference_mode():
+    torch.save([model.decode(codes), model.encode(audio), stock.encode(audio)], out)
+ours = {"trainer", "codec", "shards", "configs", "pipeline"} & {name.split(".")[0] for name in sys.modules}
+assert not ours, ours
+"""
+
+
+@pytest.fixture(scope="module")
+def run(work: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A training of three steps, large ones, so that its decoder is not the warm start."""
+    folder = tmp_path_factory.mktemp("decode") / "run"
+    small_training(work, folder, max_steps=3, phase1_steps=0, learning_rate=1e-3)
+    shutil.copy(checkpoint.step_path(folder, 3), checkpoint.folder(folder) / checkpoint.BEST)
+    return folder
+
+
+def call(command: str, *words: str) -> tuple[int, str]:
+    result = CliRunner().invoke(main, [command, *words])
+    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
+    return result.exit_code, result.output
+
+
+@pytest.fixture(scope="module")
+def exported(run: Path) -> Path:
+    out = run.parent / "export"
+    assert call("export", f"model={run}", f"out={out}")[0] == 0
+    return out
+
+
+def random_codes(coarse: int, seed: int = 0) -> npt.NDArray[np.int16]:
+    return np.random.default_rng(seed).integers(0, 4096, (coarse, 7)).astype(np.int16)
+
+
+def whole(model: Path, codes_T7: npt.NDArray[np.int16]) -> npt.NDArray[np.float32]:
+    codec = load_codec(model)
+    with torch.inference_mode():
+        wav: npt.NDArray[np.float32] = codec.decoder(codec.snac.quantizer.from_codes(snac_levels(codes_T7)))[
+            0, 0
+        ].numpy()
+    return wav
+
+
+def test_the_stock_package_loads_and_decodes_it(run: Path, exported: Path, tmp_path: Path) -> None:
+    codes_T7, audio = random_codes(5), torch.from_numpy(speechlike(0.7, 24_000, 1))[None, None]
+    torch.save(snac_levels(codes_T7), tmp_path / "codes")
+    torch.save(audio, tmp_path / "audio")
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    arguments = [str(exported), TINY_SNAC, *(str(tmp_path / name) for name in ("codes", "audio", "out"))]
+    subprocess.run([sys.executable, "-c", STOCK_ONLY, *arguments], cwd=tmp_path, env=environment, check=True)
+    wav, tokens, expected_tokens = torch.load(tmp_path / "out")
+    assert wav.shape == (1, 1, 5 * COARSE_48K)
+    np.testing.assert_allclose(wav[0, 0].numpy(), whole(run, codes_T7), atol=1e-6)
+    assert np.abs(wav.numpy()).max() > 1e-2
+    for level, expected in zip(tokens, expected_tokens, strict=True):
+        assert torch.equal(level, expected)
+
+
+def test_an_export_holds_what_the_stock_package_expects(exported: Path) -> None:
+    assert {path.name for path in exported.iterdir()} == {
+        "config.json", "pytorch_model.bin", "provenance.json", "README.md",
+    }  # fmt: skip
+    config = json.loads((exported / "config.json").read_text())
+    stock = json.loads((Path(TINY_SNAC) / "config.json").read_text())
+    assert config == {**stock, "decoder_rates": RATES_48K}
+    provenance = json.loads((exported / "provenance.json").read_text())
+    assert provenance["step"] == 3
+    assert provenance["settings"]["learning_rate"] == 1e-3
+    assert "stand-in" in provenance["snac"]
+    assert provenance["data"]["teacher"] == "recording"
+
+
+def snippet(text: str, exported: Path) -> str:
+    """The first python block that loads an export, with its directory's name replaced."""
+    blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    block = next(block for block in blocks if "SNAC.from_pretrained" in block)
+    (name,) = re.findall(r'from_pretrained\("([^"]+)"\)', block)
+    assert name in ("snac_48khz", exported.name)
+    return block.replace(f'"{name}"', repr(str(exported)))
+
+
+def test_the_readme_snippet_runs(exported: Path) -> None:
+    names: dict[str, Any] = {}
+    exec(snippet((ROOT / "README.md").read_text(), exported), names)
+    coarse = names["codes"][0].shape[1]
+    assert names["wav_48k"].shape == (1, 1, COARSE_48K * coarse)
+    assert coarse == -(-names["audio_24k"].shape[-1] // 2048)
+
+
+def test_the_export_says_how_to_use_it(exported: Path) -> None:
+    names: dict[str, Any] = {"codes": snac_levels(random_codes(2))}
+    exec(snippet((exported / "README.md").read_text(), exported), names)
+    assert names["wav_48k"].shape == (1, 1, 2 * COARSE_48K)
+
+
+def test_an_export_never_overwrites(run: Path, tmp_path: Path) -> None:
+    for place in (tmp_path / "folder", tmp_path / "file"):
+        if place.name == "folder":
+            place.mkdir()
+        else:
+            place.write_text("mine")
+        code, output = call("export", f"model={run}", f"out={place}")
+        assert (code, output) == (1, f"error: out={place} exists: choose another directory or delete it\n")
+    assert (tmp_path / "file").read_text() == "mine"
+    assert not list((tmp_path / "folder").iterdir())
+
+
+@pytest.mark.parametrize("coarse", [1, 5, 6, 7, 12, 13, 18])
+def test_windows_and_pieces_change_nothing(run: Path, coarse: int) -> None:
+    """Windows of 6 coarse tokens over 1 to 3 windows, tokens arriving in pieces of random size, some empty."""
+    codes_T7, random = random_codes(coarse, coarse), np.random.default_rng(coarse)
+    expected, codec = whole(run, codes_T7), load_codec(run)
+    for _ in range(3):
+        cuts = np.sort(random.integers(0, coarse + 1, random.integers(0, 6)))
+        blocks = list(decode_stream(codec, iter(np.split(codes_T7, cuts)), 6))
+        assert max(len(block) for block in blocks) <= 6 * COARSE_48K
+        assert len(np.concatenate(blocks)) == coarse * COARSE_48K
+        np.testing.assert_allclose(np.concatenate(blocks), expected, atol=1e-5)
+
+
+def test_audio_leaves_before_the_tokens_end(run: Path) -> None:
+    taken = 0
+
+    def tokens() -> Iterator[npt.NDArray[np.int16]]:
+        nonlocal taken
+        for row in random_codes(20):
+            taken += 1
+            yield row[None]
+
+    first = next(decode_stream(load_codec(run), tokens(), 4))
+    assert len(first) == 4 * COARSE_48K
+    assert taken == 4 + CONTEXT_COARSE
+
+
+@pytest.mark.parametrize(
+    ("rate", "frames"),
+    [(8000, 1), (11_025, 5003), (16_000, 16_001), (22_050, 7777), (24_000, 2048), (44_100, 44_101), (48_000, 60_007),
+     (96_000, 9_999)],
+)  # fmt: skip
+def test_a_wav_has_exactly_the_recordings_length(run: Path, tmp_path: Path, rate: int, frames: int) -> None:
+    audio = speechlike(frames / rate, rate, 0)
+    assert len(audio) == frames
+    soundfile.write(tmp_path / "in.wav", np.stack([audio, audio], axis=1) if rate < 12_000 else audio, rate)
+    code, output = call("decode", f"model={run}", f"input={tmp_path / 'in.wav'}", "window_seconds=1")
+    assert code == 0
+    assert "stand-in" in output
+    info = soundfile.info(tmp_path / "in.48k.wav")
+    assert (info.frames, info.samplerate, info.channels) == (-(-frames * 48_000 // rate), 48_000, 1)
+    assert info.subtype == "PCM_16"
+
+
+def test_codes_and_recording_run_and_export_give_one_wav(run: Path, exported: Path, tmp_path: Path, snac: SNAC) -> None:
+    audio = speechlike(2.5, 24_000, 3)
+    soundfile.write(tmp_path / "a.wav", audio, 24_000, "FLOAT")
+    levels = snac.encode(torch.from_numpy(audio)[None, None])
+    np.save(tmp_path / "a.npy", torch.cat(levels, dim=1)[0].numpy().astype(np.int16))
+    wavs = []
+    for model, name in (
+        (run, "a.wav"),
+        (exported, "a.wav"),
+        (run, "a.npy"),
+        (checkpoint.step_path(run, 3), "a.npy"),
+    ):
+        out = tmp_path / f"{len(wavs)}.wav"
+        code, _ = call("decode", f"model={model}", f"input={tmp_path / name}", f"output={out}", "window_seconds=1.1")
+        assert code == 0
+        wavs.append(soundfile.read(out, dtype="int16")[0].astype(int))
+    assert [len(wav) for wav in wavs] == [120_000, 120_000, 30 * COARSE_48K, 30 * COARSE_48K]
+    for wav in wavs[1:]:
+        assert np.abs(wav[:120_000] - wavs[0]).max() <= 1
+    assert np.abs(wavs[0]).max() > 300
+
+
+def npy(array: npt.NDArray[Any]) -> bytes:
+    np.save(buffer := io.BytesIO(), array)
+    return buffer.getvalue()
+
+
+GOOD = flatten_codes(random_codes(3))
+BROKEN = {
+    "high.npy": (npy(np.where(GOOD == GOOD[4], 4096, GOOD).astype(np.int16)), r"tokens run from \d+ to 4096"),
+    "negative.npy": (npy(np.where(GOOD == GOOD[4], -1, GOOD).astype(np.int16)), "tokens run from -1 to"),
+    "short.npy": (npy(GOOD[:-1]), "20 tokens are not T \\+ 2T \\+ 4T"),
+    "none.npy": (npy(GOOD[:0]), "0 tokens are not"),
+    "wide.npy": (npy(GOOD.astype(np.int64)), "codes are int64"),
+    "levels.npy": (npy(random_codes(3)), r"of shape \(3, 7\)"),
+    "text.npy": (b"1 2 3 4 5 6 7\n", "not a plain .npy"),
+    "cut.npy": (npy(GOOD)[:-3], "not a plain .npy"),
+    "text.wav": (b"not audio at all\n", "not readable as audio"),
+    "empty.wav": (b"", "empty"),
+    "missing.wav": (None, "no such file"),
+    "missing.npy": (None, "No such file"),
+}
+
+
+@pytest.mark.parametrize("name", list(BROKEN))
+def test_a_wrong_input_is_one_line(run: Path, tmp_path: Path, name: str) -> None:
+    content, reason = BROKEN[name]
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    code, output = call("decode", f"model={run}", f"input={tmp_path / name}")
+    assert code == 1
+    assert re.fullmatch(f"error: .*{re.escape(str(tmp_path / name))}.*\n", output)
+    assert re.search(reason, output)
+    assert [path.name for path in tmp_path.iterdir()] == ([name] if content is not None else [])
+
+
+def test_a_wrong_model_is_one_line(run: Path, tmp_path: Path) -> None:
+    (tmp_path / "text.pt").write_text("no weights")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "a.npy").write_bytes(npy(GOOD))
+    shutil.copytree(TINY_SNAC, tmp_path / "other")
+    (tmp_path / "other" / "config.json").write_text((Path(TINY_SNAC) / "config.json").read_text() + "\n")
+    cases = [
+        ([f"model={tmp_path / 'missing'}"], "missing: no checkpoint there"),
+        ([f"model={tmp_path / 'empty'}"], "empty: no checkpoint there"),
+        ([f"model={tmp_path / 'text.pt'}"], "text.pt is not a readable checkpoint"),
+        ([f"model={TINY_SNAC}"], "is not a directory made by `just export`"),
+        ([f"model={run}", f"pretrained_model={tmp_path / 'other'}"], "belongs to another SNAC than .*config.json is"),
+        ([f"model={run}", f"pretrained_model={tmp_path / 'empty'}"], "empty has no config.json"),
+    ]
+    for words, reason in cases:
+        for command in (["decode", f"input={tmp_path / 'a.npy'}"], ["export", f"out={tmp_path / 'out'}"]):
+            code, output = call(*command, *words)
+            assert code == 1, output
+            assert re.fullmatch(f"error: .*{reason}.*\n", output)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_wav_clips_and_never_wraps(tmp_path: Path) -> None:
+    samples = np.array([0, 1, -1, 1.5, -1.5, 100, -100, 32767 / 32768, 0.5 / 32768 + 1e-6, -1e-6], np.float32)
+    write_wav(tmp_path / "a.wav", iter([samples[:4], samples[4:]]), len(samples))
+    expected = [0, 32767, -32768, 32767, -32768, 32767, -32768, 32767, 1, 0]
+    assert soundfile.read(tmp_path / "a.wav", dtype="int16")[0].tolist() == expected
+
+
+def test_a_wav_that_would_be_too_short_is_not_written(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="5 of 15 samples were not decoded"):
+        write_wav(tmp_path / "a.wav", iter([np.zeros(10, np.float32)]), 15)
+    assert not list(tmp_path.iterdir())
+    write_wav(tmp_path / "a.wav", iter([np.zeros(10, np.float32), np.ones(10, np.float32)]), 15)
+    assert soundfile.info(tmp_path / "a.wav").frames == 15
