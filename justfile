@@ -52,7 +52,7 @@ prefetch *args: _env
 demo *args: _env
     @{{ python }} -m demo demo "$@"
 
-# does the base recipe learn on real speech? just learning SPEECH OUT (stand-in SNAC, an hour on 2 cores)
+# does the base recipe learn on real speech? just learning SPEECH OUT (stand-in SNAC, half an hour on 2 cores)
 learning *args: _env
     @{{ python }} -m benchmarks.learning "$@"
 

@@ -28,6 +28,7 @@ KERNEL_WIDTH = 64  # zero crossings on each side; with ROLLOFF and BETA, resampy
 ROLLOFF = 0.9475937167399596
 BETA = 14.769656459379492
 MAX_KERNEL_ELEMENTS = 1 << 25
+MAX_OGG_PAGE = 27 + 255 + 255 * 255  # bytes
 UNKNOWN_WAV_LENGTHS = {0, 0x7FFFFFFF, 0xFFFFFFFF}  # what programs write that stream to a pipe
 
 
@@ -50,6 +51,8 @@ def probe(path: Path) -> Header:
         if file.frames <= 0:
             raise AudioError("holds no audio")
         _check_wav_is_whole(file)
+        if file.format == "OGG":
+            _check_ogg_is_whole(path)
         return Header(file.frames, file.samplerate, file.channels)
 
 
@@ -84,8 +87,10 @@ class Recording:
             end = self.first + self.frames
             while position < end:
                 block = _read(file, min(BLOCK_FRAMES, end - position))
-                if not np.isfinite(block).all():
-                    raise AudioError(f"NaN or infinity near {position / self.header.rate:.3f} s")
+                finite = np.isfinite(block).all(axis=1)
+                if not finite.all():
+                    seconds = (position + int(finite.argmin())) / self.header.rate
+                    raise AudioError(f"NaN or infinity near {seconds:.3f} s")
                 position += len(block)
                 yield block.mean(axis=1, dtype=np.float32)
 
@@ -102,7 +107,7 @@ class Recording:
 
 
 class Resampler:
-    """A recording at `rate`: `read(a, b)` returns its samples [a, b), zeros where the recording has ended."""
+    """A recording at `rate`: `read(a, b)` returns its samples [a, b), zeros before its start and after its end."""
 
     def __init__(self, recording: Recording, rate: int) -> None:
         common = math.gcd(recording.header.rate, rate)
@@ -121,7 +126,10 @@ class Resampler:
             return native
         resampled = _resample(self.old, self.new)(torch.from_numpy(native)).numpy()
         skip = a - first * self.new
-        return resampled[skip : skip + b - a]
+        stretch: Samples = resampled[skip : skip + b - a]
+        stretch[: max(-a, 0)] = 0  # the kernel rings beyond both ends
+        stretch[max(output_length(self.recording.frames, self.old, self.new) - a, 0) :] = 0
+        return stretch
 
     def _native(self, a: int, b: int) -> Samples:
         """Frames [a, b) of the recording, with zeros before its start and after its end."""
@@ -160,7 +168,8 @@ def _resample(old: int, new: int) -> Resample:
         lowpass_filter_width=KERNEL_WIDTH,
         rolloff=ROLLOFF,
         beta=BETA,
-    )
+        dtype=torch.float64,  # computed in float32, the kernels of 11.025 kHz and its multiples lose 30 dB
+    ).float()
 
 
 def _open(path: Path) -> soundfile.SoundFile:
@@ -190,6 +199,15 @@ def _check_wav_is_whole(file: soundfile.SoundFile) -> None:
     promised = re.search(r"^data : (\d+) \(should be (\d+)\)", file.extra_info, re.MULTILINE)
     if promised and int(promised[1]) not in UNKNOWN_WAV_LENGTHS and int(promised[1]) > int(promised[2]):
         raise AudioError(f"cut off: the header promises {promised[1]} bytes of samples, the file holds {promised[2]}")
+
+
+def _check_ogg_is_whole(path: Path) -> None:
+    """libsndfile quietly ends an Ogg at its last whole page; what follows shows whether it was cut off."""
+    with path.open("rb") as file:
+        file.seek(max(path.stat().st_size - MAX_OGG_PAGE, 0))
+        page = file.read().rpartition(b"OggS\0")[2]  # the last one: flags, position, serial, …, sizes, their payload
+    if len(page) < 22 or len(page) < 22 + page[21] + sum(page[22 : 22 + page[21]]):
+        raise AudioError("cut off: its last Ogg page is incomplete")
 
 
 def _reason(error: Exception) -> str:

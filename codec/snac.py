@@ -1,8 +1,8 @@
 """The frozen SNAC 24 kHz: loaded verified, and run in windows that give the tokens of the whole recording.
 
-The encoder's receptive field is shorter than two coarse tokens, so a window that overlaps its neighbours by two on
-each side yields the same tokens as `SNAC.encode` of the whole. Windows are batched by equal length only: padding one
-would change its last tokens.
+A latent frame hears up to 5121 samples to each side, two and a half coarse tokens, so a window that overlaps its
+neighbours by three on each side yields the same tokens as `SNAC.encode` of the whole. Windows are batched by equal
+length only: padding one would change its last tokens.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from codec.weights import SNAC_FILES, Weights, resolve
 from shards.contract import COARSE_24K, CODEBOOK_SIZE, CODEC_RATE, TOKENS_PER_COARSE
 from shards.errors import UserError
 
-OVERLAP_COARSE = 2
+OVERLAP_COARSE = 3
 GEOMETRY = {"encoder_rates": [2, 4, 8, 8], "vq_strides": [4, 2, 1], "codebook_size": CODEBOOK_SIZE}
 
 Item = TypeVar("Item")

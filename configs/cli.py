@@ -13,6 +13,11 @@ import click
 from configs.loader import FOLDER, Settings, load_settings
 from shards.errors import UserError
 
+SHOWN = {  # what a full disk, a closed door or a wrong path raises
+    *(errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM),
+    *(errno.ENOENT, errno.EEXIST, errno.ENOTDIR, errno.EISDIR),
+}
+
 
 def add_command(group: click.Group, name: str, settings: type[Settings], config: str, runs: str) -> None:
     """Adds command `name`, which loads `settings` and calls `runs` ("module:function") with them.
@@ -20,19 +25,23 @@ def add_command(group: click.Group, name: str, settings: type[Settings], config:
     The module is imported only when the command runs, so that `--help` stays quick.
     """
 
+    @click.option("--check", is_flag=True, help="Only check the settings.")
     @click.argument("overrides", nargs=-1, metavar="[key=value]...")
-    def body(overrides: tuple[str, ...]) -> None:
+    def body(overrides: tuple[str, ...], check: bool) -> None:
         try:
             resolved = load_settings(settings, config, overrides)
+            if check:
+                return
             module, function = runs.split(":")
             getattr(importlib.import_module(module), function)(resolved)
         except UserError as error:
             click.echo(f"error: {' '.join(str(error).split())}", err=True)
             sys.exit(error.exit_code)
         except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOENT):
+            if error.errno not in SHOWN:
                 raise
-            click.echo(f"error: {error.strerror}: {error.filename or 'while writing'}", err=True)
+            message = f"{error.strerror}: {error.filename or 'while writing'}"
+            click.echo(f"error: {' '.join(message.split())}", err=True)
             sys.exit(1)
 
     body.__doc__ = f"{inspect.cleandoc(settings.__doc__ or '')}\n\n{_keys(settings, config)}"

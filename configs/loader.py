@@ -66,12 +66,19 @@ def _parse(text: str) -> Any:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text())
+        content = json.loads(path.read_text(), object_pairs_hook=_without_repetition)
     except (OSError, ValueError) as error:
         raise SettingsError(f"config {path} is not a readable JSON file: {error}") from None
     if not isinstance(content, dict):
         raise SettingsError(f"config {path} should hold one JSON object")
     return content
+
+
+def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    for number, (key, _) in enumerate(pairs):
+        if key in dict(pairs[:number]):
+            raise ValueError(f"{key} stands there twice")
+    return dict(pairs)
 
 
 def _put(values: dict[str, Any], dotted: str, value: Any) -> None:

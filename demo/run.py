@@ -23,7 +23,7 @@ TRAIN = {
     "resume": "auto",
     "batch_size": 4,
     "segment_length": 0.5,
-    "learning_rate": 1e-3,
+    "learning_rate": 3e-4,
     "phase1_steps": 40,
     "eval_every": 80,
     "eval_samples": 24,

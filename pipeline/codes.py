@@ -45,7 +45,6 @@ def shard_codes(settings: CodesSettings) -> None:
         model, weights = load_snac(settings.pretrained_model)
         model.to(device)
         plan = make_plan(settings)
-        settings.write(settings.work / "codes" / "settings.json")
         provenance = {"snac": weights.describe(), "snac_sha256": weights.sha256}
 
         def fingerprint(rows: list[dict[str, Any]]) -> dict[str, Any]:
@@ -60,7 +59,9 @@ def shard_codes(settings: CodesSettings) -> None:
             path = codes_path(settings.work, *plan.shards[number])
             write_table(path, table, {"fingerprint": fingerprint(rows)})
 
-        run_shards("encoding", plan, done, make)
+        waiting = [number for number in range(len(plan.shards)) if not done(number)]
+        settings.write(settings.work / "codes" / "settings.json")  # no other run's codes are there
+        run_shards("encoding", plan, waiting, make)
         paths = [codes_path(settings.work, *shard) for shard in plan.shards]
         summarize(paths, settings.max_failed_fraction, f"codes in {settings.work / 'codes'} by {provenance['snac']}")
 

@@ -16,9 +16,8 @@ from shards.errors import UserError
 REASONS_SHOWN = 5
 
 
-def run_shards(what: str, plan: Plan, done: Callable[[int], bool], make: Callable[[int], None]) -> None:
-    """Calls `make` for each shard of the plan that is not `done`; the bar counts seconds of audio."""
-    waiting = [number for number in range(len(plan.shards)) if not done(number)]
+def run_shards(what: str, plan: Plan, waiting: Sequence[int], make: Callable[[int], None]) -> None:
+    """Calls `make` for each shard that is `waiting`; the bar counts seconds of audio."""
     finished = sum(plan.seconds) - sum(plan.seconds[number] for number in waiting)
     bar_format = "{desc}: {percentage:3.0f}%|{bar}| {n:.0f}/{total:.0f} s of audio, {rate_fmt}, {remaining} left"
     with tqdm(total=sum(plan.seconds), initial=finished, desc=what, unit=" s", bar_format=bar_format) as bar:

@@ -136,8 +136,9 @@ def _measure(source: Source) -> Measured:
     try:
         path = Path(source.path)
         header = probe(path)
-        first = round(source.start_seconds * header.rate)
-        end = header.frames if source.end_seconds is None else round(source.end_seconds * header.rate)
+        beyond = header.frames + 1  # stands for whatever lies after the end, infinity too
+        first = round(min(source.start_seconds * header.rate, beyond))
+        end = header.frames if source.end_seconds is None else round(min(source.end_seconds * header.rate, beyond))
         if not first < end <= header.frames:
             raise AudioError(
                 f"{source.start_seconds:g} … {source.end_seconds} s is not inside its {header.frames / header.rate:g} s"

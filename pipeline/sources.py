@@ -64,7 +64,7 @@ def _folder(folder: Path, group_pattern: str | None) -> tuple[list[Source], Coun
             continue
         id = path.relative_to(folder).as_posix()
         try:
-            id.encode()
+            str(path).encode()
         except UnicodeEncodeError:  # such a name fits in no Parquet file
             name = os.fsencode(id).decode("utf-8", "backslashreplace")
             sources.append(Source(name, "", _group(name, group_pattern), problem="file name is not UTF-8: rename it"))
@@ -104,7 +104,7 @@ def _manifest(path: Path, group_pattern: str | None) -> list[Source]:
         sources.append(_from_row(row, path.parent, group_pattern))
     repeated = [id for id, n in Counter(source.id for source in sources).items() if n > 1]
     if repeated:
-        raise UserError(f"{path}: id {repeated[0]!r} stands {len(repeated)} time(s) more than once; ids must be unique")
+        raise UserError(f"{path}: id {repeated[0]!r} stands more than once ({len(repeated)} such): ids must be unique")
     return sources
 
 
@@ -131,7 +131,7 @@ def _read_table(path: Path) -> pa.Table:
         if path.suffix == ".parquet":
             return _typed(pq.read_table(path))
         if path.suffix == ".csv":
-            convert = pa.csv.ConvertOptions(column_types=MANIFEST_TYPES, strings_can_be_null=True)
+            convert = pa.csv.ConvertOptions(column_types=MANIFEST_TYPES, null_values=[""], strings_can_be_null=True)
             return pa.csv.read_csv(path, convert_options=convert)
         if path.suffix in (".jsonl", ".ndjson"):
             return _typed(pa.json.read_json(path))

@@ -102,7 +102,6 @@ def shard_targets(settings: TargetsSettings) -> None:
     folder = settings.work / "shards"
     with exclusive(settings.work):
         teacher: Teacher = RecordingTeacher() if settings.teacher == "recording" else SidonTeacher(settings)
-        settings.write(folder / "settings.json")
 
         def fingerprint(number: int) -> dict[str, Any]:
             codes = _codes_fingerprint(settings.work, plan, number)
@@ -128,7 +127,9 @@ def shard_targets(settings: TargetsSettings) -> None:
                 for row, members in samples(plan.rows(number), codes, teacher, settings, provenance["snac"]):
                     writer.add(row, members) if members else writer.add_row(row)
 
-        run_shards("writing targets", plan, done, make)
+        waiting = [number for number in range(len(plan.shards)) if not done(number)]
+        settings.write(folder / "settings.json")  # no other run's shards are there
+        run_shards("writing targets", plan, waiting, make)
         paths = [tar_path(folder, *shard).with_suffix(".parquet") for shard in plan.shards]
         summarize(paths, settings.max_failed_fraction, f"shards in {folder}, targets by {teacher.name}")
         compact(folder, plan.shards)

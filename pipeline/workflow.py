@@ -12,20 +12,27 @@ from pipeline.settings import WorkflowSettings
 
 
 def workflow(settings: WorkflowSettings) -> None:
-    """Leaves with the exit code of the first command that fails; SIGTERM is passed on to the one that runs."""
+    """Checks all settings, then runs. Leaves with the exit code of the first command that fails."""
     work, model = settings.work, settings.pretrained_model
     first_gpu = str(settings.gpu).split(",")[0]
     codes = {"audio": settings.audio, "work": work, "pretrained_model": model, "gpu": first_gpu, **settings.codes}
     targets = {"work": work, "gpu": first_gpu, **settings.targets}
     train = {"shards": work / "shards", "run": settings.run, "pretrained_model": model, "gpu": settings.gpu}
-    _run("pipeline", "shard-codes", codes)
-    _run("pipeline", "shard-targets", targets)
-    _run("trainer", "train", {**train, **settings.train})
+    commands = (
+        ("pipeline", "shard-codes", codes),
+        ("pipeline", "shard-targets", targets),
+        ("trainer", "train", {**train, **settings.train}),
+    )
+    for command in commands:
+        _run(*command, "--check")
+    for command in commands:
+        _run(*command)
 
 
-def _run(module: str, command: str, values: dict[str, Any]) -> None:
+def _run(module: str, command: str, values: dict[str, Any], *options: str) -> None:
+    """One command in a process of its own; SIGTERM is passed on to it."""
     arguments = [f"{key}={value if isinstance(value, str) else _json(value)}" for key, value in values.items()]
-    with subprocess.Popen([sys.executable, "-m", module, command, *arguments]) as process:
+    with subprocess.Popen([sys.executable, "-m", module, command, *options, *arguments]) as process:
         before = signal.signal(signal.SIGTERM, lambda *_: process.terminate())
         code = process.wait()
         signal.signal(signal.SIGTERM, before)

@@ -14,7 +14,6 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 import torch
-from click.testing import CliRunner
 
 from shards.errors import UserError
 from shards.files import exclusive
@@ -23,6 +22,7 @@ from tests.training_helpers import (
     CPU,
     as_logged,
     assert_same_state,
+    call,
     last_state,
     logged_steps,
     small_training,
@@ -30,7 +30,6 @@ from tests.training_helpers import (
     train_words,
 )
 from trainer import checkpoint
-from trainer.__main__ import main
 from trainer.loop import Trainer, train
 
 
@@ -140,10 +139,10 @@ def test_a_damaged_checkpoint_is_one_clear_line(work: Path, finished: Path, tmp_
     else:
         path.write_bytes(damaged(path.read_bytes(), damage))
     left = path.read_bytes()
-    result = CliRunner().invoke(main, ["train", *train_words(work, run)])
-    assert result.exit_code == 1
-    assert result.output.startswith(f"error: {path} is not a ")
-    assert result.output.count("\n") == 1
+    code, output = call("train", *train_words(work, run))
+    assert code == 1
+    assert output.startswith(f"error: {path} is not a ")
+    assert output.count("\n") == 1
     assert path.read_bytes() == left
 
 

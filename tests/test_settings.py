@@ -14,6 +14,7 @@ import pytest
 from pydantic import Field
 
 from configs.loader import FOLDER, Settings, load_settings
+from pipeline.settings import InspectSettings
 from shards.errors import SettingsError
 from tests.helpers import ROOT, run_command
 from trainer.settings import TrainSettings
@@ -314,3 +315,17 @@ def test_help_as_a_user_asks_for_it() -> None:
     assert process.stdout.startswith("Usage: just shard-codes [OPTIONS] [key=value]...")
     assert "segment_length=4.0" in process.stdout
     assert "audio=(needed)" in process.stdout
+
+
+def test_a_key_twice_in_a_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "twice.json").write_text('{"rows": 1, "rows": 2}')
+    with pytest.raises(SettingsError, match="rows stands there twice"):
+        load_settings(InspectSettings, "inspect.json", ["path=x", f"config={tmp_path / 'twice.json'}"])
+
+
+def test_workflow_checks_every_commands_settings_first(tmp_path: Path) -> None:
+    work = tmp_path / "work"
+    result = run_command("pipeline", "workflow", f"audio={tmp_path}", f"work={work}", "gpu=cpu", "train.typo=1")
+    assert result.returncode == 2
+    assert "typo: unknown key" in result.stderr
+    assert not work.exists()

@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from click.testing import CliRunner
 from snac import SNAC
 
 from pipeline.codes import shard_codes
@@ -22,6 +21,7 @@ from shards.errors import SettingsError, UserError
 from tests.helpers import TINY_SNAC, codes_settings, targets_settings
 from tests.training_helpers import (
     CPU,
+    call,
     largest_difference,
     last_state,
     logged_steps,
@@ -31,7 +31,6 @@ from tests.training_helpers import (
     train_words,
 )
 from trainer import checkpoint, data
-from trainer.__main__ import main
 from trainer.data import Crop, fixed_batches
 from trainer.distributed import Process
 from trainer.evaluate import crop_losses
@@ -214,7 +213,6 @@ def test_fewer_crops_than_processes_are_refused(work: Path, tmp_path: Path) -> N
 @pytest.mark.parametrize("gpu", ["0", "0,1"])
 def test_without_a_gpu_it_says_so(work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gpu: str) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    result = CliRunner().invoke(main, ["train", *train_words(work, tmp_path / "run", gpu=gpu)])
-    assert result.exit_code == 1
-    assert result.output == "error: gpu=0: no GPU is usable here; gpu=cpu runs on the CPU\n"
+    code, output = call("train", *train_words(work, tmp_path / "run", gpu=gpu))
+    assert (code, output) == (1, "error: gpu=0: no GPU is usable here; gpu=cpu runs on the CPU\n")
     assert not (tmp_path / "run").exists()

@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from click.testing import CliRunner
 
 from configs.loader import load_settings
 from tests.helpers import TINY_SNAC
 from trainer import checkpoint
+from trainer.__main__ import main
 from trainer.distributed import Process
 from trainer.loop import Trainer
 from trainer.settings import TrainSettings
@@ -49,6 +51,13 @@ def small_training(work: Path, run: Path, **changes: Any) -> dict[str, Any]:
     """Trains (or goes on) to the end in this process and returns the last checkpoint."""
     assert Trainer(train_settings(work, run, **changes), CPU).run()
     return last_state(run)
+
+
+def call(command: str, *words: str) -> tuple[int, str]:
+    """`just COMMAND WORDS` in this process: exit code and output."""
+    result = CliRunner().invoke(main, [command, *words])
+    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
+    return result.exit_code, result.output
 
 
 def last_state(run: Path) -> dict[str, Any]:

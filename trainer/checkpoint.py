@@ -109,7 +109,8 @@ def _from_export(directory: Path) -> Codec48k:
     try:
         config = json.loads((directory / "config.json").read_text())
         provenance = json.loads((directory / PROVENANCE).read_text())
-    except (OSError, ValueError) as error:
+        _check_crc32(directory / "pytorch_model.bin")
+    except (OSError, ValueError, zipfile.BadZipFile) as error:
         raise UserError(f"{directory} is not a directory made by `just export`: {error}") from error
     if config.get("decoder_rates") != RATES_48K:
         raise UserError(f"{directory} decodes with rates {config.get('decoder_rates')}, expected {RATES_48K}")

@@ -1,0 +1,105 @@
+"""A wrong input or model is one line that names it, exit code 1, and nothing written."""
+
+from __future__ import annotations
+
+import io
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+from snac import SNAC
+
+from codec.snac import load_snac
+from shards.contract import flatten_codes
+from tests.helpers import TINY_SNAC
+from tests.training_helpers import call
+from trainer import checkpoint
+from trainer.decoder import warm_start
+
+CODES = np.random.default_rng(0).integers(0, 4096, (3, 7)).astype(np.int16)
+GOOD = flatten_codes(CODES)
+
+
+@pytest.fixture(scope="module")
+def model(snac: SNAC, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The least that `just decode` takes: an untrained decoder and the name of its SNAC."""
+    path = tmp_path_factory.mktemp("model") / "untrained.pt"
+    frozen = {"snac": TINY_SNAC, "snac_sha256": load_snac(TINY_SNAC)[1].sha256}
+    checkpoint.save(path, {"decoder": warm_start(snac, "zero", 0).state_dict(), **frozen})
+    return path
+
+
+def npy(array: npt.NDArray[Any]) -> bytes:
+    np.save(buffer := io.BytesIO(), array)
+    return buffer.getvalue()
+
+
+def npz(array: npt.NDArray[Any]) -> bytes:
+    np.savez(buffer := io.BytesIO(), array)
+    return buffer.getvalue()
+
+
+def with_token(token: int) -> bytes:
+    changed = GOOD.copy()
+    changed[4] = token
+    return npy(changed)
+
+
+BROKEN = {
+    "high.npy": (with_token(4096), r"tokens run from \d+ to 4096"),
+    "negative.npy": (with_token(-1), "tokens run from -1 to"),
+    "short.npy": (npy(GOOD[:-1]), "20 tokens are not T \\+ 2T \\+ 4T"),
+    "none.npy": (npy(GOOD[:0]), "0 tokens are not"),
+    "wide.npy": (npy(GOOD.astype(np.int64)), "codes are int64"),
+    "levels.npy": (npy(CODES), r"of shape \(3, 7\)"),
+    "text.npy": (b"1 2 3 4 5 6 7\n", "not a plain .npy"),
+    "cut.npy": (npy(GOOD)[:-3], "not a plain .npy"),
+    "zip.npy": (npz(GOOD), "not a plain .npy"),
+    "text.wav": (b"not audio at all\n", "not readable as audio"),
+    "empty.wav": (b"", "empty"),
+    "missing.wav": (None, "no such file"),
+    "missing.npy": (None, "No such file"),
+}
+
+
+@pytest.mark.parametrize("name", list(BROKEN))
+def test_a_wrong_input_is_one_line(model: Path, tmp_path: Path, name: str) -> None:
+    content, reason = BROKEN[name]
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    code, output = call("decode", f"model={model}", f"input={tmp_path / name}")
+    assert code == 1
+    assert re.fullmatch(f"error: .*{re.escape(str(tmp_path / name))}.*\n", output)
+    assert re.search(reason, output)
+    assert [path.name for path in tmp_path.iterdir()] == ([name] if content is not None else [])
+
+
+def test_a_wrong_model_is_one_line(model: Path, tmp_path: Path) -> None:
+    (tmp_path / "text.pt").write_text("no weights")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "a.npy").write_bytes(npy(GOOD))
+    shutil.copytree(TINY_SNAC, tmp_path / "other")
+    assert call("export", f"model={model}", f"out={tmp_path / 'export'}")[0] == 0
+    weights = tmp_path / "export" / "pytorch_model.bin"
+    middle = weights.stat().st_size // 2
+    weights.write_bytes(weights.read_bytes()[:middle] + b"damage" + weights.read_bytes()[middle + 6 :])
+    (tmp_path / "other" / "config.json").write_text((Path(TINY_SNAC) / "config.json").read_text() + "\n")
+    cases = [
+        ([f"model={tmp_path / 'missing'}"], "missing: no checkpoint there"),
+        ([f"model={tmp_path / 'empty'}"], "empty: no checkpoint there"),
+        ([f"model={tmp_path / 'text.pt'}"], "text.pt is not a readable checkpoint"),
+        ([f"model={TINY_SNAC}"], "is not a directory made by `just export`"),
+        ([f"model={tmp_path / 'export'}"], "is not a directory made by `just export`: crc32 of .* differs"),
+        ([f"model={model}", f"pretrained_model={tmp_path / 'other'}"], "belongs to another SNAC than .*config.json is"),
+        ([f"model={model}", f"pretrained_model={tmp_path / 'empty'}"], "empty has no config.json"),
+    ]
+    for words, reason in cases:
+        for command in (["decode", f"input={tmp_path / 'a.npy'}"], ["export", f"out={tmp_path / 'out'}"]):
+            code, output = call(*command, *words)
+            assert code == 1, output
+            assert re.fullmatch(f"error: .*{reason}.*\n", output)
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,157 @@
+"""A plan is a function of recordings and settings; no group is cut, and segments tile each recording."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import soundfile
+
+from codec.audio import Header
+from pipeline.plan import PLAN_NAME, Measured, Plan, _segments, assign_splits, make_plan, rows_sha256
+from pipeline.sources import Source
+from shards.contract import OK, TOO_SHORT
+from shards.errors import UserError
+from tests.helpers import codes_settings
+
+Row = dict[str, Any]
+
+
+def write(path: Path, seconds: float = 1.0, rate: int = 8_000) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    soundfile.write(path, np.zeros(round(seconds * rate), np.float32), rate)
+    return path
+
+
+def planned(audio: Path, work: Path, *overrides: str) -> list[Row]:
+    plan = make_plan(codes_settings(audio, work, *overrides))
+    return [row for number in range(len(plan.shards)) for row in plan.rows(number)]
+
+
+@pytest.mark.parametrize("groups", [2, 3, 50])
+@pytest.mark.parametrize("fraction", [1e-9, 0.25, 1 - 1e-9])
+@pytest.mark.parametrize("seed", [0, 1, 2**63 - 1])
+def test_both_splits_hold_groups(groups: int, fraction: float, seed: int) -> None:
+    sources = [Source(f"{n}", f"{n}", f"voice {n % groups}") for n in range(3 * groups)]
+    splits = assign_splits(sources, fraction, seed)
+    assert len(splits) == groups
+    assert set(splits.values()) == {"train", "validation"}
+    assert assign_splits(sources[::-1], fraction, seed) == splits
+
+
+def test_splits_stay_as_recordings_are_added_and_follow_fraction_and_seed() -> None:
+    sources = [Source(f"{n}", f"{n}", f"voice {n % 400}") for n in range(800)]
+    splits = assign_splits(sources, 0.25, 0)
+    more = [*sources, *(Source(f"new {n}", "", f"voice {n}") for n in range(600))]
+    assert {group: split for group, split in assign_splits(more, 0.25, 0).items() if group in splits} == splits
+    assert 0.18 < list(splits.values()).count("validation") / 400 < 0.32
+    assert assign_splits(sources, 0.25, 1) != splits
+
+
+def test_splits_that_cannot_be() -> None:
+    with pytest.raises(UserError, match=r"no group is left for \w+: found 1 group\(s\) such as 'anna'"):
+        assign_splits([Source("1", "", "anna"), Source("2", "", "anna")], 0.25, 0)
+    with pytest.raises(UserError, match="no group is left for validation: found 2"):
+        assign_splits([Source("1", "", "anna", "train"), Source("2", "", "ben", "train")], 0.25, 0)
+    with pytest.raises(UserError, match="group 'anna' stands in more than one split"):
+        assign_splits([Source("1", "", "anna", "train"), Source("2", "", "anna", "validation")], 0.25, 0)
+    given = [Source("1", "", "anna", "validation"), Source("2", "", "ben"), Source("3", "", "carl")]
+    assert assign_splits(given, 1 - 1e-9, 0)["anna"] == "validation"
+    assert set(assign_splits(given[:2], 1 - 1e-9, 0).values()) == {"train", "validation"}
+
+
+def test_no_group_is_in_both_splits_and_rows_are_numbered(recordings: Path, tmp_path: Path) -> None:
+    rows = planned(recordings, tmp_path / "work", "segments_per_shard=5")
+    splits = defaultdict(set)
+    for row in rows:
+        splits[row["group"]].add(row["split"])
+    assert sorted(len(found) for found in splits.values()) == [1, 1, 1, 1]
+    shards = defaultdict(list)
+    for row in rows:
+        shards[row["split"], row["shard"]].append(row["row"])
+    assert list(shards) == Plan(tmp_path / "work" / PLAN_NAME).shards
+    assert all(numbers == list(range(len(numbers))) for numbers in shards.values())
+    assert all(len(shards[s, n]) == 5 for s, n in shards if (s, n + 1) in shards)
+
+
+def test_the_same_plan_twice_is_the_same_bytes(recordings: Path, tmp_path: Path) -> None:
+    for work in ("a", "b"):
+        planned(recordings, tmp_path / work)
+    first = (tmp_path / "a" / PLAN_NAME).read_bytes()
+    assert first == (tmp_path / "b" / PLAN_NAME).read_bytes()
+    planned(recordings, tmp_path / "a", "window_seconds=7", "batch_seconds=9")  # not settings of the plan
+    assert (tmp_path / "a" / PLAN_NAME).read_bytes() == first
+
+
+@pytest.mark.parametrize(
+    ("override", "difference"),
+    [
+        ("segment_length=0.7", "segment_length is 0.6, now 0.7"),
+        ("seed=1", "seed is 0, now 1"),
+        ("min_seconds=0.2", "min_seconds is 0.3, now 0.2"),
+        ("segments_per_shard=9", "segments_per_shard is 8, now 9"),
+        ("validation_fraction=0.5", "validation_fraction is 0.25, now 0.5"),
+        ("group_pattern=(.*)", r"group_pattern is None, now \(\.\*\)"),
+    ],
+)
+def test_other_settings_are_refused(override: str, difference: str, recordings: Path, tmp_path: Path) -> None:
+    planned(recordings, tmp_path)
+    with pytest.raises(UserError, match=rf"made with other settings \({difference}\): use another work= or delete it"):
+        planned(recordings, tmp_path, override)
+
+
+def test_rows_sha256_knows_all_but_the_place() -> None:
+    row = {"path": "a/b.wav", "recording": "b.wav", "n_coarse": 3}
+    assert rows_sha256([row]) == rows_sha256([{**row, "path": "c/b.wav"}])
+    assert rows_sha256([row]) != rows_sha256([{**row, "n_coarse": 4}])
+
+
+@pytest.mark.parametrize("rate", [8_000, 11_025, 16_000, 22_050, 24_000, 32_000, 44_100, 48_000, 88_200, 192_000])
+@pytest.mark.parametrize("length", [1, 7, 47])
+def test_segments_against_a_plain_loop(rate: int, length: int) -> None:
+    random = np.random.default_rng(rate + length)
+    token = 4096 * rate // 48_000
+    lengths = {
+        1,
+        2,
+        token - 1,
+        token,
+        token + 1,
+        2 * token,
+        length * token,
+        *random.integers(1, 30 * token, 60).tolist(),
+    }
+    for frames in lengths:
+        rows = list(_segments(Measured(Source("a", "a", "g"), Header(frames, rate, 1), 0, frames), length, 0.5))
+        samples, start = -(-frames * 48_000 // rate), 0
+        expected: list[tuple[int, int, int, int, str]] = []
+        while start * 4096 < samples:
+            left = samples - start * 4096
+            n_samples = min(left, length * 4096)
+            status = TOO_SHORT if n_samples < 24_000 else OK
+            expected.append((len(expected), start, -(-n_samples // 4096), n_samples, status))
+            start += length
+        names = ("segment", "start_coarse", "n_coarse", "n_samples", "status")
+        assert [tuple(row[name] for name in names) for row in rows] == expected, frames
+        assert sum(row["n_samples"] for row in rows) == samples
+        for row in rows:
+            assert (row["n_coarse"] - 1) * 4096 < row["n_samples"] <= row["n_coarse"] * 4096
+            assert (row["reason"] is None) == (row["status"] == OK)
+
+
+@pytest.mark.parametrize(("frames", "status"), [(14_399, TOO_SHORT), (14_400, OK)])
+def test_min_seconds(frames: int, status: str, tmp_path: Path) -> None:
+    write(tmp_path / "audio" / "ben" / "b.wav")
+    write(tmp_path / "audio" / "anna" / "a.wav", frames / 48_000, 48_000)
+    rows = planned(tmp_path / "audio", tmp_path / "work", "min_seconds=0.3")
+    (row,) = [row for row in rows if row["group"] == "anna"]
+    assert (row["status"], row["n_samples"]) == (status, frames)
+    assert row["reason"] == (None if status == OK else "shorter than min_seconds=0.3")
+
+
+def test_a_missing_plan_names_its_command(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"plan\.parquet is missing: run `just shard-codes` first"):
+        Plan(tmp_path / PLAN_NAME)
