@@ -38,6 +38,7 @@ from shards.writer import differences, encode_metadata, read_metadata
 
 PLAN_NAME = "plan.parquet"
 PROBE_THREADS = 8
+END_TOLERANCE_SECONDS = 0.01  # a manifest's end may lie this far after the file's: people round
 PLANNED_BY = ("audio", "segment_length", "min_seconds", "segments_per_shard", "validation_fraction", "seed")
 
 
@@ -88,8 +89,9 @@ def make_plan(settings: CodesSettings) -> Plan:
     sources, ignored = find(settings.audio, settings.group_pattern)
     if ignored:
         tqdm.write(f"ignored by extension: {', '.join(f'{n} × {name}' for name, n in ignored.most_common())}")
-    splits = assign_splits(sources, settings.validation_fraction, settings.seed)
     measured = _measure_all(sources)
+    usable = [recording.source for recording in measured if not recording.problem]
+    splits = assign_splits(usable or sources, settings.validation_fraction, settings.seed)
     _write(path, measured, splits, settings, asked)
     return Plan(path)
 
@@ -102,7 +104,8 @@ def assign_splits(sources: Iterable[Source], fraction: float, seed: int) -> dict
     given: dict[str, str | None] = {}
     for source in sources:
         if given.setdefault(source.group, source.split) != source.split:
-            raise UserError(f"group {source.group!r} stands in more than one split: one speaker must stay in one")
+            found = f"{given[source.group] or 'no split'} and {source.split or 'no split'}"
+            raise UserError(f"group {source.group!r} stands in more than one split ({found}): it must stay in one")
     splits = {group: split or _by_hash(group, fraction, seed) for group, split in given.items()}
     free = sorted((group for group, split in given.items() if not split), key=lambda group: _hash(group, seed))
     for split, candidates in (("validation", free), ("train", free[::-1])):
@@ -136,13 +139,12 @@ def _measure(source: Source) -> Measured:
     try:
         path = Path(source.path)
         header = probe(path)
-        beyond = header.frames + 1  # stands for whatever lies after the end, infinity too
-        first = round(min(source.start_seconds * header.rate, beyond))
-        end = header.frames if source.end_seconds is None else round(min(source.end_seconds * header.rate, beyond))
-        if not first < end <= header.frames:
-            raise AudioError(
-                f"{source.start_seconds:g} … {source.end_seconds} s is not inside its {header.frames / header.rate:g} s"
-            )
+        seconds = header.frames / header.rate
+        first = round(min(source.start_seconds, seconds) * header.rate)
+        end = round(min(seconds if source.end_seconds is None else source.end_seconds, seconds) * header.rate)
+        if first >= end or (source.end_seconds or 0) > seconds + END_TOLERANCE_SECONDS:
+            asked = f"{source.start_seconds:g} … {source.end_seconds} s"
+            raise AudioError(f"{asked} is not inside its {seconds:g} s, or holds no sample")
         return Measured(source, header, first, end - first, path.stat().st_size)
     except (AudioError, OSError) as error:
         return Measured(source, problem=str(error))
@@ -154,7 +156,7 @@ def _write(
     shards, seconds = [], []
     with replacing(path) as temporary, pq.ParquetWriter(temporary, PLAN_SCHEMA, compression="zstd") as writer:
         for split in SPLITS:
-            chosen = [recording for recording in recordings if splits[recording.source.group] == split]
+            chosen = [recording for recording in recordings if splits.get(recording.source.group, "train") == split]
             chosen.sort(key=lambda recording: _hash(recording.source.id, settings.seed))
             for shard, rows in enumerate(_deal(chosen, settings)):
                 for number, row in enumerate(rows):

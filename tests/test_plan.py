@@ -11,7 +11,7 @@ import pytest
 import soundfile
 
 from codec.audio import Header
-from pipeline.plan import PLAN_NAME, Measured, Plan, _segments, assign_splits, make_plan, rows_sha256
+from pipeline.plan import PLAN_NAME, Measured, Plan, _measure, _segments, assign_splits, make_plan, rows_sha256
 from pipeline.sources import Source
 from shards.contract import OK, TOO_SHORT
 from shards.errors import UserError
@@ -155,3 +155,28 @@ def test_min_seconds(frames: int, status: str, tmp_path: Path) -> None:
 def test_a_missing_plan_names_its_command(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"plan\.parquet is missing: run `just shard-codes` first"):
         Plan(tmp_path / PLAN_NAME)
+
+
+def test_an_end_rounded_past_the_file_is_its_end(tmp_path: Path) -> None:
+    soundfile.write(tmp_path / "a.wav", np.zeros(9_996, np.float32), 10_000)
+    near, far, nothing = (
+        _measure(Source("a", str(tmp_path / "a.wav"), "g", start_seconds=0.5, end_seconds=end))
+        for end in (1.0, 1.01, 0.50001)
+    )
+    assert (near.problem, near.frames) == (None, 4_996)
+    assert far.problem == "0.5 … 1.01 s is not inside its 0.9996 s, or holds no sample"
+    assert nothing.problem == "0.5 … 0.50001 s is not inside its 0.9996 s, or holds no sample"
+
+
+def test_recordings_that_cannot_be_used_fill_no_split(tmp_path: Path) -> None:
+    for voice in ("anna", "ben", "carl"):
+        (tmp_path / "audio" / voice).mkdir(parents=True)
+        soundfile.write(tmp_path / "audio" / voice / "a.wav", np.ones(24_000, np.float32) / 4, 24_000)
+    for broken in ("dora", "emil", "finn", "gina"):
+        (tmp_path / "audio" / broken).mkdir()
+        (tmp_path / "audio" / broken / "a.wav").write_text("no audio")
+    for seed in range(8):
+        work = tmp_path / f"work_{seed}"
+        plan = make_plan(codes_settings(tmp_path / "audio", work, f"seed={seed}", "validation_fraction=0.01"))
+        rows = [row for number in range(len(plan.shards)) for row in plan.rows(number)]
+        assert {row["split"] for row in rows if row["status"] == OK} == {"train", "validation"}
