@@ -87,12 +87,13 @@ class Recording:
             end = self.first + self.frames
             while position < end:
                 block = _read(file, min(BLOCK_FRAMES, end - position))
+                mono = block.mean(axis=1, dtype=np.float64).astype(np.float32)
                 finite = np.isfinite(block).all(axis=1)
                 if not finite.all():
                     seconds = (position + int(finite.argmin())) / self.header.rate
                     raise AudioError(f"NaN or infinity near {seconds:.3f} s")
                 position += len(block)
-                yield block.mean(axis=1, dtype=np.float32)
+                yield mono
 
     def peak(self) -> float:
         return max(float(np.abs(block).max()) for block in self.blocks())
@@ -124,7 +125,7 @@ class Resampler:
         native = self._native(first * self.old, last * self.old)
         if self.old == self.new:
             return native
-        resampled = _resample(self.old, self.new)(torch.from_numpy(native)).numpy()
+        resampled = sinc_resampler(self.old, self.new)(torch.from_numpy(native)).numpy()
         skip = a - first * self.new
         stretch: Samples = resampled[skip : skip + b - a]
         stretch[: max(-a, 0)] = 0  # the kernel rings beyond both ends
@@ -158,7 +159,8 @@ def _kernel_width(old: int, new: int) -> int:
 
 
 @lru_cache(maxsize=16)
-def _resample(old: int, new: int) -> Resample:
+def sinc_resampler(old: int, new: int) -> Resample:
+    """old:new in lowest terms. Raises AudioError where they share so little that the kernels would fill gigabytes."""
     if new * (old + 2 * _kernel_width(old, new)) > MAX_KERNEL_ELEMENTS:
         raise AudioError(f"its rate shares too little with ours ({old}:{new}): convert it to 48 kHz first")
     return Resample(

@@ -7,8 +7,10 @@ length only: padding one would change its last tokens.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
@@ -21,7 +23,13 @@ from shards.contract import COARSE_24K, CODEBOOK_SIZE, CODEC_RATE, TOKENS_PER_CO
 from shards.errors import UserError
 
 OVERLAP_COARSE = 3
-GEOMETRY = {"encoder_rates": [2, 4, 8, 8], "vq_strides": [4, 2, 1], "codebook_size": CODEBOOK_SIZE}
+GEOMETRY = {
+    "sampling_rate": CODEC_RATE,
+    "encoder_rates": [2, 4, 8, 8],
+    "vq_strides": [4, 2, 1],
+    "codebook_size": CODEBOOK_SIZE,
+    "attn_window_size": None,
+}
 
 Item = TypeVar("Item")
 
@@ -29,11 +37,23 @@ Item = TypeVar("Item")
 def load_snac(name: str) -> tuple[SNAC, Weights]:
     """A hub name or a local directory → stock SNAC in eval mode, frozen. Raises UserError for another geometry."""
     weights = resolve(name, SNAC_FILES)
-    model = SNAC.from_pretrained(str(weights.folder()))
-    found = {key: getattr(model, key) for key in GEOMETRY}
-    if found != GEOMETRY or model.sampling_rate != CODEC_RATE or model.attn_window_size is not None:
-        raise UserError(f"{name} is not a SNAC 24 kHz: expected {GEOMETRY} at {CODEC_RATE} Hz, found {found}")
-    return model.requires_grad_(False).eval(), weights
+    try:
+        config = json.loads(weights.paths["config.json"].read_text())
+        found = {key: config.get(key) for key in GEOMETRY}
+    except (ValueError, AttributeError) as error:
+        raise UserError(f"{weights.paths['config.json']} is not the config of a SNAC: {error}") from error
+    if found != GEOMETRY:
+        raise UserError(f"{name} is not a SNAC 24 kHz: expected {GEOMETRY}, found {found}")
+    return load_verified(weights.folder()).requires_grad_(False).eval(), weights
+
+
+def load_verified(folder: Path) -> SNAC:
+    """Stock `SNAC.from_pretrained`, which unpickles nothing but tensors. Raises UserError for what it cannot load."""
+    try:
+        return SNAC.from_pretrained(str(folder))
+    except Exception as error:  # a damaged file makes torch raise many kinds
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"{folder / 'pytorch_model.bin'} does not hold the weights of a SNAC: {reason}") from error
 
 
 def device_of(gpu: str | int) -> torch.device:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import importlib
 import inspect
 import json
@@ -12,11 +11,6 @@ import click
 
 from configs.loader import FOLDER, Settings, load_settings
 from shards.errors import UserError
-
-SHOWN = {  # what a full disk, a closed door or a wrong path raises
-    *(errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM),
-    *(errno.ENOENT, errno.EEXIST, errno.ENOTDIR, errno.EISDIR),
-}
 
 
 def add_command(group: click.Group, name: str, settings: type[Settings], config: str, runs: str) -> None:
@@ -38,9 +32,7 @@ def add_command(group: click.Group, name: str, settings: type[Settings], config:
             click.echo(f"error: {' '.join(str(error).split())}", err=True)
             sys.exit(error.exit_code)
         except OSError as error:
-            if error.errno not in SHOWN:
-                raise
-            message = f"{error.strerror}: {error.filename or 'while writing'}"
+            message = f"{error.strerror or error}: {error.filename or 'while writing'}"
             click.echo(f"error: {' '.join(message.split())}", err=True)
             sys.exit(1)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -59,10 +60,11 @@ def run(settings: DemoSettings) -> None:
         "gpu=cpu", f"codes={json.dumps(codes)}", f"targets={json.dumps(TARGETS)}",
         f"train={json.dumps({**TRAIN, 'max_steps': settings.max_steps})}",
     )  # fmt: skip
-    if not export.exists():
-        _command("trainer", "export", f"model={training}", f"out={export}")
+    shutil.rmtree(export, ignore_errors=True)  # of an earlier demo with fewer steps
+    _command("trainer", "export", f"model={training}", f"out={export}")
     unseen = _unseen_recording(work / "plan.parquet")
     wav = out / f"{unseen.stem}.48k.wav"
+    wav.unlink(missing_ok=True)
     _command("trainer", "decode", f"model={export}", f"input={unseen}", f"output={wav}")
     picture = out / "spectrograms.png"
     draw(unseen, wav, SNAC, picture)

@@ -14,10 +14,11 @@ from snac import SNAC
 
 from codec.audio import AudioError, Header, Recording, Resampler
 from codec.snac import Window, bucketed, coarse_length, device_of, encode, load_snac, windows
-from pipeline.execute import run_shards, summarize
+from pipeline.execute import Advance, has_failures, run_shards, summarize
 from pipeline.plan import make_plan, rows_sha256
 from pipeline.settings import CodesSettings
 from shards.contract import (
+    COARSE_24K,
     CODEC_RATE,
     CODES_SCHEMA,
     CONTEXT_COARSE,
@@ -51,22 +52,26 @@ def shard_codes(settings: CodesSettings) -> None:
             return {"plan_rows": rows_sha256(rows), **provenance}
 
         def done(number: int) -> bool:
-            return is_done(codes_path(settings.work, *plan.shards[number]), fingerprint(plan.rows(number)))
+            path = codes_path(settings.work, *plan.shards[number])
+            again = settings.retry == "failed" and path.exists() and has_failures(path)
+            return is_done(path, fingerprint(plan.rows(number))) and not again
 
-        def make(number: int) -> None:
+        def make(number: int, advance: Advance) -> None:
             rows = plan.rows(number)
-            table = pa.Table.from_pylist(encode_shard(rows, model, settings), schema=CODES_SCHEMA)
+            table = pa.Table.from_pylist(encode_shard(rows, model, settings, advance), schema=CODES_SCHEMA)
             path = codes_path(settings.work, *plan.shards[number])
             write_table(path, table, {"fingerprint": fingerprint(rows)})
 
         waiting = [number for number in range(len(plan.shards)) if not done(number)]
-        settings.write(settings.work / "codes" / "settings.json")  # no other run's codes are there
+        settings.write(settings.work / "codes" / "settings.json")  # now that no other run's codes stand there
         run_shards("encoding", plan, waiting, make)
         paths = [codes_path(settings.work, *shard) for shard in plan.shards]
         summarize(paths, settings.max_failed_fraction, f"codes in {settings.work / 'codes'} by {provenance['snac']}")
 
 
-def encode_shard(rows: list[dict[str, Any]], model: SNAC, settings: CodesSettings) -> list[dict[str, Any]]:
+def encode_shard(
+    rows: list[dict[str, Any]], model: SNAC, settings: CodesSettings, advance: Advance = lambda seconds: None
+) -> list[dict[str, Any]]:
     """Plan rows of one shard → rows of CODES_SCHEMA, in the same order. A bad recording fails its own rows only."""
     window_coarse = coarse_tokens(settings.window_seconds)
     problems: dict[str, str] = {}
@@ -88,6 +93,7 @@ def encode_shard(rows: list[dict[str, Any]], model: SNAC, settings: CodesSetting
         ids, parts, audio = zip(*items, strict=True)
         for id, window, codes in zip(ids, parts, encode(model, list(parts), np.stack(audio)), strict=True):
             tokens.setdefault(id, []).append((window, codes))
+            advance(len(codes) * COARSE_24K / CODEC_RATE)
     joined = {id: _join(parts) for id, parts in tokens.items() if id not in problems}
     return [_codes_row(row, joined, problems) for row in rows]
 

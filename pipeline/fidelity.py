@@ -7,13 +7,19 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow.compute as pc
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from shards.contract import TARGET_RATE
+from shards.errors import UserError
+from shards.writer import read_table
 
 Samples = npt.NDArray[np.float32]
 
@@ -23,26 +29,46 @@ BAND_EDGES_HZ = np.geomspace(200, 10_000, 13)  # twelve bands, whose envelopes a
 LEVEL_BAND_HZ = (100, 8_000)
 MAX_LAG_STEPS = 60
 SMOOTHING_STEPS = 50
-SILENCE_DB = -70.0  # RMS below which there is nothing to compare
+MAX_MEDIAN_LAG = 120  # samples at 48 kHz: 2.5 ms
+SILENCE_DB, HEARD_DB = -70.0, -64.0  # RMS below which one is silent, above which the other should not be
 
 
 def compare(source: Samples, target: Samples) -> dict[str, float | None]:
     """Equal stretches at 48 kHz → `lag_samples`, `level_difference_db` and `correlation` of target against source.
 
     Lag is the shift at which the bands' envelopes correlate best, positive when the target is late. Level is RMS from
-    100 Hz to 8 kHz. Correlation is Pearson's, of the 50 ms RMS envelopes in that band. All None where one is silent.
+    100 Hz to 8 kHz. Correlation is Pearson's, of the 50 ms RMS envelopes in that band; 0 where only one is silent.
+    Where both are silent there is nothing to compare: all None.
     """
     a, b = _spectrogram(source), _spectrogram(target)
     envelope_a, envelope_b = _band(a, *LEVEL_BAND_HZ), _band(b, *LEVEL_BAND_HZ)
     level_a, level_b = (10 * math.log10(max(float(power.mean()), 1e-20)) for power in (envelope_a, envelope_b))
-    if min(level_a, level_b) < SILENCE_DB:
+    if max(level_a, level_b) < HEARD_DB:
         return {"lag_samples": None, "level_difference_db": None, "correlation": None}
+    if min(level_a, level_b) < SILENCE_DB:
+        return {"lag_samples": None, "level_difference_db": level_b - level_a, "correlation": 0.0}
     smoothed = torch.stack([_smooth(envelope_a), _smooth(envelope_b)]).sqrt()
     return {
         "lag_samples": _lag_steps(_band_envelopes(a), _band_envelopes(b)) * HOP,
         "level_difference_db": level_b - level_a,
         "correlation": float(torch.corrcoef(smoothed)[0, 1].nan_to_num()),
     }
+
+
+def check_alignment(sidecars: Sequence[Path]) -> None:
+    """Prints lag and level over all targets that were compared. Raises UserError when the typical lag is not small."""
+    columns = ["lag_samples", "level_difference_db"]
+    tables = [read_table(path, columns=columns, filters=pc.field("lag_samples").is_valid()) for path in sidecars]
+    for name, values in ((name, np.concatenate([table[name].to_numpy() for table in tables])) for name in columns):
+        if not len(values):
+            return
+        low, median, high = np.percentile(values, [5, 50, 95])
+        tqdm.write(f"  {name} of targets against recordings: median {median:.1f}, 5 … 95 %: {low:.1f} … {high:.1f}")
+        if name == "lag_samples" and abs(median) > MAX_MEDIAN_LAG:
+            raise UserError(
+                f"targets are typically {median:.0f} samples at 48 kHz behind their recordings (limit: "
+                f"{MAX_MEDIAN_LAG}): the model's delay is not the one removed, so its targets cannot be trained on"
+            )
 
 
 def _spectrogram(samples: Samples) -> Tensor:

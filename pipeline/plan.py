@@ -34,7 +34,7 @@ from shards.contract import (
 )
 from shards.errors import UserError
 from shards.files import replacing
-from shards.writer import differences, encode_metadata, read_metadata
+from shards.writer import differences, encode_metadata, naming, read_metadata, read_table
 
 PLAN_NAME = "plan.parquet"
 PROBE_THREADS = 8
@@ -60,14 +60,17 @@ class Plan:
     def __init__(self, path: Path) -> None:
         if not path.exists():
             raise UserError(f"{path} is missing: run `just shard-codes` first")
-        self._file = pq.ParquetFile(path)
         metadata = read_metadata(path)
+        if not {"settings", "shards", "seconds"} <= metadata.keys():
+            raise UserError(f"{path} is no plan: delete it and run `just shard-codes` again")
+        self._path, self._file = path, pq.ParquetFile(path)
         self.shards: list[tuple[str, int]] = [(split, shard) for split, shard in metadata["shards"]]
         self.seconds: list[float] = metadata["seconds"]
 
     def rows(self, number: int) -> list[dict[str, Any]]:
         """The rows of the shard that is `number` in `shards`."""
-        rows: list[dict[str, Any]] = self._file.read_row_group(number).to_pylist()
+        with naming(self._path):
+            rows: list[dict[str, Any]] = self._file.read_row_group(number).to_pylist()
         return rows
 
 
@@ -85,6 +88,7 @@ def make_plan(settings: CodesSettings) -> Plan:
         changed = differences(read_metadata(path)["settings"], asked)
         if changed:
             raise UserError(f"{path} was made with other settings ({changed}): use another work= or delete it")
+        _check_nothing_is_new(path, settings)
         return Plan(path)
     sources, ignored = find(settings.audio, settings.group_pattern)
     if ignored:
@@ -94,6 +98,19 @@ def make_plan(settings: CodesSettings) -> Plan:
     splits = assign_splits(usable or sources, settings.validation_fraction, settings.seed)
     _write(path, measured, splits, settings, asked)
     return Plan(path)
+
+
+def _check_nothing_is_new(path: Path, settings: CodesSettings) -> None:
+    """Raises UserError for recordings that were added since; where the audio is gone, the plan stands alone."""
+    if not settings.audio.exists():
+        return
+    planned = set(read_table(path, columns=["recording"])["recording"].unique().to_pylist())
+    new = [source.id for source in find(settings.audio, settings.group_pattern)[0] if source.id not in planned]
+    if new:
+        raise UserError(
+            f"{len(new)} recordings such as {new[0]!r} were added to {settings.audio} after {path} was made: "
+            "take another work= for them, or delete this one to plan anew"
+        )
 
 
 def assign_splits(sources: Iterable[Source], fraction: float, seed: int) -> dict[str, str]:

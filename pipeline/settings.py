@@ -31,6 +31,7 @@ class CodesSettings(Settings):
     window_seconds: float = Field(ge=1, le=600, description="longest stretch encoded at once")
     batch_seconds: float = Field(ge=1, le=100_000, description="audio of equal length encoded together")
     max_failed_fraction: float = Field(ge=0, le=1, description="the run ends with an error when more segments failed")
+    retry: Literal["none", "failed"] = Field(description="failed: make shards with failed segments again")
 
 
 class TargetsSettings(Settings):
@@ -48,6 +49,7 @@ class TargetsSettings(Settings):
     )
     target_bits: Literal[16, 24] = Field(description="bits per sample of the FLAC target")
     max_failed_fraction: float = Field(ge=0, le=1, description="the run ends with an error when more segments failed")
+    retry: Literal["none", "failed"] = Field(description="failed: make shards with failed segments again")
 
 
 class InspectSettings(Settings):

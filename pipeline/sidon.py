@@ -80,7 +80,8 @@ class Restorer:
 
     def read(self, a: int, b: int) -> Samples:
         if self._pieces is None:
-            first = max((a - CROSSFADE) // (self.hop * UPSAMPLING), 0)
+            last = max(-(-(self.total - self.overlap) // self.hop), 1) - 1  # a short rest belongs to this window
+            first = min(max((a - CROSSFADE) // (self.hop * UPSAMPLING), 0), last)
             self._pieces, self._held_from = (
                 self._restored(first),
                 max(first * self.hop * UPSAMPLING - CROSSFADE // 2, 0),

@@ -13,14 +13,13 @@ from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow.parquet as pq
 import soundfile
 
 from codec.audio import AudioError, Resampler
 from codec.snac import device_of
 from pipeline.codes import codes_path, open_recording
-from pipeline.execute import run_shards, summarize
-from pipeline.fidelity import compare
+from pipeline.execute import Advance, has_failures, run_shards, summarize
+from pipeline.fidelity import check_alignment, compare
 from pipeline.plan import PLAN_NAME, Plan, rows_sha256
 from pipeline.settings import TargetsSettings
 from shards.contract import (
@@ -33,14 +32,17 @@ from shards.contract import (
     REJECTED,
     TARGET_RATE,
     TARGET_SUFFIX,
+    check_sample,
     npy_bytes,
+    unflatten_codes,
 )
 from shards.errors import ShardError, UserError
 from shards.files import exclusive
 from shards.index import compact, tar_path
-from shards.writer import ShardWriter, is_done, read_metadata
+from shards.writer import ShardWriter, is_done, read_metadata, read_table
 
 Row = dict[str, Any]
+MAX_CLIPPED_FRACTION = 0.01
 Samples = npt.NDArray[np.float32]
 
 
@@ -115,23 +117,25 @@ def shard_targets(settings: TargetsSettings) -> None:
         def done(number: int) -> bool:
             path = tar_path(folder, *plan.shards[number])
             sidecar = path.with_suffix(".parquet")
-            if not is_done(sidecar, fingerprint(number)):
+            if not is_done(sidecar, fingerprint(number)) or (settings.retry == "failed" and has_failures(sidecar)):
                 return False
             return path.exists() and path.stat().st_size == read_metadata(sidecar)["tar_bytes"]
 
-        def make(number: int) -> None:
+        def make(number: int, advance: Advance) -> None:
             split, shard = plan.shards[number]
-            codes = pq.read_table(codes_path(settings.work, split, shard)).to_pylist()
+            codes = read_table(codes_path(settings.work, split, shard)).to_pylist()
             provenance = fingerprint(number)
             with ShardWriter(folder / split, shard, provenance) as writer:
                 for row, members in samples(plan.rows(number), codes, teacher, settings, provenance["snac"]):
                     writer.add(row, members) if members else writer.add_row(row)
+                    advance(row["n_samples"] / TARGET_RATE)
 
         waiting = [number for number in range(len(plan.shards)) if not done(number)]
-        settings.write(folder / "settings.json")  # no other run's shards are there
+        settings.write(folder / "settings.json")  # now that no other run's shards stand there
         run_shards("writing targets", plan, waiting, make)
         paths = [tar_path(folder, *shard).with_suffix(".parquet") for shard in plan.shards]
         summarize(paths, settings.max_failed_fraction, f"shards in {folder}, targets by {teacher.name}")
+        check_alignment(paths)
         compact(folder, plan.shards)
 
 
@@ -149,6 +153,8 @@ def samples(
     plan_rows: list[Row], codes_rows: list[Row], teacher: Teacher, settings: TargetsSettings, snac: str
 ) -> Iterator[tuple[Row, dict[str, bytes] | None]]:
     """For every segment its sidecar row and, when it has a target, its members, in plan order."""
+    if len(plan_rows) != len(codes_rows):
+        raise ShardError(f"{len(codes_rows)} rows of codes for {len(plan_rows)} of the plan: make the codes anew")
     pairs = zip(plan_rows, codes_rows, strict=True)
     for _, segments in groupby(pairs, key=lambda pair: pair[0]["recording"]):
         opened, problem = None, None
@@ -174,6 +180,9 @@ def _judged_target(row: Row, opened: Opened, start: int, min_correlation: float)
     stop = start + row["n_samples"]
     target = opened.read(start, stop)
     row.update(measure(target))
+    if row["clipped_samples"] > MAX_CLIPPED_FRACTION * len(target):
+        row.update(status=REJECTED, reason=f"more than {MAX_CLIPPED_FRACTION:.0%} of it lies beyond full scale")
+        return target
     if opened.source is not None:
         row.update(compare(opened.source(start, stop), target))
         if row["correlation"] is not None and row["correlation"] < min_correlation:
@@ -182,7 +191,10 @@ def _judged_target(row: Row, opened: Opened, start: int, min_correlation: float)
 
 
 def _sidecar_row(plan: Row, codes: Row) -> Row:
-    assert (plan["recording"], plan["segment"]) == (codes["recording"], codes["segment"]), "codes of another segment"
+    if (plan["recording"], plan["segment"]) != (codes["recording"], codes["segment"]):
+        raise ShardError(
+            f"{codes['key']}: codes of {codes['recording']}, the plan says {plan['recording']}: make both anew"
+        )
     copied = {name: codes[name] for name in ("key", "status", "reason", "context_before", "context_after")}
     return {
         **{name: plan[name] for name in ("recording", "group", "segment", "n_coarse", "n_samples")},
@@ -219,8 +231,10 @@ def _members(row: Row, codes: list[int], target: Samples, bits: int, provenance:
         **provenance,
     }
     padded = np.pad(target, (0, row["n_coarse"] * COARSE_48K - len(target)))
+    flat = np.asarray(codes, dtype=np.int16)
+    check_sample(unflatten_codes(flat), len(padded), TARGET_RATE, meta)
     return {
-        CODES_SUFFIX: npy_bytes(np.asarray(codes, dtype=np.int16)),
+        CODES_SUFFIX: npy_bytes(flat),
         TARGET_SUFFIX: flac_bytes(padded, bits),
         META_SUFFIX: json.dumps(meta, sort_keys=True).encode(),
     }

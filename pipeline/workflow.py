@@ -6,6 +6,7 @@ import json
 import signal
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 from pipeline.settings import WorkflowSettings
@@ -17,7 +18,13 @@ def workflow(settings: WorkflowSettings) -> None:
     first_gpu = str(settings.gpu).split(",")[0]
     codes = {"audio": settings.audio, "work": work, "pretrained_model": model, "gpu": first_gpu, **settings.codes}
     targets = {"work": work, "gpu": first_gpu, **settings.targets}
-    train = {"shards": work / "shards", "run": settings.run, "pretrained_model": model, "gpu": settings.gpu}
+    train = {
+        "shards": work / "shards",
+        "run": settings.run,
+        "pretrained_model": model,
+        "gpu": settings.gpu,
+        "resume": "auto",
+    }
     commands = (
         ("pipeline", "shard-codes", codes),
         ("pipeline", "shard-targets", targets),
@@ -31,7 +38,7 @@ def workflow(settings: WorkflowSettings) -> None:
 
 def _run(module: str, command: str, values: dict[str, Any], *options: str) -> None:
     """One command in a process of its own; SIGTERM is passed on to it."""
-    arguments = [f"{key}={value if isinstance(value, str) else _json(value)}" for key, value in values.items()]
+    arguments = [f"{key}={_written(value)}" for key, value in values.items()]
     with subprocess.Popen([sys.executable, "-m", module, command, *options, *arguments]) as process:
         before = signal.signal(signal.SIGTERM, lambda *_: process.terminate())
         code = process.wait()
@@ -40,5 +47,6 @@ def _run(module: str, command: str, values: dict[str, Any], *options: str) -> No
         sys.exit(code if code > 0 else 128 - code)
 
 
-def _json(value: Any) -> str:
-    return json.dumps(value, default=str).strip('"')
+def _written(value: Any) -> str:
+    """As a command reads it: text and paths as they are, all else as JSON."""
+    return str(value) if isinstance(value, str | Path) else json.dumps(value)

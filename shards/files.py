@@ -39,6 +39,7 @@ def exclusive(folder: Path) -> Iterator[None]:
             raise UserError(
                 f"{folder}: another process is writing here; wait for it or choose another folder"
             ) from None
+        os.register_at_fork(after_in_child=lock.close)  # else a killed process's workers hold the folder on
         yield
 
 

@@ -33,22 +33,23 @@ def encode_metadata(metadata: Mapping[str, Any]) -> dict[str, str]:
 
 def read_metadata(path: Path) -> dict[str, Any]:
     """The metadata that `write_table` stored. Raises ShardError for a file that is not such a table."""
-    with _naming(path):
+    with naming(path):
         raw = pq.read_metadata(path).metadata or {}
         return {key.decode(): json.loads(value) for key, value in raw.items() if key != b"ARROW:schema"}
 
 
 def read_table(path: Path, **options: Any) -> pa.Table:
     """`pyarrow.parquet.read_table`. Raises ShardError for a file that is damaged."""
-    with _naming(path):
+    with naming(path):
         return pq.read_table(path, **options)
 
 
 @contextmanager
-def _naming(path: Path) -> Iterator[None]:
+def naming(path: Path) -> Iterator[None]:
+    """Turns what pyarrow raises on a damaged file into a ShardError that names it."""
     try:
         yield
-    except (pa.ArrowException, ValueError, OSError, MemoryError) as error:  # what pyarrow raises on flipped bits
+    except (pa.ArrowException, ValueError, OSError, MemoryError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ShardError(f"{path}: damaged, or no file of ours ({reason}); make it again by its stage") from error
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -167,3 +168,11 @@ def test_the_contract_works_without_torch() -> None:
 
 def test_the_settings_work_without_anything_heavy() -> None:
     import_without("torch,pyarrow,transformers,numpy,soundfile,webdataset", modules_of("configs"))
+
+
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "shards/README.md"])
+def test_pages_are_finished_and_their_links_lead_somewhere(page: str) -> None:
+    text = (ROOT / page).read_text()
+    assert not re.findall(r"\b(?:TODO|FIXME|[A-Z]+_(?:TIME|TABLE|FIGURE))\b", text)
+    for target in re.findall(r"\]\((?!http)([^)#]+)\)", text):
+        assert ((ROOT / page).parent / target).exists(), target

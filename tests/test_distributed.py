@@ -10,8 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from shards.errors import UserError
 from tests.helpers import ROOT
 from tests.training_helpers import largest_difference, last_state, metrics, small_training, train_words
+from trainer import distributed
 
 SETTINGS = {"batch_size": 3, "micro_batch_size": 1, "eval_samples": 3}  # ranks take one crop and two
 DOUBLE_PRECISION = """
@@ -65,3 +67,23 @@ def test_a_run_of_one_process_is_resumed_by_two(work: Path, tmp_path: Path) -> N
     assert largest_difference(together["decoder"], begun["decoder"]) > 2e-4
     assert largest_difference(together["decoder"], alone["decoder"]) < 1e-5
     assert_same_metrics(tmp_path / "both", tmp_path / "one", relative=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("granted", "gpus", "visible"), [(None, "0,1", "0,1"), ("4,5,7", "0,2", "4,7"), ("", "1,0", "1,0")]
+)
+def test_gpu_numbers_count_within_what_was_granted(
+    granted: str | None, gpus: str, visible: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started: list[tuple[list[str], dict[str, str]]] = []
+    monkeypatch.setattr(distributed, "device_of", lambda gpu: None)
+    monkeypatch.setattr(os, "execve", lambda path, words, environment: started.append((words, environment)))
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if granted is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", granted)
+    distributed.launch(gpus)
+    ((words, environment),) = started
+    assert environment["CUDA_VISIBLE_DEVICES"] == visible
+    assert "--nproc-per-node=2" in words
+    with pytest.raises(UserError, match="names a GPU twice"):
+        distributed.launch("1,1")

@@ -68,8 +68,14 @@ def test_what_is_said_decides_the_correlation(pairs: list[tuple[Samples, Samples
     assert max(other) < 0.8
 
 
+def test_two_silences_have_nothing_to_compare() -> None:
+    silence = np.zeros(TARGET_RATE, np.float32)
+    assert set(compare(silence, silence).values()) == {None}
+
+
 @pytest.mark.parametrize("silent", ["source", "target"])
-def test_silence_is_compared_with_nothing(silent: str) -> None:
+def test_one_silence_says_nothing_of_the_other(silent: str) -> None:
     voice, silence = synthesize(0, 0, 1.0), np.zeros(TARGET_RATE, np.float32)
-    pair = (silence, voice) if silent == "source" else (voice, silence)
-    assert set(compare(*pair).values()) == {None}
+    found = compare(*((silence, voice) if silent == "source" else (voice, silence)))
+    assert found["correlation"] == 0.0
+    assert found["lag_samples"] is None

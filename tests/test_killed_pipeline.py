@@ -7,8 +7,10 @@ import os
 import random
 import signal
 import sys
+import threading
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from multiprocessing.context import ForkServerContext
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -16,6 +18,7 @@ from pathlib import Path
 import pytest
 import soundfile
 import torch
+from tqdm import tqdm
 
 from pipeline.codes import shard_codes
 from pipeline.plan import PLAN_NAME
@@ -23,7 +26,7 @@ from pipeline.targets import shard_targets
 from tests.helpers import ROOT, codes_settings, speechlike, targets_settings
 
 KILLS, KILLS_OF_ONE_FOLDER = 20, 5
-SHORT_FILES = 240  # so that planning takes a good part of the first stage
+SHORT_FILES = 160  # so that planning takes a good part of the first stage
 
 
 def codes_quietly(audio: Path, work: Path) -> None:
@@ -38,6 +41,8 @@ def targets_quietly(audio: Path, work: Path) -> None:
 
 def silence() -> None:
     torch.set_num_threads(1)
+    torch._C._jit_set_profiling_executor(False)  # no second of compiling before the first codes
+    tqdm.set_lock(threading.RLock())  # its own lock would outlive a kill
     sys.stdout = sys.stderr = Path(os.devnull).open("w")  # noqa: SIM115 (until the process ends)
 
 
@@ -63,7 +68,7 @@ def audio(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for number in range(SHORT_FILES):
         speaker = folder / f"speaker_{number % 4}"
         speaker.mkdir(exist_ok=True)
-        seconds = 0.7 if number % 12 == 0 else 0.01
+        seconds = 0.7 if number % 10 == 0 else 0.01
         soundfile.write(speaker / f"{number}.wav", speechlike(seconds, 16_000, number), 16_000)
     return folder
 
@@ -74,13 +79,32 @@ def start(context: ForkServerContext, stage: str, audio: Path, work: Path) -> Ba
     return process
 
 
+def cpu_seconds(process: BaseProcess) -> float:
+    """What it has computed so far: unlike time on the wall, the same under any load. Raises OSError once it ended."""
+    assert process.pid
+    return time.clock_gettime((~process.pid << 3) | 2)  # Linux: the CPU clock of a process
+
+
 def undisturbed(context: ForkServerContext, stage: str, audio: Path, work: Path) -> float:
-    """Its seconds."""
-    began = time.monotonic()
-    process = start(context, stage, audio, work)
-    process.join()
+    """Its seconds of computing."""
+    process, seconds = start(context, stage, audio, work), 0.0
+    while process.is_alive():
+        with suppress(OSError):
+            seconds = cpu_seconds(process)
+        time.sleep(0.002)
     assert process.exitcode == 0
-    return time.monotonic() - began
+    return seconds
+
+
+def killed(process: BaseProcess, seconds: float) -> bool:
+    """Whether it was still running after `seconds` of computing; now it is not."""
+    with suppress(OSError):
+        while process.is_alive() and cpu_seconds(process) < seconds:
+            time.sleep(0.001)
+    process.kill()
+    process.join()
+    assert process.exitcode in (0, -signal.SIGKILL)
+    return process.exitcode != 0
 
 
 @pytest.fixture(scope="module")
@@ -117,32 +141,27 @@ def test_killed_twenty_times(stage: str, context: ForkServerContext, audio: Path
 
     seconds = undisturbed(context, stage, audio, fresh("timed"))
     draw = random.Random(0)
-    delays = [seconds * (number + draw.random()) / KILLS for number in range(KILLS)]
-    draw.shuffle(delays)
-    left, early, kills_here, work = [], 0, 0, fresh("first")
-    while delays:
-        process = start(context, stage, audio, work)
-        process.join(delays[-1])
-        process.kill()
-        process.join()
-        if process.exitcode == -signal.SIGKILL:
+    moments = [seconds * (number + draw.random()) / KILLS for number in range(KILLS)]
+    later = moments[KILLS_OF_ONE_FOLDER:]
+    draw.shuffle(later)
+    moments[KILLS_OF_ONE_FOLDER:] = later  # the first folder is killed early on, again and again
+    left: list[list[str]] = []
+    early, kills_here, work = 0, 0, fresh("first")
+    while len(left) < KILLS:
+        if killed(start(context, stage, audio, work), moments[len(left)]):
             left.append(sorted(contents(work)))
-            delays.pop()
             kills_here += 1
-            if kills_here < KILLS_OF_ONE_FOLDER and delays:
+            if kills_here < KILLS_OF_ONE_FOLDER and len(left) < KILLS:
                 continue
-        else:  # ended before: little was left to do; this kill is tried again, on a new folder
-            assert process.exitcode == 0
+            undisturbed(context, stage, audio, work)
+        else:  # little was left to do: this kill is tried again, on a new folder
             early += 1
-            delays[-1] *= 0.9
-        undisturbed(context, stage, audio, work)
+            moments[len(left)] *= 0.9
+            assert early < 2 * KILLS, "most runs ended before they were killed"
         found = contents(work)
         assert found.keys() == expected.keys()
         assert [name for name in found if found[name] != expected[name]] == []
-        kills_here, work = 0, fresh(f"before kill {len(left)}, {early} early")
-        assert early < KILLS, "most runs ended before they were killed"
-    print("KILLS", len(left), early, seconds, len({str(n) for n in left}), [PLAN_NAME in n for n in left].count(False))
-    assert len(left) == KILLS
+        kills_here, work = 0, fresh(f"after {len(left)} kills, {early} early ends")
     assert len({str(names) for names in left}) > 3, f"the kills fell at too few places: {left}"
     if stage == "codes":
         assert any(PLAN_NAME not in names for names in left), "no kill fell before the plan stood"

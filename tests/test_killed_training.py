@@ -79,7 +79,6 @@ def test_killed_twenty_times(context: ForkServerContext, work: Path, tmp_path: P
     assert len(resumed) >= 3, f"the kills fell at too few places: {resumed}"
 
 
-@pytest.mark.xfail(strict=True, reason="loader workers hold the folder's lock until they notice, up to 5 s later")
 def test_after_a_kill_the_folder_is_free_at_once(work: Path, tmp_path: Path) -> None:
     words = [sys.executable, "-m", "trainer", "train"]
     long = train_words(work, tmp_path / "run", **SETTINGS | {"max_steps": 1000}, num_workers=1)

@@ -180,3 +180,21 @@ def test_recordings_that_cannot_be_used_fill_no_split(tmp_path: Path) -> None:
         plan = make_plan(codes_settings(tmp_path / "audio", work, f"seed={seed}", "validation_fraction=0.01"))
         rows = [row for number in range(len(plan.shards)) for row in plan.rows(number)]
         assert {row["split"] for row in rows if row["status"] == OK} == {"train", "validation"}
+
+
+def test_recordings_added_to_a_plan_are_not_ignored(tmp_path: Path) -> None:
+    for name in ("anna/a", "ben/a"):
+        (tmp_path / "audio" / name).parent.mkdir(parents=True)
+        soundfile.write(tmp_path / "audio" / f"{name}.wav", np.ones(24_000, np.float32) / 4, 24_000)
+    settings = codes_settings(tmp_path / "audio", tmp_path / "work")
+    make_plan(settings)
+    make_plan(settings)
+    (tmp_path / "audio" / "ben" / "new.wav").write_bytes((tmp_path / "audio" / "ben" / "a.wav").read_bytes())
+    with pytest.raises(UserError, match=r"1 recordings such as 'ben/new.wav' were added"):
+        make_plan(settings)
+
+
+def test_a_damaged_plan_is_named(tmp_path: Path) -> None:
+    (tmp_path / PLAN_NAME).write_bytes(b"PAR1 no more")
+    with pytest.raises(UserError, match=rf"{PLAN_NAME}: damaged"):
+        Plan(tmp_path / PLAN_NAME)

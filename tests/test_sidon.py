@@ -93,6 +93,42 @@ def test_a_stretch_is_the_same_whoever_asks(sidon: Sidon, tmp_path: Path) -> Non
         assert np.array_equal(part, whole[start:]), start
 
 
+def test_a_rest_shorter_than_the_overlap_belongs_to_the_last_window(sidon: Sidon, tmp_path: Path) -> None:
+    audio = recording(random_pattern(7.0, 2), 16_000, 0.5)[: int(6.3 * 16_000)]
+    soundfile.write(tmp_path / "a.wav", audio, 16_000, "FLOAT")
+    end = int(6.3 * TARGET_RATE)
+    calls: list[int] = []
+    restore = sidon.restore
+
+    def counted(padded: Samples) -> Samples:
+        calls.append(len(padded))
+        return restore(padded)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sidon, "restore", counted)
+        whole = restorer(tmp_path / "a.wav", sidon).read(0, end)
+        windows = calls.copy()
+        calls.clear()
+        part = restorer(tmp_path / "a.wav", sidon).read(int(6.1 * TARGET_RATE), end)
+    assert len(windows) == 2
+    assert calls == windows[-1:]
+    assert np.array_equal(part, whole[int(6.1 * TARGET_RATE) :])
+
+
+def test_late_targets_stop_the_run(
+    standin: Path, restored_work: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    work = tmp_path / "work"
+    shutil.copytree(restored_work[1], work, ignore=shutil.ignore_patterns("shards"))
+    read = Restorer.read
+    monkeypatch.setattr(Restorer, "read", lambda self, a, b: np.roll(read(self, a, b), 480))  # the 10 ms of the padding
+    pair = [f"sidon={standin}", f"weights={standin / 'weights.json'}"]
+    settings = targets_settings(work, "teacher=sidon", "min_correlation=-1", *pair)
+    with pytest.raises(UserError, match=r"typically 4[78]\d samples at 48 kHz behind"):
+        shard_targets(settings)
+    assert not (work / "shards" / "index.parquet").exists()
+
+
 def test_silence_stays_silent(sidon: Sidon, tmp_path: Path) -> None:
     soundfile.write(tmp_path / "a.wav", np.zeros(16_000, np.float32), 16_000, "FLOAT")
     reader = restorer(tmp_path / "a.wav", sidon)

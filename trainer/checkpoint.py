@@ -14,7 +14,7 @@ import torch
 from snac import SNAC
 from snac.layers import Decoder
 
-from codec.snac import load_snac
+from codec.snac import load_snac, load_verified
 from shards.errors import UserError
 from shards.files import replacing
 from shards.writer import differences
@@ -99,7 +99,10 @@ def load_codec(model: Path, pretrained_model: str | None = None) -> Codec48k:
         raise UserError(f"{path} belongs to another SNAC than {weights.name} ({changed}); name it by pretrained_model=")
     config = json.loads(weights.paths["config.json"].read_text())
     decoder = Decoder(snac.latent_dim, config["decoder_dim"], RATES_48K, config["noise"], config["depthwise"], None)
-    decoder.load_state_dict(state["decoder"])
+    try:
+        decoder.load_state_dict(state["decoder"])
+    except (RuntimeError, TypeError, AttributeError) as error:
+        raise UserError(f"{path} does not hold this decoder: {str(error).splitlines()[0]}") from error
     names = ("step", "settings", "data", "validation")
     provenance = {"snac": weights.describe(), **{name: state[name] for name in names if name in state}}
     return Codec48k(snac, config, decoder.eval().requires_grad_(False), provenance)
@@ -112,7 +115,9 @@ def _from_export(directory: Path) -> Codec48k:
         _check_crc32(directory / "pytorch_model.bin")
     except (OSError, ValueError, zipfile.BadZipFile) as error:
         raise UserError(f"{directory} is not a directory made by `just export`: {error}") from error
+    if not isinstance(config, dict) or not isinstance(provenance, dict) or "snac" not in provenance:
+        raise UserError(f"{directory}: config.json or {PROVENANCE} is not what `just export` writes")
     if config.get("decoder_rates") != RATES_48K:
         raise UserError(f"{directory} decodes with rates {config.get('decoder_rates')}, expected {RATES_48K}")
-    codec = SNAC.from_pretrained(str(directory)).requires_grad_(False).eval()
+    codec = load_verified(directory).requires_grad_(False).eval()
     return Codec48k(codec, config, codec.decoder, provenance)

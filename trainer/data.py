@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from shards.contract import COARSE_48K, CONTEXT_COARSE, TOKENS
-from shards.errors import ShardError
+from shards.errors import ShardError, UserError
 from shards.index import Index
 from shards.order import Order, random_words, rank_slice
 from shards.reader import OrderedSamples, decode_sample, read_sample
@@ -106,6 +106,12 @@ def training_batches(
     loader = DataLoader(pipeline, batch_size=None, num_workers=workers, worker_init_fn=_leave_signals_alone)
     try:
         yield from loader
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise UserError(
+            f"a process that reads ahead died ({error}): memory may be short; num_workers= sets their number"
+        ) from error
     except ShardError as error:  # a worker's error arrives as its whole traceback
         raise ShardError(str(error).strip().splitlines()[-1].removeprefix("shards.errors.ShardError: ")) from error
 

@@ -26,12 +26,16 @@ Samples = npt.NDArray[np.float32]
 
 def decode(settings: DecodeSettings) -> None:
     """Raises UserError for an input that is neither, with what was found."""
+    if not settings.input.is_file():
+        raise UserError(f"input={settings.input}: no such file")
+    output = settings.output or settings.input.with_suffix(".48k.wav")
+    if output.exists():
+        raise UserError(f"output={output} exists: choose another file or delete it")
     codec = load_codec(settings.model, settings.pretrained_model)
     device = device_of(settings.gpu)
     codec.snac.to(device)
     codec.decoder.to(device)
     window_coarse = coarse_tokens(settings.window_seconds)
-    output = settings.output or settings.input.with_suffix(".48k.wav")
     try:
         if settings.input.suffix == ".npy":
             codes_T7 = load_codes(settings.input.read_bytes())
@@ -76,6 +80,8 @@ def decode_stream(codec: Codec48k, pieces: Iterator[Tokens], window_coarse: int)
             left, right = max(start - CONTEXT_COARSE, 0), min(stop + CONTEXT_COARSE, len(held))
             tokens_BT7 = torch.from_numpy(held[left:right].astype(np.int64))[None].to(device)
             wav = model(tokens_BT7)[0, (start - left) * COARSE_48K :][: (stop - start) * COARSE_48K]
+            if not wav.isfinite().all():
+                raise UserError("the decoder's output is not finite: its weights are damaged; take another checkpoint")
             yield wav.float().cpu().numpy()
         drop = max(before + own - CONTEXT_COARSE, 0)
         held, before = held[drop:], before + own - drop

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from codec.snac import device_of
+from shards.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -35,12 +36,21 @@ class Process:
 
 
 def launch(gpus: str) -> None:
-    """Replaces this process by torchrun with one process for each of `gpus` (0,1,…), same arguments."""
-    count = gpus.count(",") + 1
-    for gpu in gpus.split(","):
+    """Replaces this process by torchrun with one process for each of `gpus` (0,1,…), same arguments.
+
+    Numbers count within CUDA_VISIBLE_DEVICES, where a scheduler has set it.
+    """
+    numbers = gpus.split(",")
+    if len(set(numbers)) < len(numbers):
+        raise UserError(f"gpu={gpus} names a GPU twice")
+    for gpu in numbers:
         device_of(int(gpu))
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}"]
-    os.execve(sys.executable, [*torchrun, "-m", "trainer", *sys.argv[1:]], {**os.environ, "CUDA_VISIBLE_DEVICES": gpus})
+    granted = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+    visible = ",".join(granted[int(gpu)] if granted != [""] else gpu for gpu in numbers)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={len(numbers)}"]
+    os.execve(
+        sys.executable, [*torchrun, "-m", "trainer", *sys.argv[1:]], {**os.environ, "CUDA_VISIBLE_DEVICES": visible}
+    )
 
 
 def under_torchrun() -> bool:

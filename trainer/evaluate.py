@@ -7,11 +7,10 @@ from collections.abc import Callable, Iterable
 import click
 import torch
 from torch import Tensor, nn
-from torchaudio.transforms import Resample
 
-from codec.audio import BETA, KERNEL_WIDTH, ROLLOFF
+from codec.audio import sinc_resampler
 from codec.snac import device_of
-from shards.contract import CODEC_RATE, TARGET_RATE, coarse_tokens
+from shards.contract import coarse_tokens
 from shards.errors import UserError
 from shards.index import load
 from trainer.checkpoint import load_codec
@@ -64,16 +63,11 @@ def evaluate(settings: EvalSettings) -> None:
     if codec.snac.decoder is codec.decoder:
         raise UserError(f"{settings.model} holds no 24 kHz decoder to compare with: name the run or its checkpoint")
     index = load(settings.shards, "validation")
+    if index.fingerprint["snac"] != codec.snac_name:
+        raise UserError(f"{settings.shards} holds codes by {index.fingerprint['snac']}, the model by {codec.snac_name}")
     to_latent = CodesToLatent(codec.snac)
     stock = CropDecoder(to_latent, codec.snac.decoder).to(device)
-    sinc = Resample(
-        CODEC_RATE,
-        TARGET_RATE,
-        resampling_method="sinc_interp_kaiser",
-        lowpass_filter_width=KERNEL_WIDTH,
-        rolloff=ROLLOFF,
-        beta=BETA,
-    ).to(device)
+    sinc = sinc_resampler(1, 2).to(device)
     rows: dict[str, Callable[[Tensor], Tensor]] = {
         "stock 24 kHz + sinc": lambda tokens: sinc(stock(tokens)),
         "warm start, untrained": CropDecoder(to_latent, warm_start(codec.snac, "zero", settings.seed)).to(device),
@@ -84,6 +78,7 @@ def evaluate(settings: EvalSettings) -> None:
     for batch in batches:
         batch = batch.to(device)
         for name, decode in rows.items():
+            torch.manual_seed(settings.seed)  # of noise blocks
             found[name].append(crop_distances(batch.select(decode(batch.tokens_BT7)), batch))
     click.echo(f"{min(settings.samples, len(index))} crops of unseen groups; codes by {codec.snac_name}")
     click.echo(f"{'':24}" + "".join(f"{name:>9}" for name in DISTANCES))

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import click
 from snac import SNAC
@@ -41,11 +41,10 @@ def export(settings: ExportSettings) -> None:
     if settings.out.exists():
         raise UserError(f"out={settings.out} exists: choose another directory or delete it")
     codec = load_codec(settings.model, settings.pretrained_model)
-    temporary = settings.out.with_name(settings.out.name + ".tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    write_export(codec, temporary, settings.out.name)
-    temporary.rename(settings.out)
+    settings.out.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(dir=settings.out.parent, prefix=f".{settings.out.name}.") as temporary:
+        write_export(codec, Path(temporary) / "export", settings.out.name)
+        (Path(temporary) / "export").rename(settings.out)
     click.echo(f"{settings.out}: SNAC.from_pretrained loads it; codes by {codec.snac_name}")
 
 

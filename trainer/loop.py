@@ -38,15 +38,13 @@ TERMINATED = 143  # exit code of a process that SIGTERM ended
 
 
 def train(settings: TrainSettings) -> None:
-    """Trains to the end, or until SIGTERM: then saves and leaves with exit code 143."""
+    """Trains to the end, or until SIGTERM: then saves and leaves with exit code 143 (1 where torchrun stands above)."""
     if isinstance(settings.gpu, str) and settings.gpu != "cpu" and not distributed.under_torchrun():
         distributed.launch(settings.gpu)
     process = distributed.start(settings.gpu)
-    try:
-        with exclusive(settings.run) if process.is_first else nullcontext():
-            finished = Trainer(settings, process).run()
-    finally:
-        distributed.stop(process)
+    with exclusive(settings.run) if process.is_first else nullcontext():
+        finished = Trainer(settings, process).run()
+    distributed.stop(process)  # not after an error: it would wait for processes that wait for this one
     if not finished:
         sys.exit(TERMINATED)
 
@@ -236,11 +234,15 @@ class Trainer:
 
     def _resume(self) -> None:
         path = checkpoint.newest(self.settings.run)
-        if path is None:
+        if path is None and not (checkpoint.folder(self.settings.run) / checkpoint.BEST).exists():
             return
         if self.settings.resume == "never":
-            raise UserError(f"{path} is already there: resume=auto goes on from it, run= names another folder")
+            raise UserError(f"{self.settings.run} holds checkpoints: resume=auto goes on from them, run= names another")
+        if path is None:  # it ended before its first checkpoint
+            return
         state = checkpoint.load(path)
+        if "optimizer" not in state:
+            raise UserError(f"{path} holds no optimizer: it is no checkpoint to resume from")
         then = {name: value for name, value in state["settings"].items() if name not in FREE_TO_CHANGE}
         now = self.settings.model_dump(mode="json", exclude=FREE_TO_CHANGE)
         changed = differences({**then, "index": state["data"]["index_sha256"]}, {**now, "index": self.training.sha256})

@@ -1,4 +1,4 @@
-"""The base recipe: waveform L1 and multi-scale STFT magnitudes, each sample weighing alike.
+"""The base recipe: waveform L1 and multi-scale STFT magnitudes, each crop weighing alike.
 
 Every loss returns one value per crop (shape B), averaged over its real samples or frames only; so a batch's mean does
 not depend on how it was split into micro-batches or over GPUs.
