@@ -24,7 +24,7 @@ TRAINING = {
     "batch_size": 6,
     "segment_length": 0.5,
     "learning_rate": 3e-4,
-    "max_steps": 600,
+    "max_steps": 300,
     "phase1_steps": 150,
     "eval_every": 100,
     "eval_samples": 96,

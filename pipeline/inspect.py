@@ -11,6 +11,7 @@ import click
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from pipeline.plan import PLAN_NAME
 from pipeline.settings import InspectSettings
 from shards.contract import INDEX_NAME, OK, TARGET_RATE
 from shards.errors import ShardError, UserError
@@ -22,7 +23,7 @@ def inspect(settings: InspectSettings) -> None:
     """Raises UserError for a path that is none of these."""
     path = settings.path
     if path.is_dir():
-        inside = [path / INDEX_NAME, path / "shards" / INDEX_NAME]
+        inside = [path / INDEX_NAME, path / "shards" / INDEX_NAME, path / PLAN_NAME]
         path = next((file for file in inside if file.exists()), path)
     if path.suffix == ".parquet" and path.is_file():
         _table(path, settings.rows)

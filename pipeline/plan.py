@@ -92,7 +92,7 @@ def make_plan(settings: CodesSettings) -> Plan:
         return Plan(path)
     sources, ignored = find(settings.audio, settings.group_pattern)
     if ignored:
-        tqdm.write(f"ignored by extension: {', '.join(f'{n} × {name}' for name, n in ignored.most_common())}")
+        tqdm.write(f"ignored: {', '.join(f'{n} × {name}' for name, n in ignored.most_common())}")
     measured = _measure_all(sources)
     usable = [recording.source for recording in measured if not recording.problem]
     splits = assign_splits(usable or sources, settings.validation_fraction, settings.seed)

@@ -43,11 +43,11 @@ class Source:
 
 
 def find(audio: Path, group_pattern: str | None) -> tuple[list[Source], Counter[str]]:
-    """The recordings of a folder or manifest, in order of their ids, and the ignored files by extension."""
+    """The recordings of a folder or manifest, in order of their ids; and what was ignored, extensions or columns."""
     if audio.is_dir():
         sources, ignored = _folder(audio, group_pattern)
     elif audio.is_file():
-        sources, ignored = _manifest(audio, group_pattern), Counter[str]()
+        sources, ignored = _manifest(audio, group_pattern)
     else:
         raise UserError(f"audio={audio}: no such folder or manifest")
     if not sources:
@@ -90,8 +90,9 @@ def _raise(error: OSError) -> None:
     raise UserError(f"{error.filename}: {error.strerror}") from error
 
 
-def _manifest(path: Path, group_pattern: str | None) -> list[Source]:
+def _manifest(path: Path, group_pattern: str | None) -> tuple[list[Source], Counter[str]]:
     table = _read_table(path)
+    ignored = Counter(f"column {name}" for name in table.column_names if name not in MANIFEST_TYPES)
     if "path" not in table.column_names:
         raise UserError(f"{path} has no column named path; its columns are {table.column_names}")
     sources = []
@@ -105,7 +106,7 @@ def _manifest(path: Path, group_pattern: str | None) -> list[Source]:
     repeated = [id for id, n in Counter(source.id for source in sources).items() if n > 1]
     if repeated:
         raise UserError(f"{path}: id {repeated[0]!r} stands more than once ({len(repeated)} such): ids must be unique")
-    return sources
+    return sources, ignored
 
 
 def _from_row(row: dict[str, str | float | None], folder: Path, group_pattern: str | None) -> Source:
@@ -143,7 +144,9 @@ def _read_table(path: Path) -> pa.Table:
 def _typed(table: pa.Table) -> pa.Table:
     """The columns that we know, each of its type: a speaker 7 becomes "7", a start "x" is an error."""
     known = [name for name in table.column_names if name in MANIFEST_TYPES]
-    return pa.table({name: table[name].cast(MANIFEST_TYPES[name]) for name in known} or table)
+    for name in known:
+        table = table.set_column(table.column_names.index(name), name, table[name].cast(MANIFEST_TYPES[name]))
+    return table
 
 
 def _group(id: str, pattern: str | None) -> str:

@@ -110,7 +110,7 @@ def test_every_file_ends_in_a_row_with_codes_or_a_reason(stage: str, outcome: tu
 
 
 def test_what_is_no_recording_by_its_name_is_counted(outcome: tuple[Path, str]) -> None:
-    assert "ignored by extension: 1 × .txt\n" in outcome[1]
+    assert "ignored: 1 × .txt\n" in outcome[1]
 
 
 def test_a_manifest_may_name_what_is_not_there(recordings: Path, tmp_path: Path) -> None:

@@ -62,7 +62,7 @@ BROKEN = {
     "text.wav": (b"not audio at all\n", "not readable as audio"),
     "empty.wav": (b"", "empty"),
     "missing.wav": (None, "no such file"),
-    "missing.npy": (None, "No such file"),
+    "missing.npy": (None, "no such file"),
 }
 
 

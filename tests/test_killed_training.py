@@ -89,4 +89,6 @@ def test_after_a_kill_the_folder_is_free_at_once(work: Path, tmp_path: Path) -> 
             assert time.monotonic() - began < 120
             time.sleep(0.02)
         process.kill()
-    train(train_settings(work, tmp_path / "run", max_steps=last_state(tmp_path / "run")["step"]))
+    stopped = last_state(tmp_path / "run")["step"]
+    train(train_settings(work, tmp_path / "run", **SETTINGS | {"max_steps": stopped + 1}))
+    assert last_state(tmp_path / "run")["step"] == stopped + 1

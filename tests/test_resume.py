@@ -113,9 +113,13 @@ def test_other_data_is_refused_and_moved_data_is_not(work: Path, finished: Path,
         Trainer(train_settings(tmp_path, finished), CPU)
 
 
-def test_a_run_is_not_overwritten_unasked(work: Path, finished: Path) -> None:
-    with pytest.raises(UserError, match=r"step_000000006\.pt is already there: resume=auto goes on from it"):
-        Trainer(train_settings(work, finished, resume="never"), CPU)
+def test_a_run_is_not_overwritten_unasked(work: Path, finished: Path, tmp_path: Path) -> None:
+    """Nor one that ended after its first validation and before its first checkpoint."""
+    shutil.copytree(finished, tmp_path / "run", ignore=shutil.ignore_patterns("step_*.pt"))
+    for run in (finished, tmp_path / "run"):
+        with pytest.raises(UserError, match="holds checkpoints: resume=auto goes on from them"):
+            Trainer(train_settings(work, run, resume="never"), CPU)
+    assert Trainer(train_settings(work, tmp_path / "run"), CPU).step == 0
 
 
 def damaged(whole: bytes, damage: str) -> bytes:

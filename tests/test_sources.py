@@ -81,7 +81,7 @@ def test_a_folder(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     }
     assert {row["status"] for id, row in rows.items() if id not in failed} == {OK}
     printed = capfd.readouterr().out
-    assert "ignored by extension: 2 × .txt" in printed
+    assert "ignored: 2 × .txt" in printed
     assert "1 × .jpg" in printed
     assert "1 × LICENSE" in printed
 

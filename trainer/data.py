@@ -131,6 +131,6 @@ def fixed_batches(
 
 
 def _leave_signals_alone(worker: int) -> None:
-    """A worker ends with its loader; the trainer's own SIGTERM handler is not for it."""
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    """A worker ends with its loader: signals to the whole process group are the trainer's to answer."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
