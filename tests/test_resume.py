@@ -172,13 +172,15 @@ def test_sigterm_saves_and_another_process_goes_on(work: Path, tmp_path: Path) -
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     words = [sys.executable, "-c", PROGRAM, "train"]
     long = train_words(work, run, max_steps=1000, num_workers=1, checkpoint_every=500, eval_every=1000)
-    with subprocess.Popen([*words, *long], cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(
+        [*words, *long], cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True, start_new_session=True
+    ) as process:
         log, waited_until = run / "metrics.jsonl", time.monotonic() + 120
         while not (log.exists() and '"train"' in log.read_text()):
             assert process.poll() is None
             assert time.monotonic() < waited_until
             time.sleep(0.02)
-        process.send_signal(signal.SIGTERM)
+        os.killpg(process.pid, signal.SIGTERM)
         output = process.communicate()[0]
     assert process.returncode == 143
     stopped = last_state(run)["step"]

@@ -15,6 +15,7 @@ from pydantic import Field
 
 from configs.loader import FOLDER, Settings, load_settings
 from pipeline.settings import InspectSettings
+from pipeline.workflow import _written
 from shards.errors import SettingsError
 from tests.helpers import ROOT, run_command
 from trainer.settings import TrainSettings
@@ -329,3 +330,8 @@ def test_workflow_checks_every_commands_settings_first(tmp_path: Path) -> None:
     assert result.returncode == 2
     assert "typo: unknown key" in result.stderr
     assert not work.exists()
+
+
+def test_workflow_passes_settings_on_as_commands_read_them() -> None:
+    values = {"work": Path('/tmp/ünï "cödé"'), "gpu": 0, "teacher": "recording", "n_ffts": [1024, 2048]}
+    assert [_written(value) for value in values.values()] == ['/tmp/ünï "cödé"', "0", "recording", "[1024, 2048]"]
