@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from shards.contract import COARSE_48K, CONTEXT_COARSE, FORMAT_VERSION, TOKENS, 
 from shards.errors import ShardError
 from shards.index import Index, load
 from shards.order import Order
+from tests.helpers import ROOT
 from trainer.data import Batch, Crop, collate, crop, fixed_batches, training_batches
 from trainer.decoder import PADDING_TOKEN
 
@@ -199,3 +202,24 @@ def test_damage_arrives_as_one_line_that_names_shard_and_key(work: Path, tmp_pat
     assert message.startswith(f"{tar}: {row['key']}: crc32")
     assert "\n" not in message
     assert "Traceback" not in message
+
+
+LEFT_BEHIND = """
+import sys
+from pathlib import Path
+from shards.index import load
+from shards.order import Order
+from trainer.data import training_batches
+
+index = load(Path(sys.argv[1]) / "shards", "train")
+batches = training_batches(index, Order(index.counts, 0, 2, 2), range(1000), 3, 2, 0, 1)
+print(len(next(batches)))
+sys.left_behind = batches
+"""
+
+
+def test_readers_left_behind_do_not_keep_a_process_from_ending(work: Path) -> None:
+    """As a traceback leaves them: they ignore SIGTERM, by which Python ends them before it waits for them."""
+    words = [sys.executable, "-W", "ignore", "-c", LEFT_BEHIND, str(work)]
+    ended = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=60, check=True)
+    assert ended.stdout == "2\n"

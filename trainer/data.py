@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
+import multiprocessing
 import signal
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -95,7 +97,7 @@ def collate(crops: list[Crop], length: int) -> Batch:
 
 def training_batches(
     index: Index, order: Order, steps: range, length: int, workers: int, rank: int, world_size: int
-) -> Iterator[Batch]:
+) -> Generator[Batch, None, None]:
     """This rank's share of each global batch of `steps`. Raises ShardError, naming shard and key."""
     share = len(rank_slice(order.global_batch, rank, world_size))
     pipeline = webdataset.DataPipeline(
@@ -134,3 +136,11 @@ def _leave_signals_alone(worker: int) -> None:
     """A worker ends with its loader: signals to the whole process group are the trainer's to answer."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+@atexit.register
+def _kill_workers() -> None:
+    """Python ends by SIGTERM to daemonic children and waits for them: workers that an error left behind never end."""
+    for process in multiprocessing.active_children():
+        if process.daemon:
+            process.kill()

@@ -7,7 +7,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import closing, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -97,7 +97,7 @@ class Trainer:
             self.process.rank,
             self.process.world_size,
         )
-        with stop_requested() as stop:
+        with stop_requested() as stop, closing(batches):
             model, phase, started = nn.Module(), 0, time.monotonic()
             for batch in batches:
                 if self._phase() != phase:
