@@ -3,6 +3,8 @@
 set positional-arguments
 
 python := ".venv/bin/python"
+resolve := "uv pip compile --universal --python-version 3.11 --no-emit-index-url --group dev pyproject.toml " \
+    + "--custom-compile-command 'just pins' --quiet"
 
 [private]
 default:
@@ -66,16 +68,25 @@ check: _env
 test *args: _env
     @{{ python }} -m pytest "$@"
 
-# resolve newer versions into requirements.lock
-pins:
-    uv pip compile --universal --python-version 3.11 --no-emit-index-url --group dev pyproject.toml \
-        --custom-compile-command "just pins" --upgrade --quiet -o requirements.lock
+# everything optional too: metrics, ONNX, Ray, remote storage, W&B
+extras:
+    @just _install requirements-all.lock
 
-# .venv holds exactly requirements.lock; the stamp is written last
+# resolve newer versions into requirements.lock and requirements-all.lock
+pins:
+    {{ resolve }} --upgrade -o requirements.lock
+    cp requirements.lock requirements-all.lock
+    {{ resolve }} --group extras-tests --all-extras -o requirements-all.lock
+
+# .venv holds exactly requirements.lock, or requirements-all.lock once `just extras` has run
 _env:
-    @cmp -s requirements.lock .venv/.installed || ( \
-        echo "installing requirements.lock into .venv" >&2 \
-        && rm -f .venv/.installed \
-        && ( test -x {{ python }} || uv venv --quiet .venv ) \
-        && uv pip sync --python {{ python }} requirements.lock >&2 \
-        && cp requirements.lock .venv/.installed )
+    @cmp -s requirements.lock .venv/.installed || cmp -s requirements-all.lock .venv/.installed \
+        || just _install requirements.lock
+
+# the stamp is written last
+_install lock:
+    @echo "installing {{ lock }} into .venv" >&2
+    @rm -f .venv/.installed
+    @test -x {{ python }} || uv venv --quiet .venv
+    @uv pip sync --python {{ python }} {{ lock }} >&2
+    @cp {{ lock }} .venv/.installed
