@@ -86,7 +86,7 @@ class Recording:
             position = self._seek(file, self.first + start)
             end = self.first + self.frames
             while position < end:
-                block = _read(file, min(BLOCK_FRAMES, end - position))
+                block = _read(file, position, min(BLOCK_FRAMES, end - position))
                 mono = block.mean(axis=1, dtype=np.float64).astype(np.float32)
                 finite = np.isfinite(block).all(axis=1)
                 if not finite.all():
@@ -103,7 +103,7 @@ class Recording:
             file.seek(frame)
         else:
             for done in range(0, frame, BLOCK_FRAMES):
-                _read(file, min(BLOCK_FRAMES, frame - done))
+                _read(file, done, min(BLOCK_FRAMES, frame - done))
         return frame
 
 
@@ -185,14 +185,14 @@ def _open(path: Path) -> soundfile.SoundFile:
         raise AudioError(f"not readable as audio: {_reason(error)}") from error
 
 
-def _read(file: soundfile.SoundFile, frames: int) -> npt.NDArray[np.float32]:
-    before = file.tell()
+def _read(file: soundfile.SoundFile, position: int, frames: int) -> npt.NDArray[np.float32]:
+    """Frames [position, position + frames); the file stands there already, and may be of a kind that cannot seek."""
     try:
         block: npt.NDArray[np.float32] = file.read(frames, dtype="float32", always_2d=True)
     except (soundfile.LibsndfileError, OSError) as error:
-        raise AudioError(f"broken near {before / file.samplerate:.3f} s: {_reason(error)}") from error
+        raise AudioError(f"broken near {position / file.samplerate:.3f} s: {_reason(error)}") from error
     if len(block) < frames:
-        raise AudioError(f"ends at frame {before + len(block)}, its header says {file.frames}")
+        raise AudioError(f"ends at frame {position + len(block)}, its header says {file.frames}")
     return block
 
 
