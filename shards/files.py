@@ -37,16 +37,23 @@ def replacing(path: Location) -> Iterator[Path]:
 
 
 @contextmanager
-def exclusive(folder: Path) -> Iterator[None]:
-    """Holds `folder` for this process. Raises UserError when another process writes there."""
+def exclusive(folder: Path, name: str = ".lock", *, shared: bool = False, waiting: str = "") -> Iterator[None]:
+    """Holds `folder` for this process, or with others that hold it `shared`.
+
+    Where another process stands in the way: raises UserError, or says `waiting` and waits for it to end.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("w") as lock:
+    how = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
+    with (folder / name).open("w") as lock:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(lock, how | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise UserError(
-                f"{folder}: another process is writing here; wait for it or choose another folder"
-            ) from None
+            if not waiting:
+                raise UserError(
+                    f"{folder}: another process is writing here; wait for it or choose another folder"
+                ) from None
+            print(f"{waiting}: waiting for it", flush=True)
+            fcntl.flock(lock, how)
         os.register_at_fork(after_in_child=lock.close)  # else a killed process's workers hold the folder on
         yield
 

@@ -95,15 +95,16 @@ class Url:
     def stat(self) -> Stat:
         return Stat(int(self._patiently(lambda files, path: files.info(path)["size"])))
 
-    def read_bytes(self) -> bytes:
-        data: bytes = self._patiently(lambda files, path: files.cat_file(path))
+    def read_bytes(self, start: int = 0, stop: int | None = None) -> bytes:
+        data: bytes = self._patiently(lambda files, path: files.cat_file(path, start or None, stop))
         return data
 
     def open(self, mode: str = "rb") -> IO[bytes]:
         """For reading. Large objects are read in blocks as they are asked for."""
         assert mode == "rb", "objects are written by shards.files.replacing"
-        if self.stat().st_size <= WHOLE_BYTES:
-            return io.BytesIO(self.read_bytes())
+        return io.BytesIO(self.read_bytes()) if self.stat().st_size <= WHOLE_BYTES else self.open_blocks()
+
+    def open_blocks(self) -> IO[bytes]:
         file: IO[bytes] = self._patiently(lambda files, path: files.open(path, "rb"))
         return file
 
@@ -173,6 +174,59 @@ def locate(text: str | Location) -> Location:
     if isinstance(text, str) and "://" in text:
         return Url(text.rstrip("/"))
     return text if isinstance(text, Url) else Path(text)
+
+
+@dataclass(frozen=True)
+class Part:
+    """Bytes [offset, offset + size) of a file, read as a file of its own: a member of a tar."""
+
+    whole: Location
+    offset: int
+    size: int
+
+    def exists(self) -> bool:
+        return self.whole.exists()
+
+    def stat(self) -> Stat:
+        """Less than `size` where the file ends early."""
+        return Stat(max(min(self.size, self.whole.stat().st_size - self.offset), 0))
+
+    def open(self, mode: str = "rb") -> IO[bytes]:
+        assert mode == "rb"
+        if isinstance(self.whole, Path):
+            return io.BufferedReader(_Window(self.whole.open("rb"), self.offset, self.size))
+        if self.size <= WHOLE_BYTES:
+            return io.BytesIO(self.whole.read_bytes(self.offset, self.offset + self.size))
+        return io.BufferedReader(_Window(self.whole.open_blocks(), self.offset, self.size))
+
+
+class _Window(io.RawIOBase):
+    """A stretch of an open file, which is closed with it."""
+
+    def __init__(self, file: IO[bytes], offset: int, size: int) -> None:
+        self._file, self._offset, self._size, self._place = file, offset, size, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        start = {io.SEEK_SET: 0, io.SEEK_CUR: self._place, io.SEEK_END: self._size}[whence]
+        self._place = max(start + offset, 0)
+        return self._place
+
+    def readinto(self, buffer: Any) -> int:
+        self._file.seek(self._offset + self._place)
+        data = self._file.read(max(min(len(buffer), self._size - self._place), 0))
+        buffer[: len(data)] = data
+        self._place += len(data)
+        return len(data)
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
 
 
 def _filesystem(url: str) -> Any:

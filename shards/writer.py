@@ -84,7 +84,7 @@ class ShardWriter:
     The sidecar is renamed last: a shard is done when its sidecar stands.
     """
 
-    def __init__(self, folder: Path, shard: int, fingerprint: Mapping[str, Any]) -> None:
+    def __init__(self, folder: Location, shard: int, fingerprint: Mapping[str, Any]) -> None:
         self.tar_path = folder / f"{shard:06d}.tar"
         self.sidecar_path = folder / f"{shard:06d}.parquet"
         self._fingerprint = fingerprint
