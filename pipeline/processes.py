@@ -23,7 +23,7 @@ from pipeline.execute import FATAL, Progress, attempt
 from pipeline.stage import Stage
 from shards.errors import UserError
 
-MAX_DEATHS = 2  # of processes that made the same shard
+MAX_DEATHS = 3  # of processes that made the same shard
 
 
 @dataclass
@@ -121,7 +121,7 @@ def work(kind: type[Stage], settings: Any, connection: Connection[Any, Any], cou
     except EOFError:
         return
     except FATAL as error:
-        connection.send(("fatal", _described(error)))
+        connection.send(("fatal", described(error)))
 
 
 def _end_with_parent() -> None:
@@ -131,7 +131,7 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def _described(error: BaseException) -> str:
+def described(error: BaseException) -> str:
     if isinstance(error, OSError) and error.strerror:
         return f"{error.strerror}: {error.filename or 'while writing'}"
     return str(error) or type(error).__name__
