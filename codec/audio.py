@@ -180,9 +180,11 @@ def sinc_resampler(old: int, new: int) -> Resample:
 
 @contextmanager
 def _open(path: Stored) -> Iterator[soundfile.SoundFile]:
-    if not path.exists():
-        raise AudioError("no such file")
-    if path.stat().st_size == 0:
+    try:
+        size = path.stat().st_size
+    except OSError as error:  # a link to nowhere, or to itself
+        raise AudioError("no such file") from error
+    if size == 0:
         raise AudioError("the file is empty")
     with ExitStack() as stack:
         try:

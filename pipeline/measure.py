@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from codec.audio import AudioError, probe
 from pipeline.sources import stored
+from shards.storage import Part
 
 PROBE_THREADS = 16
 END_TOLERANCE_SECONDS = 0.01  # a manifest's end may lie this far after the file's: people round
@@ -52,6 +53,8 @@ def _header(place: tuple[str, int | None, int | None]) -> tuple[Any, ...]:
     """HEADER of one file."""
     try:
         file = stored(*place)
+        if isinstance(file, Part) and file.stat().st_size < file.size:
+            raise AudioError("cut off with its tar")
         header = probe(file)
         return header.frames, header.rate, header.channels, file.stat().st_size, None
     except (AudioError, OSError) as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import http.client
+import logging
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -81,6 +82,7 @@ def serving() -> Iterator[Door]:
     import boto3
     import fsspec
 
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)
     moto = server.ThreadedMotoServer("127.0.0.1", port=0, verbose=False)
     moto.start()
     port = moto.get_host_and_port()[1]

@@ -105,10 +105,10 @@ def test_other_settings_are_refused(override: str, difference: str, recordings: 
 
 
 def test_rows_sha256_knows_all_but_the_place() -> None:
-    row = {"path": "a/b.wav", "recording": "b.wav", "reason": None, "n_coarse": 3, "offset": None}
+    row: Row = {"path": "a/b.wav", "recording": "b.wav", "reason": None, "n_coarse": 3, "offset": None}
     same = rows_sha256(rows_of(row))
     assert same == rows_sha256(rows_of(row)) == rows_sha256(rows_of({**row, "path": "c/b.wav"}))
-    others = [{"n_coarse": 4}, {"n_coarse": None}, {"recording": "c.wav"}, {"reason": ""}, {"offset": 0}]
+    others: list[Row] = [{"n_coarse": 4}, {"n_coarse": None}, {"recording": "c.wav"}, {"reason": ""}, {"offset": 0}]
     assert len({same, *(rows_sha256(rows_of({**row, **other})) for other in others)}) == 1 + len(others)
     assert len({rows_sha256(rows_of(*rows)) for rows in ([row], [row, row])}) == 2
 

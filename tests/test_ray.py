@@ -38,7 +38,7 @@ def cluster() -> Iterator[Any]:
     """A head that computes nothing, and two nodes of one CPU each."""
     from ray.cluster_utils import Cluster
 
-    small = {"object_store_memory": 80 << 20}
+    small: dict[str, Any] = {"object_store_memory": 80 << 20}
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_DISABLE_IMPORT_WARNING", "1")
         patch.setenv("OMP_NUM_THREADS", "1")
