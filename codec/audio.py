@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -19,6 +20,9 @@ import soundfile
 import torch
 from torchaudio.transforms import Resample
 
+from shards.storage import Location, Part
+
+Stored = Location | Part  # where a recording's bytes are
 Samples = npt.NDArray[np.float32]
 
 MIN_RATE, MAX_RATE = 8_000, 192_000
@@ -43,7 +47,7 @@ class Header:
     channels: int
 
 
-def probe(path: Path) -> Header:
+def probe(path: Stored) -> Header:
     """Length, rate and channels by the file's own word. Raises AudioError."""
     with _open(path) as file:
         if not MIN_RATE <= file.samplerate <= MAX_RATE:
@@ -67,7 +71,7 @@ class Recording:
     Raises AudioError for what cannot be decoded, ends early, is not finite, or changed since it was measured.
     """
 
-    def __init__(self, path: Path, header: Header, first: int = 0, frames: int | None = None) -> None:
+    def __init__(self, path: Stored, header: Header, first: int = 0, frames: int | None = None) -> None:
         self.path, self.header, self.first = path, header, first
         self.frames = header.frames - first if frames is None else frames
 
@@ -174,15 +178,21 @@ def sinc_resampler(old: int, new: int) -> Resample:
     ).float()
 
 
-def _open(path: Path) -> soundfile.SoundFile:
-    if not path.exists():
-        raise AudioError("no such file")
-    if path.stat().st_size == 0:
-        raise AudioError("the file is empty")
+@contextmanager
+def _open(path: Stored) -> Iterator[soundfile.SoundFile]:
     try:
-        return soundfile.SoundFile(path)
-    except (soundfile.LibsndfileError, OSError) as error:
-        raise AudioError(f"not readable as audio: {_reason(error)}") from error
+        size = path.stat().st_size
+    except OSError as error:  # a link to nowhere, or to itself
+        raise AudioError("no such file") from error
+    if size == 0:
+        raise AudioError("the file is empty")
+    with ExitStack() as stack:
+        try:
+            given = path if isinstance(path, Path) else stack.enter_context(path.open("rb"))
+            file = stack.enter_context(soundfile.SoundFile(given))
+        except (soundfile.LibsndfileError, OSError) as error:
+            raise AudioError(f"not readable as audio: {_reason(error)}") from error
+        yield file
 
 
 def _read(file: soundfile.SoundFile, position: int, frames: int) -> npt.NDArray[np.float32]:
@@ -203,7 +213,7 @@ def _check_wav_is_whole(file: soundfile.SoundFile) -> None:
         raise AudioError(f"cut off: the header promises {promised[1]} bytes of samples, the file holds {promised[2]}")
 
 
-def _check_ogg_is_whole(path: Path) -> None:
+def _check_ogg_is_whole(path: Stored) -> None:
     """libsndfile quietly ends an Ogg at its last whole page; what follows shows whether it was cut off."""
     with path.open("rb") as file:
         file.seek(max(path.stat().st_size - MAX_OGG_PAGE, 0))

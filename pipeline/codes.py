@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import groupby
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,11 +11,13 @@ import numpy.typing as npt
 import pyarrow as pa
 from snac import SNAC
 
-from codec.audio import AudioError, Header, Recording, Resampler
+from codec.audio import AudioError, Header, Recording, Resampler, probe
 from codec.snac import Window, bucketed, coarse_length, device_of, encode, load_snac, windows
-from pipeline.execute import Advance, has_failures, run_shards, summarize
-from pipeline.plan import make_plan, rows_sha256
+from pipeline.execute import holding, run
+from pipeline.plan import make_plan
 from pipeline.settings import CodesSettings
+from pipeline.sources import stored
+from pipeline.stage import Advance, Stage
 from shards.contract import (
     COARSE_24K,
     CODEC_RATE,
@@ -28,45 +29,49 @@ from shards.contract import (
     flatten_codes,
     sample_key,
 )
-from shards.files import exclusive
-from shards.writer import is_done, write_table
+from shards.storage import Location
+from shards.writer import write_table
 
 Tokens = npt.NDArray[np.int16]
 PENDING_BATCHES = 4  # audio that waits for company of its own length, in batches
 
 
-def codes_path(work: Path, split: str, shard: int) -> Path:
+def codes_path(work: Location, split: str, shard: int) -> Location:
     return work / "codes" / split / f"{shard:06d}.parquet"
 
 
 def shard_codes(settings: CodesSettings) -> None:
     """Plans, then writes `codes/SPLIT/000000.parquet` for each shard of the plan; skips what is done."""
-    with exclusive(settings.work):
-        device = device_of(settings.gpu)
-        model, weights = load_snac(settings.pretrained_model)
-        model.to(device)
-        plan = make_plan(settings)
-        provenance = {"snac": weights.describe(), "snac_sha256": weights.sha256}
+    with holding(settings):
+        stage = CodesStage(settings)
+        make_plan(settings)
+        run(stage)
 
-        def fingerprint(rows: list[dict[str, Any]]) -> dict[str, Any]:
-            return {"plan_rows": rows_sha256(rows), **provenance}
 
-        def done(number: int) -> bool:
-            path = codes_path(settings.work, *plan.shards[number])
-            again = settings.retry == "failed" and path.exists() and has_failures(path)
-            return is_done(path, fingerprint(plan.rows(number))) and not again
+class CodesStage(Stage):
+    """Recordings of a shard → its codes."""
 
-        def make(number: int, advance: Advance) -> None:
-            rows = plan.rows(number)
-            table = pa.Table.from_pylist(encode_shard(rows, model, settings, advance), schema=CODES_SCHEMA)
-            path = codes_path(settings.work, *plan.shards[number])
-            write_table(path, table, {"fingerprint": fingerprint(rows)})
+    doing = "encoding"
+    settings: CodesSettings
 
-        waiting = [number for number in range(len(plan.shards)) if not done(number)]
-        settings.write(settings.work / "codes" / "settings.json")  # now that no other run's codes stand there
-        run_shards("encoding", plan, waiting, make)
-        paths = [codes_path(settings.work, *shard) for shard in plan.shards]
-        summarize(paths, settings.max_failed_fraction, f"codes in {settings.work / 'codes'} by {provenance['snac']}")
+    def __init__(self, settings: CodesSettings) -> None:
+        super().__init__(settings)
+        device, *_ = [device_of(gpu) for gpu in settings.devices()]
+        self.model, weights = load_snac(settings.pretrained_model)
+        self.model.to(device)
+        self._provenance = {"snac": weights.describe(), "snac_sha256": weights.sha256}
+
+    @property
+    def folder(self) -> Location:
+        return self.settings.work / "codes"
+
+    def fingerprint(self, number: int) -> dict[str, Any]:
+        return {"plan_rows": self.plan.rows_sha256[number], **self._provenance}
+
+    def make(self, number: int, advance: Advance) -> None:
+        rows = encode_shard(self.plan.rows(number), self.model, self.settings, advance)
+        table = pa.Table.from_pylist(rows, schema=CODES_SCHEMA)
+        write_table(self.table(number), table, {"fingerprint": self.fingerprint(number)})
 
 
 def encode_shard(
@@ -110,15 +115,25 @@ def read_windows(rows: list[dict[str, Any]], window_coarse: int) -> Iterator[tup
 
 
 def open_recording(row: dict[str, Any]) -> Recording:
-    """The recording of a plan row. Raises AudioError when its file is no longer the one that was planned."""
-    path = Path(row["path"])
+    """The recording of a plan row. Raises AudioError when its file is no longer the one that was planned.
+
+    Where the plan took a manifest at its word, the file's header must say the same.
+    """
+    path = stored(row["path"], row["offset"], row["file_bytes"])
     try:
         size = path.stat().st_size
     except OSError as error:
         raise AudioError(f"{error.strerror} since planning") from error
-    if size != row["file_bytes"]:
+    if row["file_bytes"] not in (size, None):
         raise AudioError(f"the file has {size} bytes, {row['file_bytes']} when it was planned")
     header = Header(row["file_frames"], row["rate"], row["channels"])
+    if row["channels"] is None:
+        header = probe(path)
+        if (header.frames, header.rate) != (row["file_frames"], row["rate"]):
+            raise AudioError(
+                f"the file holds {header.frames} frames at {header.rate} Hz, its manifest says {row['file_frames']} at "
+                f"{row['rate']} Hz"
+            )
     return Recording(path, header, row["first_frame"], row["frames"])
 
 

@@ -1,60 +1,202 @@
-"""Run shard jobs one after the other, with progress; then say what became of every segment."""
+"""Make the shards of a stage that are not done: here, in a process for each GPU, on Ray, or one slice of them.
+
+Every executor is a function of (stage, numbers, progress) that makes those shards and tells `progress` of each.
+What is skipped and what ends the run is decided here alone, in `attempt` and `Progress.finish`: a bad recording costs
+its own rows, inside the stage; a shard that an unforeseen error kept from being made is left out, for the next run, and
+the run goes on to fail at its end, or after MAX_IN_A_ROW of them; settings, shards of another run, storage, a full
+disk, memory and Ctrl-C concern the whole run and end it at once.
+"""
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Sequence
+import sys
+import traceback
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import partial
-from pathlib import Path
+from importlib import import_module
+from typing import Any
 
 from tqdm import tqdm
 
 from pipeline.plan import Plan
+from pipeline.settings import ExecutionSettings
+from pipeline.stage import Stage
 from shards.contract import FAILED, OK, REJECTED
 from shards.errors import UserError
+from shards.files import exclusive
+from shards.storage import Location, Url
 from shards.writer import read_table
 
 REASONS_SHOWN = 5
-
-Advance = Callable[[float], object]
-
-
-def run_shards(what: str, plan: Plan, waiting: Sequence[int], make: Callable[[int, Advance], None]) -> None:
-    """Calls `make` for each shard that is `waiting`, with a function that moves the bar by seconds of audio."""
-    finished = sum(plan.seconds) - sum(plan.seconds[number] for number in waiting)
-    bar_format = "{desc}: {percentage:3.0f}%|{bar}| {n:.0f}/{total:.0f} s of audio, {rate_fmt}, {remaining} left"
-    with tqdm(total=sum(plan.seconds), initial=finished, desc=what, unit=" s", bar_format=bar_format) as bar:
-        for number in waiting:
-            end = bar.n + plan.seconds[number]
-            make(number, partial(_advance, bar, end))
-            bar.update(end - bar.n)
+MAX_IN_A_ROW = 3  # shards that could not be made, one after the other: something is wrong with more than one shard
+LOOKING_THREADS = 16
+FATAL = (UserError, OSError, MemoryError)
 
 
-def _advance(bar: tqdm, end: float, seconds: float) -> None:
-    bar.update(min(seconds, end - bar.n))  # windows overlap what the shard holds
+class Progress:
+    """The bar over all processes, in seconds of audio; and the count of shards that could not be made."""
+
+    def __init__(self, doing: str, plan: Plan, mine: Sequence[int], waiting: Sequence[int]) -> None:
+        total, left = (sum(plan.seconds[number] for number in numbers) for numbers in (mine, waiting))
+        shown = "{desc}: {percentage:3.0f}%|{bar}| {n:.0f}/{total:.0f} s of audio, {rate_fmt}, {remaining} left"
+        self._bar = tqdm(total=total, initial=total - left, desc=doing, unit=" s", bar_format=shown)
+        self._plan, self._advanced = plan, defaultdict[int, float](float)
+        self._problems: dict[int, str] = {}
+        self._in_a_row = 0
+
+    def advance(self, number: int, seconds: float) -> None:
+        """At most what the shard holds: windows overlap."""
+        seconds = min(seconds, self._plan.seconds[number] - self._advanced[number])
+        self._advanced[number] += seconds
+        self._bar.update(min(seconds, self._bar.total - self._bar.n))  # sums of seconds are rounded
+
+    def finish(self, number: int, problem: str | None) -> None:
+        """Shard `number` stands, or an error kept it from being made. Raises UserError when that is the rule."""
+        self.advance(number, self._plan.seconds[number])
+        if problem is None:
+            self._in_a_row = 0
+            return
+        self._in_a_row += 1
+        self._problems[number] = problem
+        tqdm.write(f"{self._name(number)} could not be made:\n{problem}", file=sys.stderr)
+        if self._in_a_row == MAX_IN_A_ROW:
+            raise UserError(f"{MAX_IN_A_ROW} shards in a row could not be made, the last because of: {_last(problem)}")
+
+    def close(self) -> None:
+        self._bar.close()
+
+    def check(self) -> None:
+        """Raises UserError when a shard could not be made."""
+        if self._problems:
+            number, problem = next(iter(self._problems.items()))
+            raise UserError(
+                f"{len(self._problems)} shards could not be made, such as {self._name(number)}: {_last(problem)}. "
+                "All others stand; the same command tries these again"
+            )
+
+    def _name(self, number: int) -> str:
+        return "{}/{:06d}".format(*self._plan.shards[number])
 
 
-def has_failures(path: Path) -> bool:
-    """Whether a segment of this codes file or sidecar failed: `retry=failed` makes such a shard again."""
-    return FAILED in read_table(path, columns=["status"])["status"].to_pylist()
+def attempt(stage: Stage, number: int, advance: Any) -> str | None:
+    """Makes a shard → None, or the traceback of what kept it from being made. Raises what concerns the whole run."""
+    try:
+        stage.make(number, advance)
+    except FATAL:
+        raise
+    except Exception:
+        return traceback.format_exc()
+    return None
 
 
-def summarize(paths: Sequence[Path], max_failed_fraction: float, title: str) -> None:
+def here(stage: Stage, numbers: Iterable[int], progress: Progress) -> None:
+    """One after the other, in this process."""
+    for number in numbers:
+        progress.finish(number, attempt(stage, number, partial(progress.advance, number)))
+
+
+def run(stage: Stage) -> bool:
+    """Makes what is not done, and says what became of every segment. Returns whether all shards of the plan stand."""
+    settings, plan = stage.settings, stage.plan
+    mine = selected(len(plan.shards), settings)
+    clean(stage.folder, [plan.shards[number] for number in mine])
+    waiting = [number for number, done in zip(mine, _done(stage, mine), strict=True) if not done]
+    with alone(settings, stage.folder):
+        settings.write(stage.folder / "settings.json")  # now that no other run's shards stand there
+    progress = Progress(stage.doing, plan, mine, waiting)
+    try:
+        if waiting:
+            _executor(settings)(stage, waiting, progress)
+    finally:
+        progress.close()
+    progress.check()
+    summarize([stage.table(number) for number in mine], settings.max_failed_fraction, f"{stage.doing}: {stage.folder}")
+    others = [number for number in range(len(plan.shards)) if number not in set(mine)]
+    missing = len(others) - sum(_done(stage, others))
+    if missing:
+        tqdm.write(f"slice {settings.slice_index} of {settings.slice_count} is done; {missing} shards are others'")
+    return not missing
+
+
+def _executor(settings: ExecutionSettings) -> Any:
+    if settings.execute == "ray":
+        return import_module("pipeline.on_ray").actors
+    if len(settings.devices()) > 1 or (settings.workers or 1) > 1:
+        return import_module("pipeline.processes").processes
+    return here
+
+
+def selected(shards: int, settings: ExecutionSettings) -> range:
+    """Numbers of the shards that this run makes: all, or every n-th."""
+    if settings.slice_index is None:
+        return range(shards)
+    return range(settings.slice_index, shards, settings.slice_count or 1)
+
+
+def _done(stage: Stage, numbers: Sequence[int]) -> list[bool]:
+    with ThreadPoolExecutor(LOOKING_THREADS) as pool:
+        return list(pool.map(stage.done, numbers))
+
+
+@contextmanager
+def holding(settings: ExecutionSettings) -> Iterator[None]:
+    """The work folder, for this run alone, or for slices of one run, each of them once. Remote folders have no locks:
+    there, what two runs write at once is the same bytes under names of their own, until one of them is the last.
+    """
+    if isinstance(settings.work, Url):
+        yield
+        return
+    if settings.execute != "slice":
+        with exclusive(settings.work):
+            yield
+        return
+    name = f".lock-{settings.slice_index}-of-{settings.slice_count}"
+    with exclusive(settings.work, shared=True), exclusive(settings.work, name):
+        yield
+
+
+@contextmanager
+def alone(settings: ExecutionSettings, what: Location) -> Iterator[None]:
+    """What slices write together, settings and index, they write one after the other."""
+    if settings.execute != "slice" or isinstance(settings.work, Url):
+        yield
+        return
+    with exclusive(settings.work, ".lock-common", waiting=f"another slice writes {what}"):
+        yield
+
+
+def clean(folder: Location, shards: Iterable[tuple[str, int]]) -> None:
+    """Removes what killed processes left of these shards under temporary names."""
+    ours = {f"{split}/{shard:06d}" for split, shard in shards}
+    found = folder.files() if isinstance(folder, Url) else folder.glob("*/*.tmp")
+    for path in found:
+        if path.suffix == ".tmp" and f"{path.parent.name}/{path.name.partition('.')[0]}" in ours:
+            path.unlink(missing_ok=True)
+
+
+def summarize(paths: Sequence[Location], max_failed_fraction: float, title: str) -> None:
     """Prints counts by status and the commonest reasons. Raises UserError above `max_failed_fraction`."""
     statuses, reasons = Counter[str](), Counter[str]()
-    for path in paths:
-        table = read_table(path, columns=["status", "reason"])
-        statuses.update(table["status"].to_pylist())
-        reasons.update(reason for reason in table["reason"].to_pylist() if reason)
+    with ThreadPoolExecutor(LOOKING_THREADS) as pool:
+        for table in pool.map(partial(read_table, columns=["status", "reason"]), paths):
+            statuses.update(table["status"].to_pylist())
+            reasons.update(reason for reason in table["reason"].to_pylist() if reason)
     total = sum(statuses.values())
     tqdm.write(f"{title}: {total} segments, {', '.join(f'{n} {name}' for name, n in statuses.most_common())}")
     for reason, n in reasons.most_common(REASONS_SHOWN):
         tqdm.write(f"  {n} × {reason}")
     lost = statuses[FAILED] + statuses[REJECTED]
-    if lost / total > max_failed_fraction:
+    if lost > max_failed_fraction * total:
         raise UserError(
             f"{lost} of {total} segments failed or were rejected, above max_failed_fraction={max_failed_fraction:g}; "
             "the rows say why. What succeeded is kept: raise the limit, or mend the recordings and add retry=failed"
         )
-    if not statuses[OK]:
+    if total and not statuses[OK]:
         raise UserError(f"{title}: no segment is usable")
+
+
+def _last(problem: str) -> str:
+    return problem.strip().splitlines()[-1]

@@ -8,7 +8,6 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +18,7 @@ from tqdm import tqdm
 
 from shards.contract import TARGET_RATE
 from shards.errors import UserError
+from shards.storage import Location
 from shards.writer import read_table
 
 Samples = npt.NDArray[np.float32]
@@ -55,7 +55,7 @@ def compare(source: Samples, target: Samples) -> dict[str, float | None]:
     }
 
 
-def check_alignment(sidecars: Sequence[Path]) -> None:
+def check_alignment(sidecars: Sequence[Location]) -> None:
     """Prints lag and level over all targets that were compared. Raises UserError when the typical lag is not small."""
     columns = ["lag_samples", "level_difference_db"]
     tables = [read_table(path, columns=columns, filters=pc.field("lag_samples").is_valid()) for path in sidecars]

@@ -1,27 +1,30 @@
 """Recordings → segments → shards, frozen in plan.parquet before any model runs.
 
-So what a shard holds does not depend on how many workers ran, or on when they died.
+So what a shard holds does not depend on how many workers ran, or on when they died. A plan may be extended by
+recordings that it does not know: their shards follow those that stand, of which nothing changes.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from tqdm import tqdm
 
-from codec.audio import AudioError, Header, output_length, probe
-from codec.snac import coarse_length
+from pipeline.measure import measure
 from pipeline.settings import CodesSettings
-from pipeline.sources import Source, find
+from pipeline.sources import find
 from shards.contract import (
+    COARSE_24K,
     COARSE_48K,
     CODEC_RATE,
     FAILED,
@@ -33,98 +36,134 @@ from shards.contract import (
     coarse_tokens,
 )
 from shards.errors import UserError
-from shards.files import replacing
-from shards.writer import differences, encode_metadata, naming, read_metadata, read_table
+from shards.files import exclusive, replacing
+from shards.storage import Location, Url
+from shards.writer import differences, encode_metadata, naming, parquet_source, read_metadata, read_table
 
 PLAN_NAME = "plan.parquet"
-PROBE_THREADS = 8
-END_TOLERANCE_SECONDS = 0.01  # a manifest's end may lie this far after the file's: people round
 PLANNED_BY = ("audio", "segment_length", "min_seconds", "segments_per_shard", "validation_fraction", "seed")
+METADATA = {"settings", "shards", "seconds", "rows_sha256"}
 
-
-@dataclass(frozen=True)
-class Measured:
-    """A source with its header and the frames that it takes, or with the reason why it cannot be used."""
-
-    source: Source
-    header: Header = Header(0, 0, 0)  # noqa: RUF009 (frozen)
-    first_frame: int = 0
-    frames: int = 0
-    file_bytes: int = 0
-    problem: str | None = None
+Int64 = npt.NDArray[np.int64]
 
 
 class Plan:
     """plan.parquet: one row group per shard, so a worker holds only the rows of the shard that it makes."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Location) -> None:
         if not path.exists():
             raise UserError(f"{path} is missing: run `just shard-codes` first")
+        with naming(path):
+            self._file = pq.ParquetFile(parquet_source(path))
         metadata = read_metadata(path)
-        if not {"settings", "shards", "seconds"} <= metadata.keys():
+        if not metadata.keys() >= METADATA:
             raise UserError(f"{path} is no plan: delete it and run `just shard-codes` again")
-        self._path, self._file = path, pq.ParquetFile(path)
+        self._path = path
         self.shards: list[tuple[str, int]] = [(split, shard) for split, shard in metadata["shards"]]
         self.seconds: list[float] = metadata["seconds"]
+        self.rows_sha256: list[str] = metadata["rows_sha256"]
+        self.settings: dict[str, Any] = metadata["settings"]
 
-    def rows(self, number: int) -> list[dict[str, Any]]:
+    def table(self, number: int) -> pa.Table:
         """The rows of the shard that is `number` in `shards`."""
         with naming(self._path):
-            rows: list[dict[str, Any]] = self._file.read_row_group(number).to_pylist()
+            return self._file.read_row_group(number)
+
+    def rows(self, number: int) -> list[dict[str, Any]]:
+        rows: list[dict[str, Any]] = self.table(number).to_pylist()
         return rows
 
 
-def rows_sha256(rows: Iterable[dict[str, Any]]) -> str:
+def rows_sha256(rows: pa.Table) -> str:
     """Identifies a shard's plan; where its files lie is no part of it."""
-    stripped = [{name: value for name, value in row.items() if name != "path"} for row in rows]
-    return hashlib.sha256(json.dumps(stripped, sort_keys=True).encode()).hexdigest()
+    digest = hashlib.sha256()
+    for name in sorted(rows.column_names):
+        column = rows[name]
+        if name == "path":
+            continue
+        digest.update(name.encode())
+        if pa.types.is_string(column.type):
+            digest.update(json.dumps(column.to_pylist()).encode())
+        else:
+            digest.update(column.is_valid().to_numpy(zero_copy_only=False).tobytes())
+            digest.update(pc.fill_null(column, 0).to_numpy().astype("<i8").tobytes())
+    return digest.hexdigest()
 
 
 def make_plan(settings: CodesSettings) -> Plan:
-    """The plan in `work`, made now if there is none. Raises UserError when it was made with other settings."""
+    """The plan in `work`, made now if there is none. Raises UserError when it was made with other settings.
+
+    Slices make it once: the first to come holds a lock, the others wait for it. If it dies, the next one plans.
+    """
     path = settings.work / PLAN_NAME
-    asked = {**settings.model_dump(mode="json", include={*PLANNED_BY, "group_pattern"})}
-    if path.exists():
-        changed = differences(read_metadata(path)["settings"], asked)
+    with _planning(settings):
+        asked = settings.model_dump(mode="json", include={*PLANNED_BY, "group_pattern"})
+        if not path.exists():
+            _write(path, [], _new_shards(_found(settings), settings, {}, {}), asked)
+            return Plan(path)
+        plan = Plan(path)
+        changed = differences(plan.settings, asked)
         if changed:
             raise UserError(f"{path} was made with other settings ({changed}): use another work= or delete it")
-        _check_nothing_is_new(path, settings)
+        new = _unknown(plan, path, settings)
+        if not len(new):
+            return plan
+        if not settings.extend:
+            raise UserError(
+                f"{len(new)} recordings such as {new['recording'][0].as_py()!r} were added to {settings.audio} after "
+                f"{path} was made: extend=true puts them into new shards; without them, take another work="
+            )
+        groups, numbers = _known(plan, path)
+        _write(path, [plan], _new_shards(new, settings, groups, numbers), asked)
         return Plan(path)
-    sources, ignored = find(settings.audio, settings.group_pattern)
+
+
+def _planning(settings: CodesSettings) -> AbstractContextManager[None]:
+    if settings.execute != "slice" or isinstance(settings.work, Url):
+        return nullcontext()  # one process plans; or several do, and every plan is the same bytes
+    return exclusive(settings.work, ".lock-plan", waiting=f"another slice is making {settings.work / PLAN_NAME}")
+
+
+def _found(settings: CodesSettings) -> pa.Table:
+    found, ignored = find(settings.audio, settings.group_pattern)
     if ignored:
         tqdm.write(f"ignored: {', '.join(f'{n} × {name}' for name, n in ignored.most_common())}")
-    measured = _measure_all(sources)
-    usable = [recording.source for recording in measured if not recording.problem]
-    splits = assign_splits(usable or sources, settings.validation_fraction, settings.seed)
-    _write(path, measured, splits, settings, asked)
-    return Plan(path)
+    return found
 
 
-def _check_nothing_is_new(path: Path, settings: CodesSettings) -> None:
-    """Raises UserError for recordings that were added since; where the audio is gone, the plan stands alone."""
+def _unknown(plan: Plan, path: Location, settings: CodesSettings) -> pa.Table:
+    """Recordings that the plan does not know; where the audio is gone, the plan stands alone."""
+    planned = pc.unique(read_table(path, columns=["recording"])["recording"])
     if not settings.audio.exists():
-        return
-    planned = set(read_table(path, columns=["recording"])["recording"].unique().to_pylist())
-    new = [source.id for source in find(settings.audio, settings.group_pattern)[0] if source.id not in planned]
-    if new:
-        raise UserError(
-            f"{len(new)} recordings such as {new[0]!r} were added to {settings.audio} after {path} was made: "
-            "take another work= for them, or delete this one to plan anew"
-        )
+        return pa.table({"recording": pa.array([], pa.string())})
+    found, _ = find(settings.audio, settings.group_pattern)
+    return found.filter(pc.invert(pc.is_in(found["recording"], planned)))
 
 
-def assign_splits(sources: Iterable[Source], fraction: float, seed: int) -> dict[str, str]:
-    """Group → split, by the hash of the group's name; the manifest's own word comes first.
+def _known(plan: Plan, path: Location) -> tuple[dict[str, str], dict[str, int]]:
+    """The split of each group that has one, and the number of the next shard of each split."""
+    rows = read_table(path, columns=["group", "split", "status"])
+    usable = rows.filter(pc.field("status") != FAILED)
+    pairs = usable.group_by(["group", "split"]).aggregate([])
+    numbers = {split: 1 + max((n for s, n in plan.shards if s == split), default=-1) for split in SPLITS}
+    return dict(zip(pairs["group"].to_pylist(), pairs["split"].to_pylist(), strict=True)), numbers
 
-    With two groups or more neither split is empty. Raises UserError when that cannot be, or a group would be cut.
+
+def assign_splits(
+    given: Iterable[tuple[str, str | None]], fraction: float, seed: int, known: Mapping[str, str] | None = None
+) -> dict[str, str]:
+    """(group, the manifest's split for it) → split of each group, by the hash of its name where nothing is given.
+
+    What is `known` stays. With two groups or more neither split is empty. Raises UserError when that cannot be, or
+    when a group would be cut.
     """
-    given: dict[str, str | None] = {}
-    for source in sources:
-        if given.setdefault(source.group, source.split) != source.split:
-            found = f"{given[source.group] or 'no split'} and {source.split or 'no split'}"
-            raise UserError(f"group {source.group!r} stands in more than one split ({found}): it must stay in one")
-    splits = {group: split or _by_hash(group, fraction, seed) for group, split in given.items()}
-    free = sorted((group for group, split in given.items() if not split), key=lambda group: _hash(group, seed))
+    wanted: dict[str, str | None] = dict(known or {})
+    for group, split in given:
+        if wanted.setdefault(group, split) != split and not (group in (known or {}) and split is None):
+            found = f"{wanted[group] or 'no split'} and {split or 'no split'}"
+            raise UserError(f"group {group!r} stands in more than one split ({found}): it must stay in one")
+    splits = {group: split or _by_hash(group, fraction, seed) for group, split in wanted.items()}
+    free = sorted((group for group, split in wanted.items() if not split), key=lambda group: _hash(group, seed))
     for split, candidates in (("validation", free), ("train", free[::-1])):
         if split not in splits.values():
             if len(splits) < 2 or not candidates:
@@ -144,88 +183,100 @@ def _hash(text: str, seed: int) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed}/{text}".encode()).digest()[:8], "big")
 
 
-def _measure_all(sources: list[Source]) -> list[Measured]:
-    with ThreadPoolExecutor(PROBE_THREADS) as pool:
-        results = pool.map(_measure, sources)
-        return list(tqdm(results, total=len(sources), desc="reading headers", unit="file", disable=None))
+@dataclass(frozen=True)
+class Shard:
+    split: str
+    number: int
+    rows: pa.Table
 
 
-def _measure(source: Source) -> Measured:
-    if source.problem:
-        return Measured(source, problem=source.problem)
-    try:
-        path = Path(source.path)
-        header = probe(path)
-        seconds = header.frames / header.rate
-        first = round(min(source.start_seconds, seconds) * header.rate)
-        end = round(min(seconds if source.end_seconds is None else source.end_seconds, seconds) * header.rate)
-        if first >= end or (source.end_seconds or 0) > seconds + END_TOLERANCE_SECONDS:
-            asked = f"{source.start_seconds:g} … {source.end_seconds} s"
-            raise AudioError(f"{asked} is not inside its {seconds:g} s, or holds no sample")
-        return Measured(source, header, first, end - first, path.stat().st_size)
-    except (AudioError, OSError) as error:
-        return Measured(source, problem=str(error))
+def _new_shards(
+    found: pa.Table, settings: CodesSettings, known: Mapping[str, str], numbers: Mapping[str, int]
+) -> Iterator[Shard]:
+    """The shards of recordings, split by split, in the order in which their ids hash."""
+    recordings = measure(found)
+    usable = recordings.filter(pc.field("problem").is_null())
+    pairs = (usable if len(usable) else recordings).group_by(["group", "split"]).aggregate([])
+    given = zip(pairs["group"].to_pylist(), pairs["split"].to_pylist(), strict=True)
+    splits = assign_splits(given, settings.validation_fraction, settings.seed, known)
+    chosen = np.array([SPLITS.index(splits.get(group, "train")) for group in recordings["group"].to_pylist()])
+    hashes = np.fromiter((_hash(id, settings.seed) for id in recordings["recording"].to_pylist()), np.uint64)
+    for place, split in enumerate(SPLITS):
+        members = np.flatnonzero(chosen == place)
+        members = members[np.argsort(hashes[members], kind="stable")]
+        yield from _deal(recordings.take(pa.array(members)), split, numbers.get(split, 0), settings)
 
 
-def _write(
-    path: Path, recordings: list[Measured], splits: dict[str, str], settings: CodesSettings, asked: dict[str, Any]
-) -> None:
-    shards, seconds = [], []
-    with replacing(path) as temporary, pq.ParquetWriter(temporary, PLAN_SCHEMA, compression="zstd") as writer:
-        for split in SPLITS:
-            chosen = [recording for recording in recordings if splits.get(recording.source.group, "train") == split]
-            chosen.sort(key=lambda recording: _hash(recording.source.id, settings.seed))
-            for shard, rows in enumerate(_deal(chosen, settings)):
-                for number, row in enumerate(rows):
-                    row.update(split=split, shard=shard, row=number)
-                writer.write_table(pa.Table.from_pylist(rows, schema=PLAN_SCHEMA))
-                shards.append((split, shard))
-                seconds.append(sum(row["n_samples"] for row in rows) / TARGET_RATE)
-        writer.add_key_value_metadata(encode_metadata({"settings": asked, "shards": shards, "seconds": seconds}))
+def _deal(recordings: pa.Table, split: str, first: int, settings: CodesSettings) -> Iterator[Shard]:
+    """Segments of `recordings`, in their order, `segments_per_shard` at a time."""
+    segments = Segments(recordings, coarse_tokens(settings.segment_length))
+    for start in range(0, len(segments), settings.segments_per_shard):
+        number = first + start // settings.segments_per_shard
+        rows = segments.rows(start, start + settings.segments_per_shard, settings.min_seconds)
+        rows = rows.drop_columns("split").append_column("split", pa.array([split] * len(rows)))
+        rows = rows.append_column("shard", pa.array(np.full(len(rows), number)))
+        rows = rows.append_column("row", pa.array(np.arange(len(rows))))
+        yield Shard(split, number, rows.select(PLAN_SCHEMA.names).cast(PLAN_SCHEMA))
 
 
-def _deal(recordings: Iterable[Measured], settings: CodesSettings) -> Iterator[list[dict[str, Any]]]:
-    rows: list[dict[str, Any]] = []
-    for recording in recordings:
-        for row in _segments(recording, coarse_tokens(settings.segment_length), settings.min_seconds):
-            rows.append(row)
-            if len(rows) == settings.segments_per_shard:
-                yield rows
-                rows = []
-    if rows:
-        yield rows
+class Segments:
+    """Every recording in stretches of `length` coarse tokens; one that cannot be used has one, empty, row."""
 
+    def __init__(self, recordings: pa.Table, length: int) -> None:
+        self._recordings, self._length = recordings, length
+        frames = recordings["frames"].to_numpy()
+        rate = np.maximum(recordings["rate"].to_numpy().astype(np.int64), 1)
+        self._samples = _divided_up(frames * TARGET_RATE, rate)
+        self._total = _divided_up(_divided_up(frames * CODEC_RATE, rate), COARSE_24K)
+        self._counts = np.maximum(_divided_up(self._total, length), 1)
+        self._ends = np.cumsum(self._counts)
 
-def _segments(recording: Measured, length: int, min_seconds: float) -> Iterator[dict[str, Any]]:
-    """The rows of one recording; a recording that cannot be used has one row, with the reason."""
-    source, header = recording.source, recording.header
-    common = {
-        "recording": source.id,
-        "group": source.group,
-        "path": source.path,
-        "first_frame": recording.first_frame,
-        "frames": recording.frames,
-        "rate": header.rate,
-        "channels": header.channels,
-        "file_frames": header.frames,
-        "file_bytes": recording.file_bytes,
-    }
-    if recording.problem:
-        nothing = {"segment": 0, "start_coarse": 0, "n_coarse": 0, "n_samples": 0}
-        yield {**common, **nothing, "status": FAILED, "reason": recording.problem}
-        return
-    total = coarse_length(output_length(recording.frames, header.rate, CODEC_RATE))
-    samples = output_length(recording.frames, header.rate, TARGET_RATE)
-    for segment, start in enumerate(range(0, total, length)):
-        n_coarse = min(length, total - start)
-        n_samples = min(n_coarse * COARSE_48K, samples - start * COARSE_48K)
-        short = n_samples < min_seconds * TARGET_RATE
-        yield {
-            **common,
+    def __len__(self) -> int:
+        return int(self._ends[-1]) if len(self._ends) else 0
+
+    def rows(self, start: int, stop: int, min_seconds: float) -> pa.Table:
+        """Segments [start, stop), with all columns of the plan but split, shard and row."""
+        places = np.arange(start, min(stop, len(self)))
+        owners = np.searchsorted(self._ends, places, side="right")
+        segment = places - (self._ends - self._counts)[owners]
+        start_coarse = segment * self._length
+        n_coarse = np.minimum(self._length, self._total[owners] - start_coarse)
+        n_samples = np.minimum(n_coarse * COARSE_48K, self._samples[owners] - start_coarse * COARSE_48K)
+        table = self._recordings.take(pa.array(owners))
+        failed = pc.is_valid(table["problem"])
+        short = pa.array(n_samples < min_seconds * TARGET_RATE)
+        reason = pc.if_else(short, f"shorter than min_seconds={min_seconds:g}", pa.scalar(None, pa.string()))
+        columns: dict[str, Any] = {
             "segment": segment,
-            "start_coarse": start,
+            "start_coarse": start_coarse,
             "n_coarse": n_coarse,
             "n_samples": n_samples,
-            "status": TOO_SHORT if short else OK,
-            "reason": f"shorter than min_seconds={min_seconds:g}" if short else None,
+            "status": pc.if_else(failed, FAILED, pc.if_else(short, TOO_SHORT, OK)),
+            "reason": pc.if_else(failed, table["problem"], reason),
         }
+        for name, values in columns.items():
+            table = table.append_column(name, pa.array(values) if isinstance(values, np.ndarray) else values)
+        return table
+
+
+def _divided_up(numbers: Int64, by: Int64 | int) -> Int64:
+    return -(-numbers // by)
+
+
+def _write(path: Location, plans: list[Plan], shards: Iterable[Shard], asked: dict[str, Any]) -> None:
+    """The shards of `plans`, then `shards`, into one file."""
+    names, seconds, digests = list[tuple[str, int]](), list[float](), list[str]()
+    with replacing(path) as temporary, pq.ParquetWriter(temporary, PLAN_SCHEMA, compression="zstd") as writer:
+        for plan in plans:
+            names += plan.shards
+            seconds += plan.seconds
+            digests += plan.rows_sha256
+            for number in range(len(plan.shards)):
+                writer.write_table(plan.table(number).replace_schema_metadata(None))
+        for shard in shards:
+            names.append((shard.split, shard.number))
+            seconds.append(pc.sum(shard.rows["n_samples"]).as_py() / TARGET_RATE)
+            digests.append(rows_sha256(shard.rows))
+            writer.write_table(shard.rows)
+        metadata = {"settings": asked, "shards": names, "seconds": seconds, "rows_sha256": digests}
+        writer.add_key_value_metadata(encode_metadata(metadata))

@@ -1,80 +1,141 @@
-"""Find recordings: a folder tree or a manifest. Every file found ends in the plan, readable or not."""
+"""Find recordings: a folder tree, tars of recordings or a manifest, here or remote. Every one of them ends in the plan.
+
+Recordings are rows of a table, because there may be millions.
+"""
 
 from __future__ import annotations
 
-import math
 import os
 import re
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 import pyarrow as pa
-import pyarrow.csv
-import pyarrow.json
-import pyarrow.parquet as pq
+import pyarrow.compute as pc
 
-from shards.contract import SPLITS
+from pipeline.manifest import MANIFESTS, read_manifest
+from pipeline.tars import members
 from shards.errors import UserError
+from shards.storage import Location, Part, Url, locate
 
 EXTENSIONS = {".wav", ".flac", ".ogg", ".oga", ".mp3", ".opus"}
-MANIFEST_TYPES = {
-    "path": pa.string(),
-    "id": pa.string(),
-    "speaker": pa.string(),
-    "split": pa.string(),
-    "start": pa.float64(),  # seconds
-    "end": pa.float64(),
-}
+TAR = ".tar"
+FOUND_SCHEMA = pa.schema(  # a recording before anything is known of its content
+    [
+        ("recording", pa.string()),
+        ("path", pa.string()),
+        ("offset", pa.int64()),  # in the tar that `path` is; null for a file of its own
+        ("file_bytes", pa.int64()),  # null where nobody has looked yet
+        ("group", pa.string()),
+        ("split", pa.string()),  # null: by hash of the group
+        ("start", pa.float64()),  # seconds
+        ("end", pa.float64()),
+        ("frames", pa.int64()),  # of the file, with `rate`, where a manifest states both
+        ("rate", pa.int32()),
+        ("problem", pa.string()),  # why it cannot be used
+    ]
+)
 
 
-@dataclass(frozen=True)
-class Source:
-    """A recording before anything is known of its content."""
+def find(audio: Location, group_pattern: str | None) -> tuple[pa.Table, Counter[str]]:
+    """FOUND_SCHEMA, in order of ids; and what was ignored: extensions or columns.
 
-    id: str
-    path: str
-    group: str
-    split: str | None = None
-    start_seconds: float = 0.0
-    end_seconds: float | None = None
-    problem: str | None = None
-
-
-def find(audio: Path, group_pattern: str | None) -> tuple[list[Source], Counter[str]]:
-    """The recordings of a folder or manifest, in order of their ids; and what was ignored, extensions or columns."""
-    if audio.is_dir():
-        sources, ignored = _folder(audio, group_pattern)
+    Raises UserError where there is nothing, or an id stands more than once.
+    """
+    if audio.suffix in MANIFESTS and audio.is_file():
+        columns, ignored = read_manifest(audio)
+    elif audio.suffix == TAR and audio.is_file():
+        columns, ignored = _columns(_tar(audio, audio.name))
+    elif audio.is_dir():
+        columns, ignored = _columns(_folder(audio))
     elif audio.is_file():
-        sources, ignored = _manifest(audio, group_pattern)
+        raise UserError(f"audio={audio} is neither a folder nor a manifest ({', '.join(MANIFESTS)}) nor a .tar")
     else:
         raise UserError(f"audio={audio}: no such folder or manifest")
-    if not sources:
+    if not columns["path"]:
         raise UserError(f"audio={audio} holds no recordings ({', '.join(sorted(EXTENSIONS))}); found {dict(ignored)}")
-    sources.sort(key=lambda source: source.id)
-    return sources, ignored
+    columns["group"] = _groups(columns, group_pattern)
+    n = len(columns["path"])
+    table = pa.table([columns.get(name) or pa.nulls(n) for name in FOUND_SCHEMA.names], FOUND_SCHEMA.names)
+    table = table.cast(FOUND_SCHEMA).sort_by("recording")
+    _check_ids(audio, table["recording"])
+    return table, ignored
 
 
-def _folder(folder: Path, group_pattern: str | None) -> tuple[list[Source], Counter[str]]:
-    sources, ignored = [], Counter[str]()
-    for path in _walk(folder):
-        if path.suffix.lower() not in EXTENSIONS:
-            ignored[path.suffix.lower() or path.name] += 1
+def stored(path: str, offset: int | None, file_bytes: int | None) -> Location | Part:
+    """Where the bytes of a planned recording are."""
+    whole = locate(path)
+    return whole if offset is None else Part(whole, offset, file_bytes or 0)
+
+
+def _check_ids(audio: Location, ids: pa.ChunkedArray) -> None:
+    counts = ids.value_counts()
+    repeated = pc.filter(pc.struct_field(counts, [0]), pc.greater(pc.struct_field(counts, [1]), 1))
+    if len(repeated):
+        raise UserError(
+            f"{audio}: id {repeated[0].as_py()!r} stands more than once ({len(repeated)} such): ids must be unique"
+        )
+
+
+Item = dict[str, Any] | str  # a recording, or what is ignored
+
+
+def _columns(items: Iterable[Item]) -> tuple[dict[str, list[Any]], Counter[str]]:
+    names = ("recording", "path", "offset", "file_bytes", "group", "problem")
+    columns: dict[str, list[Any]] = {name: [] for name in names}
+    ignored = Counter[str]()
+    for item in items:
+        if isinstance(item, str):
+            ignored[item] += 1
             continue
-        id = path.relative_to(folder).as_posix()
-        try:
-            str(path).encode()
-        except UnicodeEncodeError:  # such a name fits in no Parquet file
-            name = os.fsencode(id).decode("utf-8", "backslashreplace")
-            sources.append(Source(name, "", _group(name, group_pattern), problem="file name is not UTF-8: rename it"))
-            continue
-        sources.append(Source(id, str(path), _group(id, group_pattern)))
-    return sources, ignored
+        for name, column in columns.items():
+            column.append(item.get(name))
+    return columns, ignored
 
 
-def _walk(folder: Path) -> Iterator[Path]:
-    """Every file below `folder`; links to folders are followed, each folder is entered once."""
+def _folder(folder: Location) -> Iterator[Item]:
+    prefix = len(str(folder).rstrip("/")) + 1
+    for path, file_bytes in _walk(folder):
+        id, name = path[prefix:], path.rpartition("/")[2]
+        suffix = os.path.splitext(name)[1].lower()  # noqa: PTH122 (a million of them)
+        if suffix not in (*EXTENSIONS, TAR):
+            yield suffix or name
+        elif not _is_utf8(path):  # such a name fits in no Parquet file
+            readable = os.fsencode(id).decode("utf-8", "backslashreplace")
+            yield {"recording": readable, "path": "", "problem": "file name is not UTF-8: rename it"}
+        elif suffix == TAR:
+            yield from _tar(locate(path), id)
+        else:
+            yield {"recording": id, "path": path, "file_bytes": file_bytes}
+
+
+def _tar(path: Location, id: str) -> Iterator[Item]:
+    """Its recordings; a tar that cannot be read to its end is one more, with the reason."""
+    for member in members(path, EXTENSIONS):
+        if member.problem is not None:
+            yield {"recording": id, "path": str(path), "problem": member.problem}
+        elif member.ignored is not None:
+            yield member.ignored
+        else:
+            known = {"path": str(path), "offset": member.offset, "file_bytes": member.size, "group": member.speaker}
+            yield {"recording": f"{id}/{member.name}", **known}
+
+
+def _is_utf8(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _walk(folder: Location) -> Iterator[tuple[str, int | None]]:
+    """Every file below `folder`, with its bytes where they are known. Links to folders are followed, once each."""
+    if isinstance(folder, Url):
+        yield from ((str(url), size) for url, size in folder.files().items())
+        return
     seen = set()
     for root, folders, files in os.walk(folder, followlinks=True, onerror=_raise):
         status = Path(root).stat()
@@ -83,81 +144,34 @@ def _walk(folder: Path) -> Iterator[Path]:
             continue
         seen.add((status.st_dev, status.st_ino))
         folders.sort()
-        yield from (Path(root, file) for file in files)
+        yield from ((f"{root.rstrip('/')}/{file}", None) for file in files)
 
 
 def _raise(error: OSError) -> None:
     raise UserError(f"{error.filename}: {error.strerror}") from error
 
 
-def _manifest(path: Path, group_pattern: str | None) -> tuple[list[Source], Counter[str]]:
-    table = _read_table(path)
-    ignored = Counter(f"column {name}" for name in table.column_names if name not in MANIFEST_TYPES)
-    if "path" not in table.column_names:
-        raise UserError(f"{path} has no column named path; its columns are {table.column_names}")
-    sources = []
-    for number, row in enumerate(table.to_pylist(), start=1):
-        where = f"{path}, row {number}"
-        if not row["path"]:
-            raise UserError(f"{where}: path is empty")
-        if row.get("split") not in (None, "", *SPLITS):
-            raise UserError(f"{where}: split is {row['split']!r}, expected one of {', '.join(SPLITS)}, or nothing")
-        sources.append(_from_row(row, path.parent, group_pattern))
-    repeated = [id for id, n in Counter(source.id for source in sources).items() if n > 1]
-    if repeated:
-        raise UserError(f"{path}: id {repeated[0]!r} stands more than once ({len(repeated)} such): ids must be unique")
-    return sources, ignored
-
-
-def _from_row(row: dict[str, str | float | None], folder: Path, group_pattern: str | None) -> Source:
-    name = str(row["path"])
-    start, end = float(row.get("start") or 0.0), row.get("end")
-    id = str(row.get("id") or (f"{name}#{start:g}-{end if end is not None else ''}" if start or end else name))
-    problem = None
-    if not (0 <= start < (math.inf if end is None else float(end))):
-        problem = f"start {start:g} s and end {end} s are not a stretch of time"
-    return Source(
-        id=id,
-        path=str(folder / name),
-        group=str(row.get("speaker") or _group(name if group_pattern is None else id, group_pattern)),
-        split=str(row["split"]) if row.get("split") else None,
-        start_seconds=start,
-        end_seconds=None if end is None else float(end),
-        problem=problem,
-    )
-
-
-def _read_table(path: Path) -> pa.Table:
+def _groups(columns: dict[str, list[Any]], pattern: str | None) -> list[str]:
+    """What each recording names as its group, else the first group of `pattern` in its id, else its folder."""
+    named = columns.get("group") or [None] * len(columns["path"])
+    ids = columns["recording"] if pattern is not None else columns.get("name") or columns["recording"]
     try:
-        if path.suffix == ".parquet":
-            return _typed(pq.read_table(path))
-        if path.suffix == ".csv":
-            convert = pa.csv.ConvertOptions(column_types=MANIFEST_TYPES, null_values=[""], strings_can_be_null=True)
-            return pa.csv.read_csv(path, convert_options=convert)
-        if path.suffix in (".jsonl", ".ndjson"):
-            return _typed(pa.json.read_json(path))
-    except (pa.ArrowException, OSError) as error:
-        raise UserError(f"manifest {path} cannot be read: {error}") from error
-    raise UserError(f"audio={path} is neither a folder nor a manifest (.parquet, .csv, .jsonl)")
-
-
-def _typed(table: pa.Table) -> pa.Table:
-    """The columns that we know, each of its type: a speaker 7 becomes "7", a start "x" is an error."""
-    known = [name for name in table.column_names if name in MANIFEST_TYPES]
-    for name in known:
-        table = table.set_column(table.column_names.index(name), name, table[name].cast(MANIFEST_TYPES[name]))
-    return table
-
-
-def _group(id: str, pattern: str | None) -> str:
-    if pattern is None:
-        return str(PurePosixPath(id).parent)
-    try:
-        match = re.search(pattern, id)
+        find_in = re.compile(pattern).search if pattern is not None else None
     except re.error as error:
         raise UserError(f"group_pattern={pattern}: {error}") from error
+    return [name or (_matched(find_in, id) if find_in else _parent(id)) for name, id in zip(named, ids, strict=True)]
+
+
+def _parent(name: str) -> str:
+    folder = name.rpartition("/")[0]
+    return folder if folder and "//" not in folder and "/." not in folder else str(PurePosixPath(name).parent)
+
+
+def _matched(find_in: Any, id: str) -> str:
+    match = find_in(id)
     if not match or not match.groups() or match[1] is None:
         raise UserError(
-            f"group_pattern={pattern} names no group in {id!r}: it needs one pair of parentheses that match"
+            f"group_pattern={find_in.__self__.pattern} names no group in {id!r}: it needs one pair of parentheses "
+            "that match"
         )
-    return match[1]
+    return str(match[1])

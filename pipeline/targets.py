@@ -8,7 +8,6 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import groupby
-from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -18,10 +17,11 @@ import soundfile
 from codec.audio import AudioError, Resampler
 from codec.snac import device_of
 from pipeline.codes import codes_path, open_recording
-from pipeline.execute import Advance, has_failures, run_shards, summarize
+from pipeline.execute import alone, holding, run
 from pipeline.fidelity import check_alignment, compare
-from pipeline.plan import PLAN_NAME, Plan, rows_sha256
+from pipeline.plan import PLAN_NAME, Plan
 from pipeline.settings import TargetsSettings
+from pipeline.stage import Advance, Stage
 from shards.contract import (
     COARSE_48K,
     CODES_SUFFIX,
@@ -37,9 +37,9 @@ from shards.contract import (
     unflatten_codes,
 )
 from shards.errors import ShardError, UserError
-from shards.files import exclusive
-from shards.index import compact, tar_path
-from shards.writer import ShardWriter, is_done, read_metadata, read_table
+from shards.index import compact
+from shards.storage import Location
+from shards.writer import ShardWriter, read_metadata, read_table
 
 Row = dict[str, Any]
 MAX_CLIPPED_FRACTION = 0.01
@@ -100,51 +100,56 @@ class SidonTeacher:
 
 def shard_targets(settings: TargetsSettings) -> None:
     """Writes `shards/SPLIT/000000.tar` with its sidecar for each shard of the plan, then `shards/index.parquet`."""
-    plan = Plan(settings.work / PLAN_NAME)
-    folder = settings.work / "shards"
-    with exclusive(settings.work):
-        teacher: Teacher = RecordingTeacher() if settings.teacher == "recording" else SidonTeacher(settings)
-
-        def fingerprint(number: int) -> dict[str, Any]:
-            codes = _codes_fingerprint(settings.work, plan, number)
-            return {
-                "format_version": FORMAT_VERSION,
-                "target_bits": settings.target_bits,
-                **codes,
-                **teacher.provenance,
-            }
-
-        def done(number: int) -> bool:
-            path = tar_path(folder, *plan.shards[number])
-            sidecar = path.with_suffix(".parquet")
-            if not is_done(sidecar, fingerprint(number)) or (settings.retry == "failed" and has_failures(sidecar)):
-                return False
-            return path.exists() and path.stat().st_size == read_metadata(sidecar)["tar_bytes"]
-
-        def make(number: int, advance: Advance) -> None:
-            split, shard = plan.shards[number]
-            codes = read_table(codes_path(settings.work, split, shard)).to_pylist()
-            provenance = fingerprint(number)
-            with ShardWriter(folder / split, shard, provenance) as writer:
-                for row, members in samples(plan.rows(number), codes, teacher, settings, provenance["snac"]):
-                    writer.add(row, members) if members else writer.add_row(row)
-                    advance(row["n_samples"] / TARGET_RATE)
-
-        waiting = [number for number in range(len(plan.shards)) if not done(number)]
-        settings.write(folder / "settings.json")  # now that no other run's shards stand there
-        run_shards("writing targets", plan, waiting, make)
-        paths = [tar_path(folder, *shard).with_suffix(".parquet") for shard in plan.shards]
-        summarize(paths, settings.max_failed_fraction, f"shards in {folder}, targets by {teacher.name}")
-        check_alignment(paths)
-        compact(folder, plan.shards)
+    Plan(settings.work / PLAN_NAME)  # before the teacher is loaded
+    with holding(settings):
+        stage = TargetsStage(settings)
+        if run(stage):
+            check_alignment([stage.table(number) for number in range(len(stage.plan.shards))])
+            with alone(settings, stage.folder):
+                compact(stage.folder, stage.plan.shards)
 
 
-def _codes_fingerprint(work: Path, plan: Plan, number: int) -> dict[str, Any]:
+class TargetsStage(Stage):
+    """Codes of a shard, and targets by a teacher → its tar and sidecar."""
+
+    doing = "writing targets"
+    settings: TargetsSettings
+
+    def __init__(self, settings: TargetsSettings) -> None:
+        super().__init__(settings)
+        one = settings.model_copy(update={"gpu": settings.devices()[0]})
+        self.teacher: Teacher = RecordingTeacher() if settings.teacher == "recording" else SidonTeacher(one)
+
+    @property
+    def folder(self) -> Location:
+        return self.settings.work / "shards"
+
+    def fingerprint(self, number: int) -> dict[str, Any]:
+        codes = _codes_fingerprint(self.settings.work, self.plan, number)
+        made = {"format_version": FORMAT_VERSION, "target_bits": self.settings.target_bits}
+        return {**made, **codes, **self.teacher.provenance}
+
+    def done(self, number: int) -> bool:
+        sidecar = self.table(number)
+        tar = sidecar.with_suffix(".tar")
+        return super().done(number) and tar.exists() and tar.stat().st_size == read_metadata(sidecar)["tar_bytes"]
+
+    def make(self, number: int, advance: Advance) -> None:
+        split, shard = self.plan.shards[number]
+        codes = read_table(codes_path(self.settings.work, split, shard)).to_pylist()
+        made_from = self.fingerprint(number)
+        with ShardWriter(self.folder / split, shard, made_from) as writer:
+            for row, members in samples(self.plan.rows(number), codes, self.teacher, self.settings, made_from["snac"]):
+                writer.add(row, members) if members else writer.add_row(row)
+                advance(row["n_samples"] / TARGET_RATE)
+
+
+def _codes_fingerprint(work: Location, plan: Plan, number: int) -> dict[str, Any]:
     path = codes_path(work, *plan.shards[number])
     if not path.exists():
         raise UserError(f"{path} is missing: run `just shard-codes` to its end first")
     found: dict[str, Any] = read_metadata(path)["fingerprint"]
-    if found["plan_rows"] != rows_sha256(plan.rows(number)):
+    if found["plan_rows"] != plan.rows_sha256[number]:
         raise ShardError(f"{path} was made for another plan: delete {path.parent.parent} and run `just shard-codes`")
     return found
 

@@ -42,13 +42,14 @@ PLAN_SCHEMA = pa.schema(
         ("row", pa.int32()),  # position in the shard; with `shard` it makes the key
         ("recording", pa.string()),  # stable id: the manifest's, or the path below the folder
         ("group", pa.string()),  # what a split never cuts through: speaker, or parent folder
-        ("path", pa.string()),
+        ("path", pa.string()),  # of the file, or of the tar that holds it; a URL where it is remote
+        ("offset", pa.int64()),  # where the file begins in the tar, bytes; null for a file of its own
         ("first_frame", pa.int64()),  # where the recording begins in its file, at the file's rate
         ("frames", pa.int64()),  # length of the recording, at the file's rate
         ("rate", pa.int32()),  # Hz
-        ("channels", pa.int32()),
+        ("channels", pa.int32()),  # null where a manifest was taken at its word; stage 1 compares it with the file
         ("file_frames", pa.int64()),  # with file_bytes: is the file still the one that was planned?
-        ("file_bytes", pa.int64()),
+        ("file_bytes", pa.int64()),  # null likewise
         ("segment", pa.int32()),  # position in the recording
         ("start_coarse", pa.int32()),  # first coarse token of the segment
         ("n_coarse", pa.int32()),

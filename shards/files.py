@@ -10,11 +10,19 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from shards.errors import UserError
+from shards.storage import Location, Url
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """Yields a temporary name beside `path`; on success its bytes reach the disk, then the name is taken over."""
+def replacing(path: Location) -> Iterator[Path]:
+    """Yields a temporary name beside `path`; on success its bytes reach the disk, then the name is taken over.
+
+    For a Url the temporary name is of a local file, which is uploaded.
+    """
+    if isinstance(path, Url):
+        with path.replacing() as temporary:
+            yield temporary
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
     try:
@@ -29,23 +37,30 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def exclusive(folder: Path) -> Iterator[None]:
-    """Holds `folder` for this process. Raises UserError when another process writes there."""
+def exclusive(folder: Path, name: str = ".lock", *, shared: bool = False, waiting: str = "") -> Iterator[None]:
+    """Holds `folder` for this process, or with others that hold it `shared`.
+
+    Where another process stands in the way: raises UserError, or says `waiting` and waits for it to end.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("w") as lock:
+    how = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
+    with (folder / name).open("w") as lock:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(lock, how | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise UserError(
-                f"{folder}: another process is writing here; wait for it or choose another folder"
-            ) from None
+            if not waiting:
+                raise UserError(
+                    f"{folder}: another process is writing here; wait for it or choose another folder"
+                ) from None
+            print(f"{waiting}: waiting for it", flush=True)
+            fcntl.flock(lock, how)
         os.register_at_fork(after_in_child=lock.close)  # else a killed process's workers hold the folder on
         yield
 
 
-def file_sha256(path: Path) -> str:
+def file_sha256(path: Location) -> str:
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]  # any binary file will do
 
 
 def _fsync_folder(folder: Path) -> None:

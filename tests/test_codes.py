@@ -131,7 +131,7 @@ def test_only_the_windows_of_the_segments_are_read(recordings: Path) -> None:
     path = recordings / "speaker_3" / "take_1.wav"
     header = probe(path)
     row = {"path": str(path), "first_frame": 0, "frames": header.frames, "rate": header.rate, "channels": 2}
-    row |= {"file_frames": header.frames, "file_bytes": path.stat().st_size, "n_coarse": 4}
+    row |= {"offset": None, "file_frames": header.frames, "file_bytes": path.stat().st_size, "n_coarse": 4}
     assert [w.start for w, _ in read_windows([{**row, "start_coarse": 17}], WINDOW)] == [12]
     assert [w.start for w, _ in read_windows([{**row, "start_coarse": 14}], WINDOW)] == [0, 12]
     assert [w.start for w, _ in read_windows([{**row, "start_coarse": 0}], 5)] == [0, 5]

@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import soundfile
 
-from codec.audio import Header
-from pipeline.plan import PLAN_NAME, Measured, Plan, _measure, _segments, assign_splits, make_plan, rows_sha256
-from pipeline.sources import Source
-from shards.contract import OK, TOO_SHORT
+from pipeline.measure import measure
+from pipeline.plan import PLAN_NAME, Plan, Segments, assign_splits, make_plan, rows_sha256
+from pipeline.sources import FOUND_SCHEMA
+from shards.contract import OK, PLAN_SCHEMA, TOO_SHORT
 from shards.errors import UserError
 from tests.helpers import codes_settings
 
@@ -35,30 +36,30 @@ def planned(audio: Path, work: Path, *overrides: str) -> list[Row]:
 @pytest.mark.parametrize("fraction", [1e-9, 0.25, 1 - 1e-9])
 @pytest.mark.parametrize("seed", [0, 1, 2**63 - 1])
 def test_both_splits_hold_groups(groups: int, fraction: float, seed: int) -> None:
-    sources = [Source(f"{n}", f"{n}", f"voice {n % groups}") for n in range(3 * groups)]
-    splits = assign_splits(sources, fraction, seed)
+    given = [(f"voice {n % groups}", None) for n in range(3 * groups)]
+    splits = assign_splits(given, fraction, seed)
     assert len(splits) == groups
     assert set(splits.values()) == {"train", "validation"}
-    assert assign_splits(sources[::-1], fraction, seed) == splits
+    assert assign_splits(given[::-1], fraction, seed) == splits
 
 
 def test_splits_stay_as_recordings_are_added_and_follow_fraction_and_seed() -> None:
-    sources = [Source(f"{n}", f"{n}", f"voice {n % 400}") for n in range(800)]
-    splits = assign_splits(sources, 0.25, 0)
-    more = [*sources, *(Source(f"new {n}", "", f"voice {n}") for n in range(600))]
+    given = [(f"voice {n % 400}", None) for n in range(800)]
+    splits = assign_splits(given, 0.25, 0)
+    more = [*given, *((f"voice {n}", None) for n in range(600))]
     assert {group: split for group, split in assign_splits(more, 0.25, 0).items() if group in splits} == splits
     assert 0.18 < list(splits.values()).count("validation") / 400 < 0.32
-    assert assign_splits(sources, 0.25, 1) != splits
+    assert assign_splits(given, 0.25, 1) != splits
 
 
 def test_splits_that_cannot_be() -> None:
     with pytest.raises(UserError, match=r"no group is left for \w+: found 1 group\(s\) such as 'anna'"):
-        assign_splits([Source("1", "", "anna"), Source("2", "", "anna")], 0.25, 0)
+        assign_splits([("anna", None), ("anna", None)], 0.25, 0)
     with pytest.raises(UserError, match="no group is left for validation: found 2"):
-        assign_splits([Source("1", "", "anna", "train"), Source("2", "", "ben", "train")], 0.25, 0)
+        assign_splits([("anna", "train"), ("ben", "train")], 0.25, 0)
     with pytest.raises(UserError, match="group 'anna' stands in more than one split"):
-        assign_splits([Source("1", "", "anna", "train"), Source("2", "", "anna", "validation")], 0.25, 0)
-    given = [Source("1", "", "anna", "validation"), Source("2", "", "ben"), Source("3", "", "carl")]
+        assign_splits([("anna", "train"), ("anna", "validation")], 0.25, 0)
+    given: list[tuple[str, str | None]] = [("anna", "validation"), ("ben", None), ("carl", None)]
     assert assign_splits(given, 1 - 1e-9, 0)["anna"] == "validation"
     assert set(assign_splits(given[:2], 1 - 1e-9, 0).values()) == {"train", "validation"}
 
@@ -104,9 +105,16 @@ def test_other_settings_are_refused(override: str, difference: str, recordings: 
 
 
 def test_rows_sha256_knows_all_but_the_place() -> None:
-    row = {"path": "a/b.wav", "recording": "b.wav", "n_coarse": 3}
-    assert rows_sha256([row]) == rows_sha256([{**row, "path": "c/b.wav"}])
-    assert rows_sha256([row]) != rows_sha256([{**row, "n_coarse": 4}])
+    row: Row = {"path": "a/b.wav", "recording": "b.wav", "reason": None, "n_coarse": 3, "offset": None}
+    same = rows_sha256(rows_of(row))
+    assert same == rows_sha256(rows_of(row)) == rows_sha256(rows_of({**row, "path": "c/b.wav"}))
+    others: list[Row] = [{"n_coarse": 4}, {"n_coarse": None}, {"recording": "c.wav"}, {"reason": ""}, {"offset": 0}]
+    assert len({same, *(rows_sha256(rows_of({**row, **other})) for other in others)}) == 1 + len(others)
+    assert len({rows_sha256(rows_of(*rows)) for rows in ([row], [row, row])}) == 2
+
+
+def rows_of(*rows: Row) -> pa.Table:
+    return pa.Table.from_pylist(list(rows), pa.schema([PLAN_SCHEMA.field(name) for name in rows[0]]))
 
 
 @pytest.mark.parametrize("rate", [8_000, 11_025, 16_000, 22_050, 24_000, 32_000, 44_100, 48_000, 88_200, 192_000])
@@ -125,7 +133,10 @@ def test_segments_against_a_plain_loop(rate: int, length: int) -> None:
         *random.integers(1, 30 * token, 60).tolist(),
     }
     for frames in lengths:
-        rows = list(_segments(Measured(Source("a", "a", "g"), Header(frames, rate, 1), 0, frames), length, 0.5))
+        known = {"frames": [frames], "rate": [rate], "problem": pa.nulls(1, pa.string())}
+        segments = Segments(pa.table(known), length)
+        rows = segments.rows(0, len(segments), 0.5).to_pylist()
+        assert segments.rows(1, 3, 0.5).to_pylist() == rows[1:3]
         samples, start = -(-frames * 48_000 // rate), 0
         expected: list[tuple[int, int, int, int, str]] = []
         while start * 4096 < samples:
@@ -159,13 +170,11 @@ def test_a_missing_plan_names_its_command(tmp_path: Path) -> None:
 
 def test_an_end_rounded_past_the_file_is_its_end(tmp_path: Path) -> None:
     soundfile.write(tmp_path / "a.wav", np.zeros(9_996, np.float32), 10_000)
-    near, far, nothing = (
-        _measure(Source("a", str(tmp_path / "a.wav"), "g", start_seconds=0.5, end_seconds=end))
-        for end in (1.0, 1.01, 0.50001)
-    )
-    assert (near.problem, near.frames) == (None, 4_996)
-    assert far.problem == "0.5 … 1.01 s is not inside its 0.9996 s, or holds no sample"
-    assert nothing.problem == "0.5 … 0.50001 s is not inside its 0.9996 s, or holds no sample"
+    asked = [{"path": str(tmp_path / "a.wav"), "start": 0.5, "end": end} for end in (1.0, 1.01, 0.50001)]
+    near, far, nothing = measure(pa.Table.from_pylist(asked, FOUND_SCHEMA)).to_pylist()
+    assert (near["problem"], near["first_frame"], near["frames"]) == (None, 5_000, 4_996)
+    assert far["problem"] == "0.5 … 1.01 s is not inside its 0.9996 s, or holds no sample"
+    assert nothing["problem"] == "0.5 … 0.50001 s is not inside its 0.9996 s, or holds no sample"
 
 
 def test_recordings_that_cannot_be_used_fill_no_split(tmp_path: Path) -> None:

@@ -90,8 +90,8 @@ def test_a_folder_whose_own_name_is_not_utf8(tmp_path: Path) -> None:
     folder = Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xe9"))
     folder.mkdir()
     (folder / "a.wav").touch()
-    (source,) = find(folder, None)[0]
-    assert (source.id, source.problem) == ("a.wav", "file name is not UTF-8: rename it")
+    (source,) = find(folder, None)[0].to_pylist()
+    assert (source["recording"], source["problem"]) == ("a.wav", "file name is not UTF-8: rename it")
 
 
 @pytest.mark.parametrize("make", [lambda f: f, lambda f: (f / "a.txt").touch() or f, lambda f: f / "missing"])
@@ -176,8 +176,8 @@ def test_other_manifests_that_cannot_be_used(tmp_path: Path) -> None:
 def test_group_pattern(tmp_path: Path) -> None:
     for name in ("p225_001.wav", "p225_002.wav", "p226_001.wav"):
         (tmp_path / name).touch()
-    assert [source.group for source in find(tmp_path, r"^(p\d+)_")[0]] == ["p225", "p225", "p226"]
-    assert [source.group for source in find(tmp_path, "(.*)")[0]] == ["p225_001.wav", "p225_002.wav", "p226_001.wav"]
+    assert find(tmp_path, r"^(p\d+)_")[0]["group"].to_pylist() == ["p225", "p225", "p226"]
+    assert find(tmp_path, "(.*)")[0]["group"].to_pylist() == ["p225_001.wav", "p225_002.wav", "p226_001.wav"]
     for pattern in ("(p225)_", "p22", "(x)?p"):
         with pytest.raises(UserError, match=r"names no group in 'p22.*it needs one pair of parentheses that match"):
             find(tmp_path, pattern)

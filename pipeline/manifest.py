@@ -1,0 +1,119 @@
+"""A manifest: one row per recording, in Parquet, CSV or JSONL."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.csv
+import pyarrow.json
+import pyarrow.parquet as pq
+
+from shards.contract import SPLITS
+from shards.errors import UserError
+from shards.storage import Location, Url
+
+MANIFESTS = (".parquet", ".csv", ".jsonl", ".ndjson")
+COLUMNS = {
+    "path": pa.string(),
+    "id": pa.string(),
+    "speaker": pa.string(),
+    "split": pa.string(),
+    "start": pa.float64(),  # seconds
+    "end": pa.float64(),
+    "frames": pa.int64(),  # of the whole file, at its own rate: with `rate`, planning opens no file
+    "rate": pa.int64(),  # Hz
+}
+MAX_FRAMES = 1 << 40
+
+
+def read_manifest(path: Location) -> tuple[dict[str, list[Any]], Counter[str]]:
+    """Columns as `pipeline.sources` names them, and what was ignored. Raises UserError naming row and value."""
+    table = _read(path)
+    ignored = Counter(f"column {name}" for name in table.column_names if name not in COLUMNS)
+    if "path" not in table.column_names:
+        raise UserError(f"{path} has no column named path; its columns are {table.column_names}")
+    _check(path, table)
+    given = {name: table[name].to_pylist() for name in COLUMNS if name in table.column_names}
+    names, nothing = given["path"], [None] * len(table)
+    start = [value or 0.0 for value in given.get("start", nothing)]
+    end = given.get("end", nothing)
+    frames, rate, problem = _stated(given.get("frames", nothing), given.get("rate", nothing))
+    for row, (a, b) in enumerate(zip(start, end, strict=True)):
+        if not (0 <= a < (math.inf if b is None else b)):
+            problem[row] = f"start {a:g} s and end {b} s are not a stretch of time"
+    columns: dict[str, list[Any]] = {
+        "recording": [id or _id(*rest) for id, *rest in zip(given.get("id", nothing), names, start, end, strict=True)],
+        "name": names,
+        "path": [_absolute(path.parent, name) for name in names],
+        "group": given.get("speaker", nothing),
+        "split": [split or None for split in given.get("split", nothing)],
+        **{"start": start, "end": end, "frames": frames, "rate": rate, "problem": problem},
+    }
+    return columns, ignored
+
+
+def _check(path: Location, table: pa.Table) -> None:
+    empty = pc.index(pc.fill_null(pc.equal(pc.binary_length(table["path"]), 0), True), True).as_py()
+    if empty >= 0:
+        raise UserError(f"{path}, row {empty + 1}: path is empty")
+    if "split" not in table.column_names:
+        return
+    known = pc.is_in(table["split"], pa.array([None, "", *SPLITS], pa.string()))
+    wrong = pc.index(known, False).as_py()
+    if wrong >= 0:
+        raise UserError(
+            f"{path}, row {wrong + 1}: split is {table['split'][wrong].as_py()!r}, expected one of "
+            f"{', '.join(SPLITS)}, or nothing"
+        )
+
+
+def _stated(
+    frames: list[int | None], rate: list[int | None]
+) -> tuple[list[int | None], list[int | None], list[str | None]]:
+    """Lengths that a manifest states; half of a statement is none, an absurd one a problem."""
+    problem: list[str | None] = [None] * len(frames)
+    both = [n is not None and hz is not None for n, hz in zip(frames, rate, strict=True)]
+    for row, stated in enumerate(both):
+        n, hz = frames[row], rate[row]
+        if not stated:
+            frames[row] = rate[row] = None
+        elif not (0 < (n or 0) <= MAX_FRAMES and 8_000 <= (hz or 0) <= 192_000):
+            problem[row] = f"the manifest states {n} frames at {hz} Hz: expected at least one, at 8000 … 192000 Hz"
+            frames[row] = rate[row] = None
+    return frames, rate, problem
+
+
+def _id(name: str, start: float, end: float | None) -> str:
+    return f"{name}#{start:g}-{end if end is not None else ''}" if start or end else name
+
+
+def _absolute(folder: Location, name: str) -> str:
+    if "://" in name:
+        return name
+    return f"{folder}/{name}" if isinstance(folder, Url) else str(folder / name)
+
+
+def _read(path: Location) -> pa.Table:
+    try:
+        with path.open("rb") as file:
+            if path.suffix == ".parquet":
+                return _typed(pq.read_table(path if isinstance(path, Path) else file))
+            if path.suffix == ".csv":
+                convert = pa.csv.ConvertOptions(column_types=COLUMNS, null_values=[""], strings_can_be_null=True)
+                return pa.csv.read_csv(file, convert_options=convert)
+            return _typed(pa.json.read_json(file))
+    except (pa.ArrowException, OSError) as error:
+        raise UserError(f"manifest {path} cannot be read: {error}") from error
+
+
+def _typed(table: pa.Table) -> pa.Table:
+    """The columns that we know, each of its type: a speaker 7 becomes "7", a start "x" is an error."""
+    known = [name for name in table.column_names if name in COLUMNS]
+    for name in known:
+        table = table.set_column(table.column_names.index(name), name, table[name].cast(COLUMNS[name]))
+    return table

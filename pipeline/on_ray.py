@@ -1,0 +1,92 @@
+"""Shards on Ray: a pool of Ray Data actors, one row per shard. A Ray of its own on this machine, or a cluster's.
+
+The nodes of a cluster need this repository under the same path, and the same files: a work folder that they share, or
+a URL. An actor that dies is started again by Ray and its shard with it; an exception inside one would end Ray's
+whole job, so actors answer with what went wrong instead.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from pipeline.execute import FATAL, Progress, attempt
+from pipeline.processes import described
+from pipeline.settings import ExecutionSettings
+from pipeline.stage import Stage
+from shards.errors import UserError
+
+ROOT = Path(__file__).parent.parent
+RETRIES = 3  # of a shard whose actor died, each by an actor that is started again
+
+
+class Maker:
+    """What an actor does with a shard's number. The stage is built once, by the first."""
+
+    def __init__(self, kind: type[Stage], settings: Any) -> None:
+        self._kind, self._settings = kind, settings
+        self._stage: Stage | None = None
+
+    def __call__(self, row: dict[str, int]) -> dict[str, int | str]:
+        number = int(row["number"])
+        try:
+            self._stage = self._stage or self._kind(self._settings)
+            return {"number": number, "problem": attempt(self._stage, number, lambda seconds: None) or "", "fatal": ""}
+        except FATAL as error:
+            return {"number": number, "problem": "", "fatal": described(error)}
+
+
+def actors(stage: Stage, numbers: Sequence[int], progress: Progress) -> None:
+    """Makes these shards. Raises UserError for what an actor says concerns the whole run, or when Ray gives up."""
+    try:
+        import ray
+        import ray.data
+    except ImportError as error:
+        raise UserError(f"execute=ray: {error}: `just extras` installs Ray") from error
+    settings = stage.settings
+    with _connected(settings):
+        on_gpu = settings.gpu != "cpu"
+        size = settings.workers or (int(ray.cluster_resources().get("GPU", 0)) if on_gpu else 1)
+        if not size:
+            raise UserError("execute=ray: the cluster has no GPU; gpu=cpu runs on its CPUs")
+        alone = {"execute": "local", "workers": None, "slice_index": None, "slice_count": None}
+        one = settings.model_copy(update={**alone, "gpu": 0 if on_gpu else "cpu"})  # Ray shows an actor its own GPU
+        rows = ray.data.from_items([{"number": n} for n in numbers], override_num_blocks=len(numbers)).map(
+            Maker,
+            fn_constructor_args=(type(stage), one),
+            compute=ray.data.ActorPoolStrategy(size=min(size, len(numbers))),
+            num_gpus=1 if on_gpu else 0,
+            num_cpus=1,
+            max_task_retries=RETRIES,
+        )
+        try:
+            for row in rows.iter_rows():
+                if row["fatal"]:
+                    raise UserError(row["fatal"])
+                progress.finish(row["number"], row["problem"] or None)
+        except ray.exceptions.RayError as error:
+            raise UserError(f"Ray gave up: {str(error).strip().splitlines()[0]}; the same command goes on") from error
+
+
+@contextmanager
+def _connected(settings: ExecutionSettings) -> Iterator[None]:
+    """Ray, quiet: the bar is ours."""
+    import ray
+    import ray.data
+
+    environment = {"env_vars": {"PYTHONPATH": str(ROOT), "RAY_DATA_DISABLE_PROGRESS_BARS": "1"}}
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # what it would say of an end on purpose, we say
+    try:
+        ray.init(settings.ray_address, runtime_env=environment, log_to_driver=False, logging_level=logging.ERROR)
+    except Exception as error:  # Ray raises its own, gRPC's and the system's kinds
+        raise UserError(f"ray_address={settings.ray_address}: {str(error).strip().splitlines()[0]}") from error
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.execution_options.preserve_order = False
+    try:
+        yield
+    finally:
+        ray.shutdown()

@@ -1,0 +1,137 @@
+"""Shards in several processes of this machine, one for each GPU (or `workers` of them on the CPU).
+
+Each process builds the stage from its settings and is given one shard at a time over a pipe of its own, so that a
+process that is killed takes nothing along: its shard goes to another. Processes end with their parent.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import threading
+from collections import Counter, deque
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection, wait
+from multiprocessing.context import ForkServerContext
+from multiprocessing.process import BaseProcess
+from typing import Any
+
+from pipeline.execute import FATAL, Progress, attempt
+from pipeline.stage import Stage
+from shards.errors import UserError
+
+MAX_DEATHS = 3  # of processes that made the same shard
+
+
+@dataclass
+class Worker:
+    device: str
+    process: BaseProcess
+    connection: Connection[Any, Any]
+    number: int | None = field(default=None)  # of the shard that it makes
+
+
+def processes(stage: Stage, numbers: Sequence[int], progress: Progress) -> None:
+    """Makes these shards. Raises UserError for what a process says concerns the whole run."""
+    waiting, deaths = deque(numbers), Counter[int]()
+    devices = stage.settings.devices() * (stage.settings.workers or 1)
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([type(stage).__module__])
+    workers = [_start(context, stage, device, len(devices)) for device in devices[: len(waiting)]]
+    try:
+        while waiting or any(worker.number is not None for worker in workers):
+            for worker in workers:
+                if worker.number is None and waiting:
+                    _give(worker, waiting)
+            busy = {worker.connection: worker for worker in workers if worker.number is not None}
+            for connection in wait(busy):
+                worker = busy[connection]  # type: ignore[index]
+                try:
+                    _listen(worker, progress)
+                except EOFError:
+                    workers.remove(worker)
+                    _bury(worker, waiting, deaths, stage)
+                    workers.append(_start(context, stage, worker.device, len(devices)))
+    finally:
+        for worker in workers:
+            worker.process.kill()  # what it has begun is left out, for the next run
+            worker.process.join()
+            worker.connection.close()
+
+
+def _start(context: ForkServerContext, stage: Stage, device: str, count: int) -> Worker:
+    ours, theirs = context.Pipe()
+    one = {"execute": "local", "gpu": device if device == "cpu" else int(device), "workers": None}
+    settings = stage.settings.model_copy(update={**one, "slice_index": None, "slice_count": None})
+    process = context.Process(target=work, args=(type(stage), settings, theirs, count), daemon=True)
+    process.start()
+    theirs.close()
+    return Worker(device, process, ours)
+
+
+def _give(worker: Worker, waiting: deque[int]) -> None:
+    worker.number = waiting.popleft()
+    with suppress(BrokenPipeError):  # it is dead, as its end of the pipe will say
+        worker.connection.send(worker.number)
+
+
+def _listen(worker: Worker, progress: Progress) -> None:
+    kind, value = worker.connection.recv()
+    assert worker.number is not None
+    if kind == "advance":
+        progress.advance(worker.number, value)
+    elif kind == "fatal":
+        raise UserError(value)
+    else:
+        number, worker.number = worker.number, None
+        progress.finish(number, value)
+
+
+def _bury(worker: Worker, waiting: deque[int], deaths: Counter[int], stage: Stage) -> None:
+    """Its shard comes first again. Raises UserError when this shard keeps killing."""
+    worker.connection.close()
+    worker.process.join()
+    assert worker.number is not None
+    deaths[worker.number] += 1
+    if deaths[worker.number] == MAX_DEATHS:
+        name = "{}/{:06d}".format(*stage.plan.shards[worker.number])
+        raise UserError(
+            f"{MAX_DEATHS} processes died over shard {name} (exit code {worker.process.exitcode}; −9 is what the "
+            "system does when memory runs out): lower batch_seconds or window_seconds, or the number of processes"
+        )
+    waiting.appendleft(worker.number)
+
+
+def work(kind: type[Stage], settings: Any, connection: Connection[Any, Any], count: int) -> None:
+    """What a process does: shard numbers in; seconds and outcomes out."""
+    import torch
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    torch.set_num_threads(max(torch.get_num_threads() // count, 1))
+    try:
+        stage = kind(settings)
+        while True:
+            number = connection.recv()
+            problem = attempt(stage, number, lambda seconds: connection.send(("advance", seconds)))
+            connection.send(("done", problem))
+    except EOFError:
+        return
+    except FATAL as error:
+        connection.send(("fatal", described(error)))
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent
+    parent.join()
+    os._exit(1)
+
+
+def described(error: BaseException) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.strerror}: {error.filename or 'while writing'}"
+    return str(error) or type(error).__name__

@@ -1,0 +1,59 @@
+"""What a stage is: shards of a plan, each of them done or to be made. Any process builds it again from its settings."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from functools import cached_property
+from typing import Any, ClassVar
+
+from pipeline.plan import PLAN_NAME, Plan
+from pipeline.settings import CodesSettings, TargetsSettings
+from shards.contract import FAILED
+from shards.storage import Location
+from shards.writer import is_done, read_table
+
+Advance = Callable[[float], object]  # seconds of audio that are done
+
+
+class Stage(ABC):
+    """Models are loaded once, when it is built. It holds no state: shards may be made in any order, anywhere."""
+
+    doing: ClassVar[str]  # as the progress bar says it
+
+    def __init__(self, settings: CodesSettings | TargetsSettings) -> None:
+        self.settings = settings
+
+    @cached_property
+    def plan(self) -> Plan:
+        return Plan(self.settings.work / PLAN_NAME)
+
+    @property
+    @abstractmethod
+    def folder(self) -> Location:
+        """Where its shards stand, in a folder for each split."""
+
+    @abstractmethod
+    def fingerprint(self, number: int) -> dict[str, Any]:
+        """What the bytes of shard `number` of the plan depend on."""
+
+    @abstractmethod
+    def make(self, number: int, advance: Advance) -> None:
+        """Writes shard `number`, whole or not at all."""
+
+    def table(self, number: int) -> Location:
+        """The shard's codes or sidecar, which is written last."""
+        split, shard = self.plan.shards[number]
+        return self.folder / split / f"{shard:06d}.parquet"
+
+    def done(self, number: int) -> bool:
+        """Raises ShardError where another run's shard stands."""
+        path = self.table(number)
+        if not is_done(path, self.fingerprint(number)):
+            return False
+        return not (self.settings.retry == "failed" and has_failures(path))
+
+
+def has_failures(path: Location) -> bool:
+    """Whether a segment of this codes file or sidecar failed: `retry=failed` makes such a shard again."""
+    return FAILED in read_table(path, columns=["status"])["status"].to_pylist()

@@ -1,0 +1,73 @@
+"""Recordings in tars, WebDataset style: KEY.flac with, if you like, KEY.json that names its speaker."""
+
+from __future__ import annotations
+
+import json
+import tarfile
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+from typing import IO
+
+from shards.storage import Location
+
+MAX_JSON_BYTES = 1 << 20
+
+
+@dataclass(frozen=True)
+class Member:
+    """A recording in a tar; or what is ignored there; or why no more of the tar can be read."""
+
+    name: str = ""
+    offset: int = 0  # of its bytes in the tar
+    size: int = 0
+    speaker: str | None = None
+    ignored: str | None = None
+    problem: str | None = None
+
+
+def members(path: Location, extensions: Collection[str]) -> Iterator[Member]:
+    """In the tar's order. What is damaged or compressed ends with a problem."""
+    found: list[tarfile.TarInfo] = []
+    speakers: dict[str, str] = {}
+    problem = None
+    try:
+        with path.open("rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
+            for info in tar:
+                if not info.isfile():
+                    continue
+                found.append(info)
+                if info.name.endswith(".json") and info.size <= MAX_JSON_BYTES:
+                    speakers[_key(info.name)] = _speaker(tar.extractfile(info))
+            file.seek(tar.offset)
+            if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):  # tarfile would take it for the end
+                problem = f"cut off or damaged at byte {tar.offset}: the tar does not end there"
+    except (tarfile.TarError, OSError, EOFError) as error:
+        problem = f"not readable as a tar: {error}"
+    yield from (_member(info, extensions, speakers) for info in found)
+    if problem is not None:
+        yield Member(problem=problem)
+
+
+def _member(info: tarfile.TarInfo, extensions: Collection[str], speakers: dict[str, str]) -> Member:
+    suffix = PurePosixPath(info.name).suffix.lower()
+    if suffix not in extensions:
+        return Member(ignored=f"{suffix or PurePosixPath(info.name).name} in tars")
+    speaker = speakers.get(_key(info.name)) or None
+    return Member(info.name.removeprefix("./"), info.offset_data, info.size, speaker)
+
+
+def _key(name: str) -> str:
+    """WebDataset's: up to the first dot of the file's name."""
+    folder, slash, file = name.rpartition("/")
+    return folder + slash + file.partition(".")[0]
+
+
+def _speaker(file: IO[bytes] | None) -> str:
+    """The json's `speaker`; empty where it names none."""
+    try:
+        content = json.loads(file.read()) if file else None
+    except ValueError:
+        return ""
+    named = content.get("speaker") if isinstance(content, dict) else None
+    return "" if named is None else str(named)

@@ -1,0 +1,310 @@
+"""Whoever makes the shards, whoever is killed on the way: the bytes are those of one process, none lost, none twice."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from pipeline.codes import shard_codes
+from pipeline.execute import MAX_IN_A_ROW, Progress, here
+from pipeline.plan import PLAN_NAME, Plan
+from pipeline.processes import processes
+from pipeline.stage import Advance, Stage
+from pipeline.targets import shard_targets
+from shards.errors import UserError
+from shards.files import exclusive
+from shards.storage import Location
+from tests.command_helpers import codes_words, in_process, refused, targets_words
+from tests.helpers import codes_settings, targets_settings
+
+SMALL = "segments_per_shard=4"  # so that there are more shards than processes
+
+
+@pytest.fixture(scope="module")
+def whole(recordings: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What one process makes."""
+    work = tmp_path_factory.mktemp("one process") / "work"
+    shard_codes(codes_settings(recordings, work, SMALL))
+    shard_targets(targets_settings(work))
+    assert len(Plan(work / PLAN_NAME).shards) >= 6
+    return work
+
+
+def contents(work: Path) -> dict[str, bytes]:
+    """But settings, which say how the run was executed, and locks."""
+    files = (path for path in work.rglob("*") if path.is_file() and path.name != "settings.json")
+    return {str(path.relative_to(work)): path.read_bytes() for path in files if not path.name.startswith(".lock")}
+
+
+def same(work: Path, whole: Path) -> None:
+    found, expected = contents(work), contents(whole)
+    assert found.keys() == expected.keys()
+    assert [name for name in found if found[name] != expected[name]] == []
+
+
+class Slow(Stage):
+    """Notes who begins a shard; writes it after a while."""
+
+    doing = "waiting"
+
+    @property
+    def folder(self) -> Location:
+        return self.settings.work / "slow"
+
+    def fingerprint(self, number: int) -> dict[str, Any]:
+        return {}
+
+    def make(self, number: int, advance: Advance) -> None:
+        assert isinstance(self.folder, Path)
+        with (self.folder / "begun").open("a") as file:
+            file.write(f"{number} {os.getpid()}\n")
+        time.sleep(0.3)
+        (self.folder / f"{number}").touch()
+        advance(self.plan.seconds[number])
+
+
+class Fatal(Slow):
+    """Dies or fails as the file `how` in its folder says."""
+
+    def make(self, number: int, advance: Advance) -> None:
+        how = (self.folder / "how").read_bytes().decode()
+        if how == "die" and number == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        if how == "bug" and number % 2:
+            raise ZeroDivisionError("planted")
+        if how == "bugs":
+            raise ZeroDivisionError("planted")
+        if how == "disk":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "some file")
+        if how == "keyboard":
+            raise KeyboardInterrupt
+        super().make(number, advance)
+
+
+@pytest.fixture
+def small(whole: Path, tmp_path: Path) -> Callable[..., Any]:
+    """Builds a stage over the plan, in a folder of its own."""
+
+    def build(kind: type[Stage], how: str = "", *words: str) -> Stage:
+        work = tmp_path / "work"
+        (work / "slow").mkdir(parents=True)
+        shutil.copy(whole / PLAN_NAME, work)
+        (work / "slow" / "how").write_text(how)
+        return kind(targets_settings(work, *words))
+
+    return build
+
+
+def progress_of(stage: Stage) -> Progress:
+    numbers = range(len(stage.plan.shards))
+    return Progress("testing", stage.plan, numbers, numbers)
+
+
+def made(stage: Stage) -> set[int]:
+    assert isinstance(stage.folder, Path)
+    return {int(path.name) for path in stage.folder.iterdir() if path.name.isdigit()}
+
+
+def killing(find: Callable[[], int | None], times: int) -> list[int]:
+    """Kills the process that `find` finds, a few times; the list grows as it does."""
+    killed = list[int]()
+
+    def kill() -> None:
+        while len(killed) < times:
+            pid = find()
+            if pid is not None and pid not in killed:
+                os.kill(pid, signal.SIGKILL)
+                killed.append(pid)
+            time.sleep(0.005)
+
+    threading.Thread(target=kill, daemon=True).start()
+    return killed
+
+
+def test_a_killed_process_loses_nothing(small: Callable[..., Stage]) -> None:
+    """Its shard goes to another process; no other shard is begun twice."""
+    stage = small(Slow, "", "workers=2")
+    assert isinstance(stage.folder, Path)
+    begun = stage.folder / "begun"
+
+    def busy() -> int | None:
+        lines = [line.split() for line in begun.read_text().splitlines()] if begun.exists() else []
+        return next((int(pid) for number, pid in lines[::-1] if int(number) not in made(stage)), None)
+
+    killed, progress = killing(busy, 2), progress_of(stage)
+    processes(stage, range(len(stage.plan.shards)), progress)
+    progress.close()
+    progress.check()
+    assert len(killed) == 2
+    assert made(stage) == set(range(len(stage.plan.shards)))
+    assert len(begun.read_text().splitlines()) == len(stage.plan.shards) + 2
+
+
+def descendants(pid: int) -> list[psutil.Process]:
+    try:
+        return psutil.Process(pid).children(recursive=True)
+    except psutil.NoSuchProcess:
+        return []
+
+
+def test_killed_with_its_processes_and_without_them(recordings: Path, whole: Path, tmp_path: Path) -> None:
+    """The parent dies, and its processes with it; in the runs that follow, processes die."""
+    work = tmp_path / "work"
+    parent = in_background(*codes_words(recordings, work, SMALL, "workers=2"))
+    while not list((work / "codes").glob("*/*.parquet")) and parent.poll() is None:
+        time.sleep(0.005)
+    orphans = descendants(parent.pid)
+    parent.kill()
+    parent.wait()
+    assert psutil.wait_procs(orphans, timeout=20)[1] == []
+
+    def busy() -> int | None:
+        """A process that has a shard's temporary file open."""
+        for process in descendants(os.getpid()):
+            with suppress(psutil.Error):
+                if any(file.path.endswith(".tmp") for file in process.open_files()):
+                    return process.pid
+        return None
+
+    killed = killing(busy, 2)
+    shard_codes(codes_settings(recordings, work, SMALL, "workers=2"))
+    shard_targets(targets_settings(work, "workers=2"))
+    assert killed
+    same(work, whole)
+
+
+def test_a_shard_that_keeps_killing_ends_the_run(small: Callable[..., Stage]) -> None:
+    stage = small(Fatal, "die", "workers=2")
+    with pytest.raises(UserError, match=r"3 processes died over shard train/000001 \(exit code -9"):
+        processes(stage, range(len(stage.plan.shards)), progress_of(stage))
+
+
+@pytest.mark.parametrize("run", [here, processes])
+def test_an_unforeseen_error_costs_its_shard_and_shows_at_the_end(
+    run: Callable[..., None], small: Callable[..., Stage], capfd: pytest.CaptureFixture[str]
+) -> None:
+    stage = small(Fatal, "bug", "workers=2")
+    progress = progress_of(stage)
+    run(stage, range(len(stage.plan.shards)), progress)
+    assert made(stage) == set(range(0, len(stage.plan.shards), 2))
+    with pytest.raises(UserError, match=r"shards could not be made, such as train/000001: ZeroDivisionError: planted"):
+        progress.check()
+    assert "Traceback" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("run", [here, processes])
+def test_one_error_after_the_other_ends_the_run(run: Callable[..., None], small: Callable[..., Stage]) -> None:
+    stage = small(Fatal, "bugs", "workers=2")
+    with pytest.raises(UserError, match=rf"{MAX_IN_A_ROW} shards in a row could not be made, .*: ZeroDivisionError"):
+        run(stage, range(len(stage.plan.shards)), progress_of(stage))
+
+
+def test_a_full_disk_and_the_keyboard_are_no_bad_shards(small: Callable[..., Stage]) -> None:
+    stage = small(Fatal, "disk", "workers=2")
+    with pytest.raises(OSError, match="No space left"):
+        here(stage, [0], progress_of(stage))
+    with pytest.raises(UserError, match="No space left on device: some file"):
+        processes(stage, [0, 1], progress_of(stage))
+    assert isinstance(stage.folder, Path)
+    (stage.folder / "how").write_text("keyboard")
+    with pytest.raises(KeyboardInterrupt):
+        here(stage, [0], progress_of(stage))
+
+
+# Slices
+
+
+def slice_words(index: int, count: int) -> list[str]:
+    return ["execute=slice", f"slice_index={index}", f"slice_count={count}"]
+
+
+def test_slices_make_the_bytes_of_one(recordings: Path, whole: Path, tmp_path: Path) -> None:
+    """In any order, and again; the last one makes the index."""
+    work = tmp_path / "work"
+    for index in (2, 0, 1):
+        shard_codes(codes_settings(recordings, work, SMALL, *slice_words(index, 3)))
+    for index in (1, 2, 2, 0):
+        assert not (work / "shards" / "index.parquet").exists()
+        shard_targets(targets_settings(work, *slice_words(index, 3)))
+    same(work, whole)
+    shard_targets(targets_settings(work, *slice_words(1, 3)))
+    same(work, whole)
+
+
+def test_slices_touch_their_own_shards_only(recordings: Path, tmp_path: Path) -> None:
+    work = tmp_path / "work"
+    shard_codes(codes_settings(recordings, work, SMALL, *slice_words(1, 3)))
+    shards = Plan(work / PLAN_NAME).shards
+    found = {(path.parent.name, int(path.stem)) for path in (work / "codes").glob("*/*.parquet")}
+    assert found == set(shards[1::3])
+
+
+def test_slices_at_the_same_time(recordings: Path, whole: Path, tmp_path: Path) -> None:
+    """Started together on an empty folder: one plans, the others wait; whoever comes last makes the index."""
+    work = tmp_path / "work"
+    for words in (codes_words(recordings, work, SMALL), targets_words(work)):
+        started = [in_background(*words, *slice_words(index, 2)) for index in range(2)]
+        assert [process.wait() for process in started] == [0, 0]
+    same(work, whole)
+
+
+def in_background(*words: str) -> psutil.Popen:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    quiet = {"stdout": -3, "stderr": -3}
+    return psutil.Popen([sys.executable, "-m", "pipeline", *words], env=environment, **quiet)
+
+
+def test_a_killed_slice_goes_on_where_it_stopped(recordings: Path, whole: Path, tmp_path: Path) -> None:
+    work = tmp_path / "work"
+    shutil.copytree(whole, work, ignore=shutil.ignore_patterns("shards", "codes"))
+    other = [*codes_words(recordings, work, SMALL), *slice_words(1, 2)]
+    killed = in_background(*codes_words(recordings, work, SMALL), *slice_words(0, 2))
+    while not list((work / "codes").glob("*/*.parquet")) and killed.poll() is None:
+        time.sleep(0.01)
+    killed.kill()
+    killed.wait()
+    (work / "codes" / "train" / "000000.parquet.tmp").write_text("left by the killed one")
+    assert in_process(other).exit_code == 0
+    assert (work / "codes" / "train" / "000000.parquet.tmp").exists()  # it is not this slice's
+    assert in_process([*other[:-2], *slice_words(0, 2)[1:]]).exit_code == 0
+    shard_targets(targets_settings(work))
+    same(work, whole)
+
+
+def test_a_slice_runs_once_and_not_beside_a_whole_run(recordings: Path, whole: Path, tmp_path: Path) -> None:
+    work = Path(shutil.copytree(whole, tmp_path / "work"))
+    words = codes_words(recordings, work, SMALL)
+    with exclusive(work, shared=True), exclusive(work, ".lock-1-of-3"):
+        refused([*words, *slice_words(1, 3)], "another process is writing here")
+        refused(words, "another process is writing here")
+        assert in_process([*words, *slice_words(2, 3)]).exit_code == 0
+    with exclusive(work):
+        refused([*words, *slice_words(2, 3)], "another process is writing here")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["execute=slice"], "execute=slice needs slice_count=N and slice_index=I with I from 0 to N − 1"),
+        (slice_words(3, 3), "execute=slice needs slice_count=N"),
+        (slice_words(0, 2)[1:], "slice_index and slice_count go with execute=slice"),
+        (["workers=0"], "workers: "),
+        (["execute=cloud"], "execute: "),
+    ],
+)
+def test_settings_of_execution(words: list[str], message: str, tmp_path: Path) -> None:
+    result = in_process(targets_words(tmp_path, *words))
+    assert result.exit_code == 2
+    assert message in result.stderr

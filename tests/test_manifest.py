@@ -1,0 +1,87 @@
+"""Lengths that a manifest states are taken at their word when planning, and compared with the files by stage 1."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import soundfile
+
+from pipeline import measure
+from pipeline.codes import shard_codes
+from pipeline.plan import make_plan
+from shards.contract import FAILED, OK, TOO_SHORT
+from tests.command_helpers import rows_of
+from tests.helpers import codes_settings
+
+
+def write(folder: Path, rows: list[str], columns: str = "path,frames,rate,start,end") -> Path:
+    (folder / "list.csv").write_text("\n".join([columns, *rows]) + "\n")
+    return folder / "list.csv"
+
+
+def row(path: Path, frames: int | None = None, rate: int | None = None, stretch: str = ",") -> str:
+    info = soundfile.info(path)
+    return f"{path},{frames or info.frames},{rate or info.samplerate},{stretch}"
+
+
+def test_no_file_is_opened(recordings: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The plan is the one that headers give, but for what only headers tell."""
+    files = sorted(recordings.glob("*/*.wav"))
+    with_frames = write(tmp_path, [row(path) for path in files])
+    settings = codes_settings(with_frames, tmp_path / "a")
+    monkeypatch.setattr(measure, "probe", lambda path: pytest.fail("a file was opened"))
+    plan = make_plan(settings)
+    monkeypatch.undo()
+    (tmp_path / "list.csv").write_text("path\n" + "".join(f"{path}\n" for path in files))
+    measured = make_plan(codes_settings(with_frames, tmp_path / "b"))
+    told = ["channels", "file_bytes"]
+    assert plan.shards == measured.shards
+    for number in range(len(plan.shards)):
+        assert plan.table(number).drop_columns(told).equals(measured.table(number).drop_columns(told))
+        assert plan.table(number)["channels"].null_count == len(plan.table(number))
+
+
+def test_codes_are_the_same_as_with_headers(recordings: Path, work: Path, tmp_path: Path) -> None:
+    files = sorted(recordings.glob("*/*.wav"))
+    columns = "path,id,frames,rate,start,end,speaker"
+    rows = [f"{path},{path.relative_to(recordings)},{row(path).partition(',')[2]},{path.parent.name}" for path in files]
+    shard_codes(codes_settings(write(tmp_path, rows, columns), tmp_path / "work"))
+    expected = rows_of(work / "codes")
+    assert rows_of(tmp_path / "work" / "codes") == expected
+
+
+def test_a_manifest_that_is_wrong_costs_its_rows(recordings: Path, tmp_path: Path) -> None:
+    a, b, c, d = sorted(recordings.glob("*/take_1.wav"))
+    frames = soundfile.info(a).frames
+    gone, text = tmp_path / "gone.wav", tmp_path / "text.wav"
+    text.write_text("no audio")
+    rows = [
+        row(a, frames=frames + 1),
+        row(b, rate=16_000),
+        row(c),
+        row(d),
+        f"{gone},48000,48000,,",
+        f"{text},48000,48000,,",
+        f"{c},0,48000,0.1,",
+        f"{d},48000,1,0.1,",
+        row(d, stretch="1,2"),
+        row(d, stretch="1,99"),
+    ]
+    shard_codes(codes_settings(write(tmp_path, rows), tmp_path / "work", "max_failed_fraction=0.95"))
+    found = rows_of(tmp_path / "work" / "codes")
+    reasons = {
+        str(a): f"the file holds {frames} frames at 48000 Hz, its manifest says {frames + 1} at 48000 Hz",
+        str(b): "frames at 44100 Hz, its manifest says",
+        str(gone): "No such file or directory since planning",
+        str(text): "not readable as audio",
+        f"{c}#0.1-": "the manifest states 0 frames at 48000 Hz",
+        f"{d}#0.1-": "the manifest states 48000 frames at 1 Hz",
+        f"{d}#1-99.0": "is not inside its 3.2 s",
+    }
+    good = {str(c), str(d), f"{d}#1-2.0"}
+    assert found.keys() == reasons.keys() | good
+    for id, reason in reasons.items():
+        assert FAILED in {r["status"] for r in found[id]} <= {FAILED, TOO_SHORT}, id
+        assert all(reason in r["reason"] for r in found[id] if r["status"] == FAILED), found[id]
+    assert all({r["status"] for r in found[id]} <= {OK, TOO_SHORT} for id in good)

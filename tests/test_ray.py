@@ -1,0 +1,114 @@
+"""Shards on Ray are the bytes of one process, whatever dies: an actor, or the node that it runs on."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from pipeline.codes import shard_codes
+from pipeline.plan import PLAN_NAME
+from pipeline.targets import shard_targets
+from tests.command_helpers import refused, targets_words
+from tests.helpers import codes_settings, targets_settings
+from tests.test_execute import SMALL, same, whole
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::ResourceWarning"),  # Ray leaves sockets and processes to the collector
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+]
+__all__ = ["whole"]
+
+ray = pytest.importorskip("ray", reason="Ray is not installed (just extras)")
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Any]:
+    """A head that computes nothing, and two nodes of one CPU each."""
+    from ray.cluster_utils import Cluster
+
+    small: dict[str, Any] = {"object_store_memory": 80 << 20}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_DISABLE_IMPORT_WARNING", "1")
+        patch.setenv("OMP_NUM_THREADS", "1")
+        soon = {"health_check_initial_delay_ms": 0, "health_check_period_ms": 500, "health_check_failure_threshold": 2}
+        head = {"num_cpus": 0, "include_dashboard": False, "_system_config": soon, **small}
+        cluster = Cluster(initialize_head=True, head_node_args=head)
+        for _ in range(2):
+            cluster.add_node(num_cpus=1, **small)
+        cluster.wait_for_nodes()
+        yield cluster
+        cluster.shutdown()
+
+
+def writers() -> list[psutil.Process]:
+    """Processes that have a shard's temporary file open."""
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        with suppress(psutil.Error):
+            if any(file.path.endswith(".tmp") for file in process.open_files()):
+                found.append(process)
+    return found
+
+
+def meanwhile(action: Callable[[], bool]) -> threading.Thread:
+    """Repeats `action` until it succeeds."""
+
+    def repeat() -> None:
+        while not action():
+            time.sleep(0.005)
+
+    thread = threading.Thread(target=repeat, daemon=True)
+    thread.start()
+    return thread
+
+
+def test_an_actor_and_a_node_are_killed(cluster: Any, recordings: Path, whole: Path, tmp_path: Path) -> None:
+    work = tmp_path / "work"
+    on_ray = ["execute=ray", f"ray_address={cluster.address}", "workers=2"]
+
+    def kill_an_actor() -> bool:
+        for process in writers():
+            os.kill(process.pid, signal.SIGKILL)
+            return True
+        return False
+
+    killing = meanwhile(kill_an_actor)
+    shard_codes(codes_settings(recordings, work, SMALL, *on_ray))
+    assert not killing.is_alive()
+
+    def remove_a_node() -> bool:
+        if not list((work / "shards").glob("*/*.parquet")):
+            return False
+        cluster.remove_node(cluster.worker_nodes.copy().pop(), allow_graceful=False)
+        return True
+
+    killing = meanwhile(remove_a_node)
+    shard_targets(targets_settings(work, *on_ray))
+    killing.join(timeout=60)
+    assert not killing.is_alive()
+    same(work, whole)
+
+
+def test_what_an_actor_refuses_is_one_line(cluster: Any, whole: Path, tmp_path: Path) -> None:
+    work = Path(shutil.copytree(whole, tmp_path / "work", ignore=shutil.ignore_patterns("shards")))
+    assert (work / PLAN_NAME).exists()
+    (work / "shards" / "train" / "000000.tar").mkdir(parents=True)
+    words = ["execute=ray", f"ray_address={cluster.address}"]
+    refused(targets_words(work, *words), "Is a directory")
+
+
+def test_a_cluster_that_is_not_there_is_one_line(whole: Path, tmp_path: Path) -> None:
+    work = Path(shutil.copytree(whole, tmp_path / "work", ignore=shutil.ignore_patterns("shards")))
+    refused(targets_words(work, "execute=ray", "ray_address=nowhere"), "ray_address=nowhere: ")

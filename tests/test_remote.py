@@ -1,0 +1,119 @@
+"""Recordings, work folder and shards in remote storage: the bytes of a disk, through failing and slow answers too."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline.codes import shard_codes
+from pipeline.settings import CodesSettings
+from pipeline.targets import shard_targets
+from shards import storage
+from shards.files import replacing
+from shards.index import load
+from shards.storage import Url
+from tests.command_helpers import refused, targets_words
+from tests.helpers import codes_settings, targets_settings
+from tests.s3_server import Door, serving
+from tests.test_tars import by_take, write_tars
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Door]:
+    with serving() as door:
+        yield door
+
+
+@pytest.fixture
+def door(server: Door, monkeypatch: pytest.MonkeyPatch) -> Iterator[Door]:
+    monkeypatch.setattr(storage, "FIRST_WAIT_SECONDS", 0.001)
+    yield server
+    server.fault = lambda method, path: None
+
+
+@pytest.fixture(scope="module")
+def remote(server: Door, recordings: Path, tmp_path_factory: pytest.TempPathFactory) -> Url:
+    """`recordings` in a bucket, as files, with a manifest beside them, and as tars."""
+    folder = Url("s3://corpus/in")
+    names = [path.relative_to(recordings).as_posix() for path in sorted(recordings.glob("*/*.wav"))]
+    for name in names:
+        upload(recordings / name, folder / "files" / name)
+    manifest = tmp_path_factory.mktemp("manifest") / "list.jsonl"
+    manifest.write_text("".join(json.dumps(listed(name)) + "\n" for name in names))
+    upload(manifest, folder / "list.jsonl")
+    for tar in sorted(write_tars(recordings, tmp_path_factory.mktemp("tars") / "tars").iterdir()):
+        upload(tar, folder / "tars" / tar.name)
+    return folder
+
+
+def listed(name: str) -> dict[str, str]:
+    return {"path": f"files/{name}", "id": name, "speaker": name.partition("/")[0]}
+
+
+def upload(path: Path, url: Url) -> None:
+    with replacing(url) as temporary:
+        temporary.write_bytes(path.read_bytes())
+
+
+def settings_of(audio: Url, work: Any, *words: str) -> CodesSettings:
+    return codes_settings(audio, work, *words)  # type: ignore[arg-type]
+
+
+def same(found: Url, work: Path) -> None:
+    """All but plan and settings, which say where the recordings lie."""
+    objects = {str(url)[len(str(found)) + 1 :]: url for url in found.files()}
+    files = {path.relative_to(work).as_posix(): path for path in work.rglob("*") if path.is_file() and path.suffix}
+    assert objects.keys() == files.keys()
+    for name, path in files.items():
+        if name != "plan.parquet" and path.name != "settings.json":
+            assert objects[name].read_bytes() == path.read_bytes(), name
+
+
+@pytest.mark.parametrize("kind", ["none", "error", "slow", "cut"])
+def test_from_a_bucket_into_a_bucket(kind: str, door: Door, remote: Url, work: Path) -> None:
+    """Every fifth answer is an error, late or cut short."""
+    count = iter(range(1, 1_000_000))
+    door.fault = lambda method, path: kind if kind != "none" and next(count) % 5 == 0 else None
+    mine = Url(f"s3://corpus/work_{kind}")
+    shard_codes(settings_of(remote / "files", mine))
+    shard_targets(targets_settings(mine))  # type: ignore[arg-type]
+    door.fault = lambda method, path: None
+    same(mine, work)
+    assert len(load(mine / "shards", "train")) == len(load(work / "shards", "train"))
+
+
+def test_manifest_and_tars_of_a_bucket(door: Door, remote: Url, work: Path, tmp_path: Path) -> None:
+    shard_codes(settings_of(remote / "list.jsonl", tmp_path / "listed"))
+    for path in (work / "codes").glob("*/*.parquet"):
+        assert (tmp_path / "listed" / path.relative_to(work)).read_bytes() == path.read_bytes()
+    shard_codes(settings_of(remote / "tars", tmp_path / "tarred"))
+    assert by_take(tmp_path / "tarred" / "codes") == by_take(work / "codes")
+
+
+def test_what_is_done_is_not_made_again_and_leftovers_go(door: Door, remote: Url, work: Path) -> None:
+    mine = Url("s3://corpus/work_twice")
+    shard_codes(settings_of(remote / "files", mine))
+    upload(work / "plan.parquet", mine / "codes" / "train" / "000000.parquet.0123abcd.tmp")
+    door.asked.clear()
+    shard_codes(settings_of(remote / "files", mine))
+    written = [path for method, path in door.asked if method == "PUT"]
+    assert all("settings.json" in path for path in written), written
+    assert not [url for url in mine.files() if url.suffix == ".tmp"]
+
+
+def test_an_outage_is_no_bad_recording(door: Door, remote: Url) -> None:
+    """It ends the run with one line, and nothing is written of it."""
+    mine = Url("s3://corpus/work_outage")
+    shard_codes(settings_of(remote / "files", mine))
+    door.fault = lambda method, path: "error" if method == "GET" and path.endswith(".wav") else None
+    refused(targets_words(mine), "planted (attempt 5 of 5)")  # type: ignore[arg-type]
+    door.fault = lambda method, path: None
+    assert not [url for url in (mine / "shards").files() if url.suffix in (".tar", ".tmp")]
+
+
+def test_a_bucket_that_is_not_there_is_one_line(door: Door, tmp_path: Path) -> None:
+    refused(targets_words(Url("s3://nowhere/work")), "run `just shard-codes` first")  # type: ignore[arg-type]

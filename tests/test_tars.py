@@ -1,0 +1,111 @@
+"""Recordings in tars are read in place: their tokens are those of the files that the tars were made of."""
+
+from __future__ import annotations
+
+import io
+import json
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from codec.audio import Recording, probe
+from pipeline.codes import shard_codes
+from pipeline.plan import make_plan
+from pipeline.sources import find
+from pipeline.targets import shard_targets
+from shards.contract import FAILED
+from shards.storage import Part
+from tests.command_helpers import rows_of
+from tests.helpers import codes_settings, targets_settings
+
+
+def write_tars(recordings: Path, folder: Path) -> Path:
+    """Two tars, WebDataset style: KEY.wav beside KEY.json that names the speaker."""
+    folder.mkdir()
+    files = sorted(recordings.glob("*/*.wav"))
+    for number in range(2):
+        with tarfile.open(folder / f"{number}.tar", "w") as tar:
+            for path in files[number::2]:
+                key = f"{path.parent.name}_{path.stem}"
+                add(tar, f"{key}.json", json.dumps({"speaker": path.parent.name, "text": "?"}).encode())
+                add(tar, f"{key}.wav", path.read_bytes())
+            add(tar, "notes.txt", b"not to be read")
+    return folder
+
+
+def add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
+    info = tarfile.TarInfo(name)
+    info.size = len(data)
+    tar.addfile(info, io.BytesIO(data))
+
+
+def by_take(folder: Path) -> dict[str, list[Any]]:
+    """Speaker and take → what a table says of its segments, wherever they stand."""
+    found = {}
+    for id, rows in rows_of(folder).items():
+        name = id.rpartition(".tar/")[2].replace("_take", "/take")
+        content = [row.get("codes") or (row.get("peak"), row.get("level_db")) for row in rows]
+        found[name] = [(row["segment"], row["status"], value) for row, value in zip(rows, content, strict=True)]
+    return {name: sorted(rows) for name, rows in found.items()}
+
+
+def test_tars_hold_what_files_hold(recordings: Path, work: Path, tmp_path: Path) -> None:
+    audio = write_tars(recordings, tmp_path / "tars")
+    shard_codes(codes_settings(audio, tmp_path / "work"))
+    shard_targets(targets_settings(tmp_path / "work"))
+    for folder in ("codes", "shards"):
+        assert by_take(tmp_path / "work" / folder) == by_take(work / folder)
+    groups = {row["group"] for rows in rows_of(tmp_path / "work" / "shards").values() for row in rows}
+    assert groups == {f"speaker_{n}" for n in range(4)}
+
+
+def test_ids_and_what_is_ignored(recordings: Path, tmp_path: Path) -> None:
+    audio = write_tars(recordings, tmp_path / "tars")
+    table, ignored = find(audio, None)
+    assert table["recording"][0].as_py() == "0.tar/speaker_0_take_0.wav"
+    assert ignored == {".json in tars": 8, ".txt in tars": 2}
+    assert find(audio / "1.tar", None)[0]["recording"].to_pylist() == [
+        f"1.tar/speaker_{n}_take_1.wav" for n in range(4)
+    ]
+    assert set(find(audio, r"(speaker_\d)")[0]["group"].to_pylist()) == {f"speaker_{n}" for n in range(4)}
+
+
+@pytest.mark.parametrize("damage", ["cut", "no end", "flipped", "text"])
+def test_a_damaged_tar_has_a_row_that_says_so(damage: str, recordings: Path, tmp_path: Path) -> None:
+    """Beside the rows of what can still be read of it."""
+    audio = write_tars(recordings, tmp_path / "tars")
+    path = audio / "1.tar"
+    data = bytearray(path.read_bytes())
+    with tarfile.open(path) as tar:
+        last = tar.getmembers()[-2]
+        end = tar.offset
+    if damage == "flipped":
+        data[last.offset + 100] ^= 1
+    cut = {"cut": last.offset_data + last.size // 2, "no end": end, "flipped": len(data), "text": 0}[damage]
+    path.write_bytes(bytes(data[:cut]) or b"no tar at all" * 100)
+    plan = make_plan(codes_settings(audio, tmp_path / "work"))
+    rows = [row for number in range(len(plan.shards)) for row in plan.rows(number)]
+    failed = {row["recording"]: row["reason"] for row in rows if row["status"] == FAILED}
+    assert "1.tar" in failed
+    assert "cut off or damaged" in failed["1.tar"] or "not readable as a tar" in failed["1.tar"]
+    kept = {row["recording"] for row in rows if row["recording"].startswith("1.tar/")} - failed.keys()
+    assert len(kept) == {"cut": 3, "no end": 4, "flipped": 3, "text": 0}[damage]
+
+
+def test_a_part_is_a_file(recordings: Path, tmp_path: Path) -> None:
+    path = recordings / "speaker_1" / "take_1.wav"
+    data = path.read_bytes()
+    (tmp_path / "whole").write_bytes(b"before" + data + b"after")
+    part = Part(tmp_path / "whole", 6, len(data))
+    with part.open() as file:
+        assert file.read() == data
+        file.seek(-10, io.SEEK_END)
+        assert file.read(100) == data[-10:]
+        file.seek(3)
+        assert (file.read(4), file.tell()) == (data[3:7], 7)
+    assert probe(part) == probe(path)
+    for ours, theirs in zip(Recording(part, probe(part)).blocks(), Recording(path, probe(path)).blocks(), strict=True):
+        assert (ours == theirs).all()
+    assert Part(tmp_path / "whole", 6, len(data) + 100).stat().st_size == len(data) + 5
