@@ -18,6 +18,10 @@ shard-codes *args: _env
 shard-targets *args: _env
     @{{ python }} -m pipeline shard-targets "$@"
 
+# do SIDON's targets stand at their recordings' time and level? (same settings as shard-targets)
+calibrate *args: _env
+    @{{ python }} -m pipeline calibrate "$@"
+
 # fit the 48 kHz decoder to shards: just train gpu=0
 train *args: _env
     @{{ python }} -m trainer train "$@"

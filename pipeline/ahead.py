@@ -1,0 +1,88 @@
+"""Work done ahead in threads, its order and its memory kept: what comes out is what a plain loop would give."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TypeVar
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+END = object()
+POLL_SECONDS = 0.1  # after which a thread that nobody listens to any more notices it
+
+
+class Ahead(Iterator[Item]):
+    """Runs `items` in a thread of its own, at most `size` of them ahead. Raises here what it raises there."""
+
+    def __init__(self, items: Iterable[Item], size: int) -> None:
+        self._queue: queue.Queue[object] = queue.Queue(size)
+        self._closed = threading.Event()
+        self._error: BaseException | None = None
+        threading.Thread(target=self._run, args=(items,), daemon=True).start()
+
+    def _run(self, items: Iterable[Item]) -> None:
+        try:
+            for item in items:
+                if not self._put(item):
+                    return
+        except BaseException as error:  # it belongs to whoever listens
+            self._error = error
+        self._put(END)
+
+    def _put(self, item: object) -> bool:
+        while not self._closed.is_set():
+            try:
+                self._queue.put(item, timeout=POLL_SECONDS)
+                return True
+            except queue.Full:
+                continue
+        return False
+
+    def __next__(self) -> Item:
+        item = self._queue.get()
+        if item is END:
+            self._queue.put(END)  # for whoever asks again
+            if self._error is not None:
+                raise self._error
+            raise StopIteration
+        return item  # type: ignore[return-value]
+
+    def close(self) -> None:
+        self._closed.set()
+
+
+def chained_ahead(sources: Iterable[Iterable[Item]], threads: int, size: int) -> Iterator[Item]:
+    """The items of all `sources`, one source after the other; `threads` of them run at once, each `size` ahead."""
+    waiting, running = iter(sources), deque[Ahead[Item]]()
+    try:
+        while True:
+            while len(running) < threads and (source := next(waiting, None)) is not None:
+                running.append(Ahead(source, size))
+            if not running:
+                return
+            yield from running[0]
+            running.popleft()
+    finally:
+        for ahead in running:
+            ahead.close()
+
+
+def map_ahead(function: Callable[[Item], Result], items: Iterable[Item], threads: int, size: int) -> Iterator[Result]:
+    """`map`, in order, on `threads` threads, at most `size` items ahead."""
+    with ThreadPoolExecutor(threads) as pool:
+        running = deque[Future[Result]]()
+        try:
+            for item in items:
+                running.append(pool.submit(function, item))
+                if len(running) >= size:
+                    yield running.popleft().result()
+            while running:
+                yield running.popleft().result()
+        finally:
+            for future in running:
+                future.cancel()
