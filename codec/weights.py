@@ -40,8 +40,8 @@ class Weights:
 def resolve(name: str, files: tuple[str, ...], pins: Path = PINS, must_be_pinned: bool = False) -> Weights:
     """Finds `files` of a local directory or a hub repository and hashes them.
 
-    A name that `pins` lists must match its hashes, and a file whose hash there is null is not trusted; a hub repository must be listed. With `must_be_pinned` a local
-    directory must be listed too. Raises UserError naming file, expected and found hash.
+    A name that `pins` lists must match its hashes; a hash that is null there trusts nothing. A hub repository must be
+    listed, and with `must_be_pinned` a local directory too. Raises UserError naming file, expected and found hash.
     """
     entry = read_pins(pins).get(name)
     paths = _local(Path(name), files) if Path(name).is_dir() else _from_hub(name, files, entry, pins)
