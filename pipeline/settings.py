@@ -94,6 +94,7 @@ class InspectSettings(Settings):
     """Print what a plan, codes file, sidecar, index, tar shard or a whole folder of shards holds."""
 
     path: Path = Field(description="the file or folder")
+    picture: Path | None = Field(default=None, description="PNG of a folder's distributions and spectrograms")
     rows: int = Field(ge=0, le=1000, description="rows to print")
 
 
