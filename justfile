@@ -54,6 +54,10 @@ verify *args: _env
 prefetch *args: _env
     @{{ python }} -m pipeline prefetch "$@"
 
+# check the real models on this machine: files, tokens, delay, level, seams, speed, disk
+doctor *args: _env
+    @{{ python }} -m demo doctor "$@"
+
 # the whole way in minutes on a CPU, with a made voice or audio=FOLDER
 demo *args: _env
     @{{ python }} -m demo demo "$@"

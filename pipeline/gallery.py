@@ -74,7 +74,8 @@ def _distributions(figure: SubFigure, rows: list[Row]) -> None:
         }
         axis.hist(list(found.values()), bins=40, stacked=True, label=[f"{s}: {len(v)}" for s, v in found.items()])
         axis.set_xlabel(label)
-        axis.set_yscale("log")
+        if any(found.values()):
+            axis.set_yscale("log")
         axis.legend(fontsize=8)
     figure.suptitle(f"{len(rows)} segments")
 

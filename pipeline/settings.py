@@ -69,6 +69,17 @@ class JudgeSettings(Settings):
     )
 
 
+class DoctorSettings(SidonSettings, JudgeSettings):
+    """Check the real models on this machine: files, tokens, delay, level, seams, speed; and say what to do."""
+
+    audio: Path | None = Field(default=None, description="folder of recordings (null: voices made by code)")
+    recordings: int = Field(ge=3, le=100, description="of them that go through the models")
+    pretrained_model: str = Field(description="SNAC 24 kHz: hub name or local directory")
+    forms: Literal["both", "torchscript", "native"] = Field(description="of SIDON's weights that are checked")
+    work: Path = Field(description="folder for plan, codes and shards, whose disk must hold them")
+    corpus_hours: float = Field(gt=0, le=10_000_000, description="of your recordings, for disk and time")
+
+
 class TargetsSettings(SidonSettings, JudgeSettings):
     """Stage 2: each segment's codes next to its 48 kHz target → tar shards, sidecars and index.parquet."""
 

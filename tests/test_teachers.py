@@ -22,6 +22,7 @@ from pipeline.sidon import FRAME, PADDING, Sidon
 from pipeline.targets import shard_targets
 from pipeline.teachers import Teacher
 from shards.contract import OK, TARGET_RATE
+from shards.errors import UserError
 from shards.index import load
 from shards.reader import decode_sample, read_sample
 from tests.helpers import codes_settings, restored, targets_settings
@@ -179,6 +180,20 @@ def test_a_bad_recording_costs_its_own_rows(audio: Path, tmp_path: Path, sidon: 
     assert failed
     assert {row["recording"] for row in failed} == {"full_1/a.flac"}
     assert all("broken near" in row["reason"] or "ends at" in row["reason"] for row in failed)
+
+
+def test_targets_that_are_not_finite_fail(
+    coded: Path, tmp_path: Path, sidon: Upsampling, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipeline.targets.calibrated", lambda *_: {})
+    restore = sidon.restore
+    monkeypatch.setattr(sidon, "restore", lambda windows: [output * np.nan for output in restore(windows)])
+    with pytest.raises(UserError, match="no segment is usable"):
+        made(coded, tmp_path / "work", "teacher=sidon", "max_failed_fraction=1")
+    rows = [
+        row for file in (tmp_path / "work" / "shards").glob("*/*.parquet") for row in pq.read_table(file).to_pylist()
+    ]
+    assert {row["reason"] for row in rows if row["status"] == "failed"} == {"SIDON gave NaN or infinity"}
 
 
 def test_a_stretch_does_not_depend_on_where_a_shard_begins(audio: Path, tmp_path: Path, sidon: Upsampling) -> None:
