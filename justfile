@@ -18,6 +18,10 @@ shard-codes *args: _env
 shard-targets *args: _env
     @{{ python }} -m pipeline shard-targets "$@"
 
+# do SIDON's targets stand at their recordings' time and level? (same settings as shard-targets)
+calibrate *args: _env
+    @{{ python }} -m pipeline calibrate "$@"
+
 # fit the 48 kHz decoder to shards: just train gpu=0
 train *args: _env
     @{{ python }} -m trainer train "$@"
@@ -49,6 +53,10 @@ verify *args: _env
 # download and verify the pinned SNAC and SIDON files
 prefetch *args: _env
     @{{ python }} -m pipeline prefetch "$@"
+
+# check the real models on this machine: files, tokens, delay, level, seams, speed, disk
+doctor *args: _env
+    @{{ python }} -m demo doctor "$@"
 
 # the whole way in minutes on a CPU, with a made voice or audio=FOLDER
 demo *args: _env

@@ -40,8 +40,8 @@ class Weights:
 def resolve(name: str, files: tuple[str, ...], pins: Path = PINS, must_be_pinned: bool = False) -> Weights:
     """Finds `files` of a local directory or a hub repository and hashes them.
 
-    A name that `pins` lists must match its hashes; a hub repository must be listed. With `must_be_pinned` a local
-    directory must be listed too. Raises UserError naming file, expected and found hash.
+    A name that `pins` lists must match its hashes; a hash that is null there trusts nothing. A hub repository must be
+    listed, and with `must_be_pinned` a local directory too. Raises UserError naming file, expected and found hash.
     """
     entry = read_pins(pins).get(name)
     paths = _local(Path(name), files) if Path(name).is_dir() else _from_hub(name, files, entry, pins)
@@ -51,6 +51,11 @@ def resolve(name: str, files: tuple[str, ...], pins: Path = PINS, must_be_pinned
         raise UserError(f"{name} is not listed in {pins}; if you trust these files, add {pin}")
     for file, digest in found.items():
         expected = entry["files"].get(file) if entry else digest
+        if expected is None:
+            raise UserError(
+                f"{paths[file]}: no sha256 of it is known, so it is not trusted; it has {digest}. "
+                f"If you know that this is the published file, write that for {name}, {file} in {pins}"
+            )
         if digest != expected:
             raise UserError(
                 f"{paths[file]}: sha256 is {digest}, expected {expected}: the file is damaged or another one. "

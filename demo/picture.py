@@ -5,19 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 
 import matplotlib
-import numpy as np
-import numpy.typing as npt
 import soundfile
 import torch
-from matplotlib.axes import Axes
 
 from codec.audio import Recording, Resampler, probe
 from codec.snac import load_snac
+from pipeline.gallery import spectrogram
 from shards.contract import CODEC_RATE, TARGET_RATE
 from shards.files import replacing
 
 SECONDS = 4
-FLOOR_DB = -110
 
 
 def draw(recording: Path, decoded_48k: Path, snac: Path, picture: Path) -> None:
@@ -41,7 +38,7 @@ def draw(recording: Path, decoded_48k: Path, snac: Path, picture: Path) -> None:
     )
     figure, axes = plt.subplots(1, 3, figsize=(13, 4), sharex=True, sharey=True, layout="constrained")
     for axis, (title, wav, rate) in zip(axes, panels, strict=True):
-        image = _spectrogram(axis, wav, rate)
+        image = spectrogram(axis, wav, rate)
         axis.set_title(title)
         axis.set_xlabel("seconds")
     axes[0].set_ylabel("kHz")
@@ -51,18 +48,3 @@ def draw(recording: Path, decoded_48k: Path, snac: Path, picture: Path) -> None:
     with replacing(picture) as temporary:
         figure.savefig(temporary, format="png", dpi=110)
     plt.close(figure)
-
-
-def _spectrogram(axis: Axes, wav: npt.NDArray[np.float32], rate: int) -> matplotlib.image.AxesImage:
-    window = torch.hann_window(rate // 25)
-    spectrum = torch.stft(torch.from_numpy(wav), len(window), len(window) // 4, window=window, return_complex=True)
-    level_db = 20 * torch.log10(spectrum.abs() / window.sum() * 2 + 1e-9)
-    return axis.imshow(
-        level_db.numpy(),
-        origin="lower",
-        aspect="auto",
-        extent=(0, len(wav) / rate, 0, rate / 2000),
-        vmin=FLOOR_DB,
-        vmax=-20,
-        cmap="magma",
-    )

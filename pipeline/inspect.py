@@ -22,6 +22,11 @@ from shards.writer import read_metadata, read_table
 def inspect(settings: InspectSettings) -> None:
     """Raises UserError for a path that is none of these."""
     path = settings.path
+    if settings.picture:
+        from pipeline.gallery import draw
+
+        draw(path if (path / INDEX_NAME).exists() else path / "shards", settings.picture)
+        click.echo(f"{settings.picture}")
     if path.is_dir():
         inside = [path / INDEX_NAME, path / "shards" / INDEX_NAME, path / PLAN_NAME]
         path = next((file for file in inside if file.exists()), path)

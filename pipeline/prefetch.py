@@ -11,7 +11,9 @@ from shards.errors import UserError
 
 def prefetch(settings: PrefetchSettings) -> None:
     """Tries every file of the list. Raises UserError when the hub is out of reach, or at the end for wrong files."""
-    wanted = [(name, file) for name, entry in read_pins(settings.weights).items() for file in entry["files"]]
+    chosen = settings.sidon_backend
+    pins = {name: pin for name, pin in read_pins(settings.weights).items() if pin.get("backend", chosen) == chosen}
+    wanted = [(name, file) for name, pin in pins.items() for file in pin["files"]]
     failures = 0
     for name, file in tqdm(wanted, desc="fetching", unit="file", disable=None):
         try:

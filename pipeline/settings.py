@@ -69,18 +69,68 @@ class CodesSettings(ExecutionSettings):
     retry: Literal["none", "failed"] = Field(description="failed: make shards with failed segments again")
 
 
-class TargetsSettings(ExecutionSettings):
-    """Stage 2: each segment's codes next to its 48 kHz target → tar shards, sidecars and index.parquet."""
+class SidonSettings(Settings):
+    """SIDON's weights, and how recordings go through it."""
 
-    teacher: Literal["sidon", "recording"] = Field(description="where the 48 kHz target comes from")
-    sidon: str = Field(description="SIDON's TorchScript pair: hub name or local directory")
+    sidon_backend: Literal["torchscript", "native"] = Field(description="published TorchScript pair, or raw weights")
+    sidon: str = Field(description="TorchScript pair: hub name or local directory")
+    sidon_raw: str = Field(description="raw weights (adapter and decoder): hub name or local directory")
+    sidon_base: str = Field(description="w2v-BERT 2.0 below the adapter: hub name or local directory")
+    sidon_precision: Literal["auto", "fp32", "bf16"] = Field(
+        description="of the raw weights; auto: bf16 on a GPU that has it, fp32 on a CPU"
+    )
+    delay_samples: int = Field(
+        ge=0, le=934, description="at 48 kHz, taken off SIDON's output; calibrate measures what is left"
+    )
     weights: Path = Field(description="file with revision and sha256 of the model files")
     window_seconds: float = Field(ge=4, le=60, description="longest stretch restored at once, overlap included")
     overlap_seconds: float = Field(ge=0.5, le=10, description="shared by neighbouring windows on each side of a seam")
+    batch_seconds: float = Field(ge=1, le=10_000, description="audio of similar length restored together")
+
+
+class JudgeSettings(Settings):
+    """Limits that a target must keep; a rejected segment keeps its row, with the reason."""
+
     min_correlation: float = Field(
-        ge=-1, le=1, description="SIDON's targets whose 50 ms envelope correlates less with the recording are rejected"
+        ge=-1, le=1, description="least correlation of its envelopes with those of the recording"
     )
+    max_lag_samples: float = Field(gt=0, le=2400, description="at 48 kHz, of the target against its recording")
+    max_level_difference_db: float = Field(gt=0, le=60, description="of the target over its recording, 100 Hz to 8 kHz")
+    max_clipped_fraction: float = Field(ge=0, le=1, description="share of samples at or beyond full scale")
+    min_speech_share: float = Field(ge=0, le=1, description="share of a segment that is not silence")
+    min_target_bandwidth_hz: float = Field(
+        ge=0, le=24_000, description="where a target's spectrum may end; 0: anywhere"
+    )
+
+
+class DoctorSettings(SidonSettings, JudgeSettings):
+    """Check the real models on this machine: files, tokens, delay, level, seams, speed; and say what to do."""
+
+    audio: Path | None = Field(default=None, description="folder of recordings (null: voices made by code)")
+    gpu: Gpu = Field(description="number of the GPU, or cpu")
+    recordings: int = Field(ge=3, le=100, description="of them that go through the models")
+    pretrained_model: str = Field(description="SNAC 24 kHz: hub name or local directory")
+    forms: Literal["both", "torchscript", "native"] = Field(description="of SIDON's weights that are checked")
+    work: Path = Field(description="folder for plan, codes and shards, whose disk must hold them")
+    corpus_hours: float = Field(gt=0, le=10_000_000, description="of your recordings, for disk and time")
+
+
+class TargetsSettings(ExecutionSettings, SidonSettings, JudgeSettings):
+    """Stage 2: each segment's codes next to its 48 kHz target → tar shards, sidecars and index.parquet."""
+
+    teacher: Literal["sidon", "recording", "auto", "hybrid"] = Field(
+        description="where targets come from; auto: recordings that reach min_bandwidth_hz stay, the rest is restored; "
+        "hybrid: the recording below crossover_hz, SIDON above"
+    )
+    min_bandwidth_hz: float = Field(
+        ge=0, le=24_000, description="auto: a recording whose measured bandwidth reaches it is its own target"
+    )
+    crossover_hz: float = Field(
+        ge=2000, le=20_000, description="hybrid: where SIDON takes over; recordings that do not reach it are restored"
+    )
+    calibrate_recordings: int = Field(ge=4, le=1000, description="that a run with SIDON measures before it starts")
     target_bits: Literal[16, 24] = Field(description="bits per sample of the FLAC target")
+    threads: int = Field(ge=1, le=256, description="that read recordings ahead, and that judge and compress targets")
     max_failed_fraction: float = Field(ge=0, le=1, description="the run ends with an error when more segments failed")
     retry: Literal["none", "failed"] = Field(description="failed: make shards with failed segments again")
 
@@ -89,6 +139,7 @@ class InspectSettings(Settings):
     """Print what a plan, codes file, sidecar, index, tar shard or a whole folder of shards holds."""
 
     path: Path = Field(description="the file or folder")
+    picture: Path | None = Field(default=None, description="PNG of a folder's distributions and spectrograms")
     rows: int = Field(ge=0, le=1000, description="rows to print")
 
 
@@ -101,6 +152,7 @@ class VerifySettings(Settings):
 class PrefetchSettings(Settings):
     """Download the pinned SNAC and SIDON files and verify their sha256; offline use works afterwards."""
 
+    sidon_backend: Literal["torchscript", "native"] = Field(description="published TorchScript pair, or raw weights")
     weights: Path = Field(description="file with revision and sha256 of the model files")
 
 

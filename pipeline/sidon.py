@@ -1,23 +1,27 @@
-"""SIDON (arXiv 2509.17052, sarulab-speech/sidon-v0.1) as a restorer: 16 kHz samples in, 48 kHz samples out, in place.
+"""SIDON (arXiv 2509.17052) as a restorer of windows: 16 kHz samples in, 48 kHz samples out, in place.
 
-The published model is a TorchScript pair: features (B, T, 160) at 50 Hz → hidden states (B, T, 1024) → 960 T − 26
-samples. Around it stands what keeps targets true: the recording is scaled to 0.9 of its peak and scaled back, the
-160 samples of left padding (480 at 48 kHz) are taken off again, and the output is exactly three times the input.
+Features (B, T, 160) at 50 Hz → hidden states (B, T, 1024) → 960 T − 26 samples. The two modules come as the published
+TorchScript pair, or as raw weights on stock classes. Around them stands what keeps targets true: the 160 samples of
+left padding (480 at 48 kHz) are taken off again, and the output is exactly three times the input.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 import torch
 import torchaudio.functional as F
-from transformers import SeamlessM4TFeatureExtractor
+from torch import Tensor, nn
 
-from codec.audio import Recording, Resampler
 from codec.weights import Weights, resolve
+from pipeline.settings import SidonSettings
+from pipeline.sidon_features import features
+from shards.errors import UserError
 
 Samples = npt.NDArray[np.float32]
 
@@ -25,94 +29,138 @@ INPUT_RATE = 16_000
 UPSAMPLING = 3
 FRAME = 320  # input samples of one feature frame (20 ms)
 PADDING = 160  # input samples on each side, so that a window of n frames gives n features
-PEAK = 0.9
 HIGH_PASS_HZ = 50.0
-CROSSFADE = 960  # output samples over which neighbouring windows are blended at a seam (20 ms)
+NATIVE_FILES = ("adapter_config.json", "adapter_model.safetensors", "decoder_state_dict.pt")
+BASE_FILES = ("config.json", "model.safetensors")
+SAMPLES_LOST = 26  # of 960 T, by the odd strides of DAC's decoder
 
 
-class Sidon:
-    """The TorchScript pair with its front end. `restore` maps a stretch of 16 kHz samples to 48 kHz, same instant."""
+class Model(Protocol):
+    """The two modules, whatever form their weights have."""
+
+    weights: tuple[Weights, ...]
+    precision: str  # fp32 or bf16
+    mixes_lengths: bool  # whether a batch may hold members of several lengths
+
+    def encode(self, features_BTF: Tensor, frames: list[int]) -> Tensor:
+        """(B, T, 160) with the real frames of each member → (B, T, C)."""
+
+    def decode(self, hidden_BTC: Tensor, frames: list[int]) -> Tensor:
+        """(B, T, C) → (B, samples): the first 960 n − 26 of a member of n frames are its own."""
+
+
+class TorchScript:
+    """The published pair, checked against its pins before it is loaded: loading runs code."""
+
+    mixes_lengths = False
+    precision = "fp32"
 
     def __init__(self, name: str, pins: Path, device: torch.device) -> None:
         files = (f"feature_extractor_{device.type}.pt", f"decoder_{device.type}.pt")
-        self.weights: Weights = resolve(name, files, pins, must_be_pinned=True)
-        self.device = device
-        self.features = SeamlessM4TFeatureExtractor(feature_size=80, num_mel_bins=80, stride=2)
-        self.encoder, self.decoder = (
-            torch.jit.load(self.weights.paths[file], map_location=device).eval() for file in files
-        )
+        weights = resolve(name, files, pins, must_be_pinned=True)
+        self.weights: tuple[Weights, ...] = (weights,)
+        self.encoder, self.decoder = (torch.jit.load(weights.paths[file], map_location=device).eval() for file in files)
+
+    def encode(self, features_BTF: Tensor, frames: list[int]) -> Tensor:
+        assert len(set(frames)) == 1, "these modules know no mask"
+        hidden: Tensor = self.encoder(features_BTF)["last_hidden_state"]
+        return hidden
+
+    def decode(self, hidden_BTC: Tensor, frames: list[int]) -> Tensor:
+        wav: Tensor = self.decoder(hidden_BTC.transpose(1, 2))[:, 0]
+        return wav
+
+
+class Native:
+    """w2v-BERT 2.0 with SIDON's adapter, and its decoder, on stock classes: any lengths in a batch, bf16 if asked."""
+
+    mixes_lengths = True
+
+    def __init__(self, name: str, base: str, pins: Path, device: torch.device, precision: str) -> None:
+        from pipeline.sidon_decoder import load_decoder
+        from pipeline.sidon_encoder import load_encoder
+
+        adapter = resolve(name, NATIVE_FILES, pins, must_be_pinned=True)
+        below = resolve(base, BASE_FILES, pins, must_be_pinned=True)
+        self.weights: tuple[Weights, ...] = (below, adapter)
+        paths = {**below.paths, **adapter.paths}
+        self.encoder: nn.Module = load_encoder(*(paths[file] for file in (*BASE_FILES, *NATIVE_FILES[:2]))).to(device)
+        self.decoder: nn.Module = load_decoder(paths[NATIVE_FILES[2]]).to(device)
+        self.precision = precision
+        self._device_type = device.type
+
+    def encode(self, features_BTF: Tensor, frames: list[int]) -> Tensor:
+        position = torch.arange(features_BTF.shape[1], device=features_BTF.device)
+        mask_BT = position < torch.tensor(frames, device=features_BTF.device)[:, None]
+        with self._precision():
+            hidden: Tensor = self.encoder(
+                features_BTF, attention_mask=None if len(set(frames)) == 1 else mask_BT
+            ).last_hidden_state
+        return hidden
+
+    def decode(self, hidden_BTC: Tensor, frames: list[int]) -> Tensor:
+        with self._precision():
+            wav: Tensor = self.decoder(hidden_BTC.transpose(1, 2), frames)
+        return wav
+
+    def _precision(self) -> torch.autocast | nullcontext[None]:
+        return torch.autocast(self._device_type, torch.bfloat16) if self.precision == "bf16" else nullcontext()
+
+
+class Sidon:
+    """A model with its front end. `restore` maps windows of 16 kHz samples to 48 kHz, same instants."""
+
+    def __init__(self, model: Model, device: torch.device, delay_samples: int = PADDING * UPSAMPLING) -> None:
+        self.model, self.device, self.delay_samples = model, device, delay_samples
+
+    @property
+    def precision(self) -> str:
+        return self.model.precision
+
+    def describe(self) -> str:
+        return " + ".join(weights.describe() for weights in self.model.weights)
+
+    def sha256(self) -> dict[str, str]:
+        """File → hash."""
+        return {file: digest for weights in self.model.weights for file, digest in weights.sha256.items()}
 
     @torch.inference_mode()
-    def restore(self, padded: Samples) -> Samples:
-        """PADDING + n + PADDING samples, n a multiple of FRAME → 3 n samples of the n in the middle.
+    def restore(self, windows: Sequence[Samples]) -> list[Samples]:
+        """Each PADDING + n + PADDING high-passed samples, n a multiple of FRAME → 3 n samples of the n in the middle.
 
         The last feature frame is carried over once more: its 960 samples cover what the delay pushes out.
         """
-        waveform = torch.from_numpy(padded)[None]
-        waveform = F.highpass_biquad(waveform, INPUT_RATE, HIGH_PASS_HZ)[0]
-        features = self.features(waveform.numpy(), sampling_rate=INPUT_RATE, return_tensors="pt")["input_features"]
-        features = torch.cat([features, features[:, -1:]], dim=1).to(self.device)
-        hidden = self.encoder(features)["last_hidden_state"]
-        restored = self.decoder(hidden.transpose(1, 2))[0, 0].float().cpu().numpy()
-        delay, wanted = PADDING * UPSAMPLING, (len(padded) - 2 * PADDING) * UPSAMPLING
-        assert len(restored) >= delay + wanted, f"SIDON gave {len(restored)} samples, {delay + wanted} are needed"
-        aligned: Samples = restored[delay : delay + wanted]
-        return aligned
+        frames = [len(window) // FRAME for window in windows]  # with the one carried over
+        hidden = self.model.encode(self._features(windows), frames)
+        restored = self.model.decode(hidden, frames).float().cpu().numpy()
+        if restored.shape[1] < max(frames) * FRAME * UPSAMPLING - SAMPLES_LOST:
+            raise UserError(f"SIDON's decoder gave {restored.shape[1]} samples for {max(frames)} frames of 960")
+        cut = [slice(self.delay_samples, self.delay_samples + (n - 1) * FRAME * UPSAMPLING) for n in frames]
+        return [row[part] for row, part in zip(restored, cut, strict=True)]
+
+    def _features(self, windows: Sequence[Samples]) -> Tensor:
+        """(B, T + 1, 160), each member's last frame twice."""
+        wav_BN = nn.utils.rnn.pad_sequence([torch.from_numpy(window) for window in windows], batch_first=True)
+        features_BTF = features(wav_BN.to(self.device), [len(window) for window in windows])
+        carried_BTF = nn.functional.pad(features_BTF, (0, 0, 0, 1))
+        for member, window in zip(carried_BTF, windows, strict=True):
+            last = len(window) // FRAME - 1
+            member[last] = member[last - 1]
+        return carried_BTF
 
 
-class Restorer:
-    """A recording restored to 48 kHz: `read(a, b)` returns samples [a, b); stretches must be asked for in order.
+def high_passed(padded: Samples) -> Samples:
+    """What SIDON hears of a window: without what lies below 50 Hz."""
+    filtered: Samples = F.highpass_biquad(torch.from_numpy(padded), INPUT_RATE, HIGH_PASS_HZ).numpy()
+    return filtered
 
-    Long recordings go through windows on a grid fixed by the recording alone, so a stretch is the same whoever asks.
-    """
 
-    def __init__(self, recording: Recording, sidon: Sidon, window_seconds: float, overlap_seconds: float) -> None:
-        self.sidon = sidon
-        self.source = Resampler(recording, INPUT_RATE)
-        self.total = recording.length(INPUT_RATE)
-        self.overlap = round(overlap_seconds * INPUT_RATE / FRAME) * FRAME
-        self.hop = round(window_seconds * INPUT_RATE / FRAME) * FRAME - 2 * self.overlap
-        peak = recording.peak()
-        self.gain = PEAK / peak if peak > 0 else 1.0
-        self._held = np.zeros(0, np.float32)
-        self._held_from = 0
-        self._pieces: Iterator[Samples] | None = None
-
-    def read(self, a: int, b: int) -> Samples:
-        if self._pieces is None:
-            last = max(-(-(self.total - self.overlap) // self.hop), 1) - 1  # a short rest belongs to this window
-            first = min(max((a - CROSSFADE) // (self.hop * UPSAMPLING), 0), last)
-            self._pieces, self._held_from = (
-                self._restored(first),
-                max(first * self.hop * UPSAMPLING - CROSSFADE // 2, 0),
-            )
-        while self._held_from + len(self._held) < b:
-            drop = min(max(a - self._held_from, 0), len(self._held))
-            self._held = np.concatenate([self._held[drop:], next(self._pieces)])
-            self._held_from += drop
-        return self._held[a - self._held_from : b - self._held_from]
-
-    def _restored(self, first: int) -> Iterator[Samples]:
-        """Consecutive stretches from window `first` on, each seam blended over CROSSFADE samples."""
-        rise = np.linspace(0, 1, CROSSFADE, dtype=np.float32)
-        start, tail = first * self.hop, None
-        while start < self.total:
-            stop = start + self.hop
-            if self.total - stop <= self.overlap:
-                stop = self.total
-            left, right = min(self.overlap, start), min(self.overlap, self.total - stop)
-            restored = self._window(start - left, stop + right)
-            begin = left * UPSAMPLING - (CROSSFADE // 2 if left else 0)
-            end = (left + stop - start) * UPSAMPLING - (CROSSFADE // 2 if right else 0)
-            if tail is not None:
-                restored[begin : begin + CROSSFADE] *= rise
-                restored[begin : begin + CROSSFADE] += tail * (1 - rise)
-            tail = restored[end : end + CROSSFADE]
-            yield restored[begin:end]
-            start = stop
-
-    def _window(self, start: int, stop: int) -> Samples:
-        """Input samples [start, stop) of the recording, restored; whole feature frames, at the recording's level."""
-        frames = -(-(stop - start) // FRAME) * FRAME
-        padded = self.source.read(start - PADDING, start + frames + PADDING)
-        return self.sidon.restore(padded * np.float32(self.gain)) / np.float32(self.gain)
+def load_sidon(settings: SidonSettings, device: torch.device) -> Sidon:
+    """The backend, weights and precision that `settings` ask for. Raises UserError for files that are not trusted."""
+    if settings.sidon_backend == "torchscript":
+        return Sidon(TorchScript(settings.sidon, settings.weights, device), device, settings.delay_samples)
+    precision = settings.sidon_precision
+    if precision == "auto":
+        precision = "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
+    native = Native(settings.sidon_raw, settings.sidon_base, settings.weights, device, precision)
+    return Sidon(native, device, settings.delay_samples)

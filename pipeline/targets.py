@@ -4,24 +4,26 @@ from __future__ import annotations
 
 import io
 import json
-import math
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from itertools import groupby
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import soundfile
 
-from codec.audio import AudioError, Resampler
-from codec.snac import device_of
-from pipeline.codes import codes_path, open_recording
+from codec.audio import AudioError
+from pipeline.ahead import map_ahead
+from pipeline.calibrate import FILE as CALIBRATION
+from pipeline.calibrate import calibrated
+from pipeline.codes import codes_path
 from pipeline.execute import alone, holding, run
-from pipeline.fidelity import check_alignment, compare
+from pipeline.fidelity import check_alignment
+from pipeline.judging import judge
 from pipeline.plan import PLAN_NAME, Plan
-from pipeline.settings import TargetsSettings
+from pipeline.settings import JudgeSettings, TargetsSettings
 from pipeline.stage import Advance, Stage
+from pipeline.teachers import Taught, Teacher
 from shards.contract import (
     COARSE_48K,
     CODES_SUFFIX,
@@ -29,7 +31,6 @@ from shards.contract import (
     FORMAT_VERSION,
     META_SUFFIX,
     OK,
-    REJECTED,
     TARGET_RATE,
     TARGET_SUFFIX,
     check_sample,
@@ -42,60 +43,8 @@ from shards.storage import Location
 from shards.writer import ShardWriter, read_metadata, read_table
 
 Row = dict[str, Any]
-MAX_CLIPPED_FRACTION = 0.01
+FINISHED_AHEAD = 4  # segments that wait to be written, per thread
 Samples = npt.NDArray[np.float32]
-
-
-@dataclass(frozen=True)
-class Opened:
-    """A recording as a teacher gives it: `read(a, b)` returns 48 kHz samples; stretches are asked for in order."""
-
-    read: Callable[[int, int], Samples]
-    gain: float = 1.0  # that the recording was given on its way through a model
-    source: Callable[[int, int], Samples] | None = None  # the recording itself, where the target is not it
-
-
-class Teacher(Protocol):
-    """Where targets come from."""
-
-    name: str
-    provenance: dict[str, Any]  # what a shard's bytes depend on
-
-    def open(self, row: Row) -> Opened: ...
-
-
-class RecordingTeacher:
-    """The recording is its own target."""
-
-    name = "recording"
-
-    def __init__(self) -> None:
-        self.provenance = {"teacher": self.name}
-
-    def open(self, row: Row) -> Opened:
-        return Opened(Resampler(open_recording(row), TARGET_RATE).read)
-
-
-class SidonTeacher:
-    """SIDON's restoration of the recording, at the recording's level and time."""
-
-    def __init__(self, settings: TargetsSettings) -> None:
-        from pipeline.sidon import Restorer, Sidon
-
-        sidon = Sidon(settings.sidon, settings.weights, device_of(settings.gpu))
-        windows = settings.model_dump(include={"window_seconds", "overlap_seconds"})
-        self.name = f"sidon: {sidon.weights.describe()}"
-        self.provenance = {
-            "teacher": self.name,
-            "sidon_sha256": sidon.weights.sha256,
-            "min_correlation": settings.min_correlation,
-            **windows,
-        }
-        self._restorer = lambda row: Restorer(open_recording(row), sidon, **windows)
-
-    def open(self, row: Row) -> Opened:
-        restorer = self._restorer(row)
-        return Opened(restorer.read, restorer.gain, Resampler(open_recording(row), TARGET_RATE).read)
 
 
 def shard_targets(settings: TargetsSettings) -> None:
@@ -117,8 +66,9 @@ class TargetsStage(Stage):
 
     def __init__(self, settings: TargetsSettings) -> None:
         super().__init__(settings)
-        one = settings.model_copy(update={"gpu": settings.devices()[0]})
-        self.teacher: Teacher = RecordingTeacher() if settings.teacher == "recording" else SidonTeacher(one)
+        self.teacher = Teacher(settings)
+        with alone(settings, settings.work / CALIBRATION):
+            self.calibration = calibrated(settings, self.plan, self.teacher)
 
     @property
     def folder(self) -> Location:
@@ -127,7 +77,8 @@ class TargetsStage(Stage):
     def fingerprint(self, number: int) -> dict[str, Any]:
         codes = _codes_fingerprint(self.settings.work, self.plan, number)
         made = {"format_version": FORMAT_VERSION, "target_bits": self.settings.target_bits}
-        return {**made, **codes, **self.teacher.provenance}
+        limits = self.settings.model_dump(include=set(JudgeSettings.model_fields))
+        return {**made, **codes, **self.teacher.provenance, "limits": limits, **self.calibration}
 
     def done(self, number: int) -> bool:
         sidecar = self.table(number)
@@ -161,38 +112,28 @@ def samples(
     if len(plan_rows) != len(codes_rows):
         raise ShardError(f"{len(codes_rows)} rows of codes for {len(plan_rows)} of the plan: make the codes anew")
     pairs = zip(plan_rows, codes_rows, strict=True)
-    for _, segments in groupby(pairs, key=lambda pair: pair[0]["recording"]):
-        opened, problem = None, None
-        for plan, codes in segments:
-            row = _sidecar_row(plan, codes)
-            if row["status"] == OK and problem is None:
-                try:
-                    opened = opened or teacher.open(plan)
-                    target = _judged_target(row, opened, plan["start_coarse"] * COARSE_48K, settings.min_correlation)
-                except AudioError as error:
-                    problem = str(error)
-            if row["status"] == OK and problem is not None:
-                row.update(status=FAILED, reason=problem)
-            if row["status"] != OK or opened is None:
-                yield row, None
-                continue
-            meta = {"gain": opened.gain, "teacher": teacher.name, "snac": snac}
-            yield row, _members(row, codes["codes"], target, settings.target_bits, meta)
+    jobs = [(plan, codes, _sidecar_row(plan, codes)) for plan, codes in pairs]
+    wanted = [job for job in jobs if job[2]["status"] == OK]
+    recordings = [[plan for plan, _, _ in group] for _, group in groupby(wanted, key=lambda job: job[0]["recording"])]
+    names = teacher.names()
 
+    def finish(job: tuple[tuple[Row, Row, Row], Taught | AudioError]) -> tuple[Row, dict[str, bytes] | None]:
+        (_, codes, row), taught = job
+        if isinstance(taught, AudioError):
+            return {**row, "status": FAILED, "reason": str(taught)}, None
+        if not np.isfinite(taught.target).all():
+            return {**row, "status": FAILED, "reason": "SIDON gave NaN or infinity"}, None
+        judged = judge(taught.target, taught.source, settings, taught.restored)
+        row = {**row, "teacher": taught.used, **judged}
+        if row["status"] != OK:
+            return row, None
+        meta = {"gain": taught.gain, "teacher": names[taught.used], "snac": snac}
+        return row, _members(row, codes["codes"], taught.target, settings.target_bits, meta)
 
-def _judged_target(row: Row, opened: Opened, start: int, min_correlation: float) -> Samples:
-    """The real samples of a segment's target; what was measured of it goes into `row`, a rejection too."""
-    stop = start + row["n_samples"]
-    target = opened.read(start, stop)
-    row.update(measure(target))
-    if row["clipped_samples"] > MAX_CLIPPED_FRACTION * len(target):
-        row.update(status=REJECTED, reason=f"more than {MAX_CLIPPED_FRACTION:.0%} of it lies beyond full scale")
-        return target
-    if opened.source is not None:
-        row.update(compare(opened.source(start, stop), target))
-        if row["correlation"] is not None and row["correlation"] < min_correlation:
-            row.update(status=REJECTED, reason=f"envelopes correlate less than min_correlation={min_correlation:g}")
-    return target
+    taught = zip(wanted, teacher.segments(recordings), strict=True)
+    finished = map_ahead(finish, taught, settings.threads, FINISHED_AHEAD * settings.threads)
+    for _, _, row in jobs:
+        yield next(finished) if row["status"] == OK else (row, None)
 
 
 def _sidecar_row(plan: Row, codes: Row) -> Row:
@@ -205,16 +146,6 @@ def _sidecar_row(plan: Row, codes: Row) -> Row:
         **{name: plan[name] for name in ("recording", "group", "segment", "n_coarse", "n_samples")},
         "start_seconds": plan["start_coarse"] * COARSE_48K / TARGET_RATE,
         **copied,
-    }
-
-
-def measure(target: Samples) -> Row:
-    """Peak, RMS level (dB re full scale, at least −120) and samples beyond full scale, which will be clipped."""
-    rms = math.sqrt(float(np.mean(target.astype(np.float64) ** 2)))
-    return {
-        "peak": float(np.abs(target).max()),
-        "level_db": 20 * math.log10(max(rms, 1e-6)),
-        "clipped_samples": int((np.abs(target) > 1).sum()),
     }
 
 

@@ -12,7 +12,7 @@ import pyarrow as pa
 
 from shards.errors import ShardError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 CODEC_RATE = 24_000  # Hz, what SNAC's encoder hears
 TARGET_RATE = 48_000  # Hz, what the new decoder speaks
@@ -34,6 +34,8 @@ OK = "ok"  # has codes and, in a shard, a target
 FAILED = "failed"  # the recording cannot be used; `reason` says why
 REJECTED = "rejected"  # the target does not say what the recording says
 TOO_SHORT = "too_short"  # shorter than `min_seconds`
+
+TEACHERS = ("recording", "sidon", "hybrid")  # the recording itself, its restoration, or that above a crossover
 
 PLAN_SCHEMA = pa.schema(
     [
@@ -89,9 +91,13 @@ SIDECAR_SCHEMA = pa.schema(
         ("context_before", pa.int8()),
         ("context_after", pa.int8()),
         ("n_samples", pa.int32()),
+        ("teacher", pa.string()),  # one of TEACHERS: what this segment's target was made by
         ("peak", pa.float32()),  # of the target before clipping, full scale = 1
         ("level_db", pa.float32()),  # RMS of the target's real samples, dB re full scale
         ("clipped_samples", pa.int32()),
+        ("source_bandwidth_hz", pa.float32()),  # where the recording's spectrum falls away; null in silence
+        ("target_bandwidth_hz", pa.float32()),
+        ("speech_share", pa.float32()),  # of the recording's 20 ms frames: those that are not silence
         ("lag_samples", pa.float32()),  # at 48 kHz, of the target behind its recording; null when it is the recording
         ("level_difference_db", pa.float32()),  # of target over recording, 100 Hz to 8 kHz; null likewise
         ("correlation", pa.float32()),  # of their 50 ms envelopes; null likewise, or when one is silent

@@ -18,6 +18,7 @@ from codec.snac import load_snac
 from pipeline.codes import shard_codes
 from pipeline.targets import shard_targets
 from tests.helpers import TINY_SNAC, codes_settings, speechlike, targets_settings
+from tests.real_speech import unpack
 
 torch.set_num_threads(1)
 
@@ -26,6 +27,12 @@ torch.set_num_threads(1)
 def snac() -> SNAC:
     """The stand-in SNAC, frozen."""
     return load_snac(TINY_SNAC)[0]
+
+
+@pytest.fixture(scope="session")
+def real_speech(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folders of real speech; tests that take it are skipped where it cannot be had. Read only."""
+    return unpack(tmp_path_factory.mktemp("speech"))
 
 
 @pytest.fixture(scope="session")

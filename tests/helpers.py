@@ -11,7 +11,10 @@ import numpy as np
 import numpy.typing as npt
 
 from configs.loader import load_settings
+from pipeline.plan import whole_recording
 from pipeline.settings import CodesSettings, TargetsSettings
+from pipeline.teachers import Taught, Teacher
+from shards.contract import COARSE_48K
 
 ROOT = Path(__file__).parent.parent
 TINY_SNAC = str(ROOT / "demo" / "snac_tiny_24khz")
@@ -25,6 +28,15 @@ def speechlike(seconds: float, rate: int, seed: int) -> npt.NDArray[np.float32]:
     tones = sum(np.sin(2 * np.pi * f * time) for f in random.uniform(100, 3000, 5))
     audio = envelope * (tones + 0.3 * random.standard_normal(len(time)))
     return (0.5 * audio / np.abs(audio).max()).astype(np.float32)
+
+
+def restored(path: Path, teacher: Teacher, start_coarse: int = 0) -> npt.NDArray[np.float32]:
+    """A file's target from coarse token `start_coarse` to its end."""
+    row = {**whole_recording(path), "start_coarse": start_coarse}
+    row["n_samples"] -= start_coarse * COARSE_48K
+    (taught,) = teacher.segments([[row]])
+    assert isinstance(taught, Taught), taught
+    return taught.target
 
 
 def run_command(*words: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:

@@ -37,7 +37,7 @@ def some_codes(coarse: int, seed: int = 0) -> npt.NDArray[np.int16]:
 
 def some_meta(**changes: Any) -> dict[str, Any]:
     meta: dict[str, Any] = {
-        "format_version": 1,
+        "format_version": contract.FORMAT_VERSION,
         "recording": "a/b.wav",
         "group": "a",
         "segment": 0,
@@ -198,8 +198,8 @@ def test_metadata_that_is_no_object_is_refused(data: bytes) -> None:
 
 
 def test_metadata_of_another_format_is_refused() -> None:
-    with pytest.raises(ShardError, match="format 2, this version reads 1"):
-        check_meta(json.dumps(some_meta(format_version=2)).encode())
+    with pytest.raises(ShardError, match="format 3, this version reads 2"):
+        check_meta(json.dumps(some_meta(format_version=contract.FORMAT_VERSION + 1)).encode())
 
 
 @pytest.mark.parametrize(

@@ -5,27 +5,13 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 import pytest
-import torch
 
+from benchmarks.judging import resynthesised
 from demo.voice import synthesize
 from pipeline.fidelity import compare
 from shards.contract import TARGET_RATE
 
 Samples = npt.NDArray[np.float32]
-
-
-def resynthesised(samples: Samples, seed: int) -> Samples:
-    """Magnitudes kept, phases drawn anew and made consistent (Griffin and Lim, 1984)."""
-    window = torch.hann_window(960)
-    magnitude = torch.stft(torch.from_numpy(samples), 960, 240, window=window, return_complex=True).abs()
-    angle = torch.rand(magnitude.shape, generator=torch.Generator().manual_seed(seed)) * 2 * np.pi
-    phase = torch.polar(torch.ones_like(angle), angle)
-    for _ in range(8):
-        wav = torch.istft(magnitude * phase, 960, 240, window=window, length=len(samples))
-        spectrum = torch.stft(wav, 960, 240, window=window, return_complex=True)
-        phase = spectrum / spectrum.abs().clamp(min=1e-9)
-    resynthesis: Samples = torch.istft(magnitude * phase, 960, 240, window=window, length=len(samples)).numpy()
-    return resynthesis
 
 
 @pytest.fixture(scope="module")

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -13,25 +11,16 @@ import pytest
 import soundfile
 
 from shards.contract import OK, TARGET_RATE
-from tests.helpers import ROOT, TINY_SNAC, run_command
+from tests.helpers import TINY_SNAC, run_command
 
-SCRIPT = Path(os.environ.get("SPEECH_SCRIPT", ROOT.parent / "shared" / "speech.sh"))
 MINIMUM_SECONDS = 600
 
 
 @pytest.fixture(scope="module")
-def speech(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def speech(real_speech: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Whole languages of one package, until they hold ten minutes."""
-    if not SCRIPT.exists():
-        pytest.skip("needs a script that unpacks real speech: SPEECH_SCRIPT=FILE")
-    if shutil.which("apt-get") is None:
-        pytest.skip("the real speech comes from Debian's packages: needs apt-get")
-    everything = tmp_path_factory.mktemp("speech")
-    unpacked = subprocess.run(["bash", str(SCRIPT), str(everything)], capture_output=True, text=True, check=False)
-    if unpacked.returncode:
-        pytest.skip(f"real speech cannot be had here: {unpacked.stderr[-200:]}")
     chosen, seconds = tmp_path_factory.mktemp("chosen"), 0.0
-    for language in sorted((everything / "toys").iterdir()):
+    for language in sorted((real_speech / "toys").iterdir()):
         if seconds < MINIMUM_SECONDS:
             shutil.copytree(language, chosen / language.name)
             seconds += sum(soundfile.info(str(file)).duration for file in language.rglob("*.*"))

@@ -29,6 +29,7 @@ from pipeline.verify import verify
 from shards import reader
 from shards.contract import (
     CODES_SUFFIX,
+    FORMAT_VERSION,
     META_SUFFIX,
     OK,
     SIDECAR_SCHEMA,
@@ -182,7 +183,7 @@ def test_a_shard_says_in_its_sidecar_what_its_tar_is(tmp_path: Path) -> None:
     assert files(tmp_path) == ["000000.parquet", "000000.tar"]
     metadata = read_metadata(tmp_path / "000000.parquet")
     assert metadata == {
-        "format_version": 1,
+        "format_version": FORMAT_VERSION,
         "tar_bytes": (tmp_path / "000000.tar").stat().st_size,
         "tar_sha256": file_sha256(tmp_path / "000000.tar"),
         "fingerprint": FINGERPRINT,
@@ -543,7 +544,7 @@ def test_an_edited_value_of_any_column_is_found(column: str, shards: Path) -> No
 @pytest.mark.parametrize(
     ("key", "value", "problem"),
     [
-        ("format_version", 2, "000000.parquet has format 2, this version reads 1"),
+        ("format_version", 99, "000000.parquet has format 99, this version reads 2"),
         ("tar_bytes", 512, "bytes, its sidecar says 512"),
         ("tar_sha256", "0", "000000.tar: its sha256 is not the sidecar's"),
         ("fingerprint", {"target_bits": 24}, "000000.parquet: made by another run than the index"),
@@ -586,10 +587,10 @@ def test_a_damaged_index_is_an_error_of_one_kind(shards: Path) -> None:
 
 def test_an_index_of_another_format_is_refused(shards: Path) -> None:
     path = shards / "index.parquet"
-    write_table(path, pq.read_table(path), {**read_metadata(path), "format_version": 2})
-    with pytest.raises(ShardError, match="format 2, this version reads 1"):
+    write_table(path, pq.read_table(path), {**read_metadata(path), "format_version": 99})
+    with pytest.raises(ShardError, match="format 99, this version reads 2"):
         load(shards, "train")
-    write_table(path, pq.read_table(path), {"format_version": 1})
+    write_table(path, pq.read_table(path), {"format_version": FORMAT_VERSION})
     with pytest.raises(ShardError, match="does not say what its shards were made from"):
         load(shards, "train")
     path.unlink()

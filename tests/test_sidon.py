@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -12,18 +13,17 @@ import pyarrow.parquet as pq
 import pytest
 import soundfile
 import torch
-from torchaudio.functional import highpass_biquad
 from transformers import SeamlessM4TFeatureExtractor
 
-from codec.audio import Recording, probe
 from pipeline.codes import shard_codes
-from pipeline.sidon import FRAME, PADDING, Restorer, Sidon
+from pipeline.sidon import FRAME, PADDING, Sidon, TorchScript
 from pipeline.targets import shard_targets
+from pipeline.teachers import Pieces, Teacher
 from shards.contract import OK, TARGET_RATE
 from shards.errors import UserError
 from shards.index import load
 from shards.reader import decode_sample, read_sample
-from tests.helpers import codes_settings, targets_settings
+from tests.helpers import codes_settings, restored, targets_settings
 from tests.sidon_standin import build, random_pattern, recording
 
 Samples = npt.NDArray[np.float32]
@@ -39,11 +39,13 @@ def standin(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def sidon(standin: Path) -> Sidon:
-    return Sidon(str(standin), standin / "weights.json", torch.device("cpu"))
+    return Sidon(TorchScript(str(standin), standin / "weights.json", torch.device("cpu")), torch.device("cpu"))
 
 
-def restorer(path: Path, sidon: Sidon) -> Restorer:
-    return Restorer(Recording(path, probe(path)), sidon, WINDOW_SECONDS, OVERLAP_SECONDS)
+@pytest.fixture(scope="module")
+def teacher(sidon: Sidon, tmp_path_factory: pytest.TempPathFactory) -> Teacher:
+    windows = [f"window_seconds={WINDOW_SECONDS}", f"overlap_seconds={OVERLAP_SECONDS}", "batch_seconds=10"]
+    return Teacher(targets_settings(tmp_path_factory.mktemp("work"), "teacher=sidon", *windows), sidon)
 
 
 def lag(a: Samples, b: Samples) -> int:
@@ -71,92 +73,105 @@ def level_db(a: Samples, b: Samples) -> float:
     ],
 )
 def test_restored_at_its_instant_and_level(
-    rate: int, channels: int, amplitude: float, seconds: float, sidon: Sidon, tmp_path: Path
+    rate: int, channels: int, amplitude: float, seconds: float, teacher: Teacher, tmp_path: Path
 ) -> None:
     pattern = random_pattern(seconds, seed=int(10 * seconds))
     audio = recording(pattern, rate, amplitude)
     soundfile.write(tmp_path / "a.wav", np.stack([audio] * channels, axis=1), rate, "FLOAT")
-    reader = restorer(tmp_path / "a.wav", sidon)
-    restored = reader.read(0, reader.source.recording.length(TARGET_RATE))
-    expected = recording(pattern, TARGET_RATE, amplitude)[: len(restored)]
-    assert len(restored) == len(expected)
-    assert lag(expected, restored) == 0
-    assert abs(level_db(expected, restored)) < 0.1
-    assert np.abs(restored - expected).max() < 0.01 * amplitude  # no burst lost, doubled or moved, at a seam either
+    found = restored(tmp_path / "a.wav", teacher)
+    expected = recording(pattern, TARGET_RATE, amplitude)[: len(found)]
+    assert len(found) == len(expected)
+    assert lag(expected, found) == 0
+    assert abs(level_db(expected, found)) < 0.1
+    assert np.abs(found - expected).max() < 0.01 * amplitude  # no burst lost, doubled or moved, at a seam either
 
 
-def test_a_stretch_is_the_same_whoever_asks(sidon: Sidon, tmp_path: Path) -> None:
+def test_a_stretch_is_the_same_whoever_asks(teacher: Teacher, tmp_path: Path) -> None:
     soundfile.write(tmp_path / "a.wav", recording(random_pattern(14.0, 1), 16_000, 0.5), 16_000, "FLOAT")
-    whole = restorer(tmp_path / "a.wav", sidon).read(0, 14 * TARGET_RATE)
-    for start in (1, 3 * TARGET_RATE - 300, 3 * TARGET_RATE + 100, 400_001, 13 * TARGET_RATE):
-        part = restorer(tmp_path / "a.wav", sidon).read(start, 14 * TARGET_RATE)
-        assert np.array_equal(part, whole[start:]), start
+    whole = restored(tmp_path / "a.wav", teacher)
+    for coarse in (1, 35, 36, 98, 150):
+        part = restored(tmp_path / "a.wav", teacher, coarse)
+        assert np.array_equal(part, whole[4096 * coarse :]), coarse
 
 
-def test_a_rest_shorter_than_the_overlap_belongs_to_the_last_window(sidon: Sidon, tmp_path: Path) -> None:
+def test_a_rest_shorter_than_the_overlap_belongs_to_the_last_window(
+    teacher: Teacher, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     audio = recording(random_pattern(7.0, 2), 16_000, 0.5)[: int(6.3 * 16_000)]
     soundfile.write(tmp_path / "a.wav", audio, 16_000, "FLOAT")
-    end = int(6.3 * TARGET_RATE)
+    assert teacher.sidon is not None
     calls: list[int] = []
-    restore = sidon.restore
+    restore = teacher.sidon.restore
 
-    def counted(padded: Samples) -> Samples:
-        calls.append(len(padded))
-        return restore(padded)
+    def counted(windows: Sequence[Samples]) -> list[Samples]:
+        calls.extend(map(len, windows))
+        return restore(windows)
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sidon, "restore", counted)
-        whole = restorer(tmp_path / "a.wav", sidon).read(0, end)
-        windows = calls.copy()
-        calls.clear()
-        part = restorer(tmp_path / "a.wav", sidon).read(int(6.1 * TARGET_RATE), end)
+    monkeypatch.setattr(teacher.sidon, "restore", counted)
+    whole = restored(tmp_path / "a.wav", teacher)
+    windows = calls.copy()
+    calls.clear()
+    part = restored(tmp_path / "a.wav", teacher, 72)
     assert len(windows) == 2
     assert calls == windows[-1:]
-    assert np.array_equal(part, whole[int(6.1 * TARGET_RATE) :])
+    assert np.array_equal(part, whole[72 * 4096 :])
 
 
-def test_late_targets_stop_the_run(
+def test_what_calibration_cannot_see_stops_the_run_at_its_end(
     standin: Path, restored_work: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """The 10 ms of the padding, in all targets but those that were calibrated on."""
     work = tmp_path / "work"
     shutil.copytree(restored_work[1], work, ignore=shutil.ignore_patterns("shards"))
-    read = Restorer.read
-    monkeypatch.setattr(Restorer, "read", lambda self, a, b: np.roll(read(self, a, b), 480))  # the 10 ms of the padding
-    pair = [f"sidon={standin}", f"weights={standin / 'weights.json'}"]
+    read = Pieces.read
+
+    def late(self: Pieces, a: int, b: int) -> tuple[Samples, Samples]:
+        source, target = read(self, a, b)
+        return source, np.roll(target, 480)
+
+    monkeypatch.setattr(Pieces, "read", late)
+    pair = [f"sidon={standin}", f"weights={standin / 'weights.json'}", "max_lag_samples=2400"]
     settings = targets_settings(work, "teacher=sidon", "min_correlation=-1", *pair)
     with pytest.raises(UserError, match=r"typically 4[78]\d samples at 48 kHz behind"):
         shard_targets(settings)
     assert not (work / "shards" / "index.parquet").exists()
 
 
-def test_silence_stays_silent(sidon: Sidon, tmp_path: Path) -> None:
+def test_silence_stays_silent(teacher: Teacher, tmp_path: Path) -> None:
     soundfile.write(tmp_path / "a.wav", np.zeros(16_000, np.float32), 16_000, "FLOAT")
-    reader = restorer(tmp_path / "a.wav", sidon)
-    assert reader.gain == 1.0
-    assert not reader.read(0, TARGET_RATE).any()
+    assert not restored(tmp_path / "a.wav", teacher).any()
 
 
 @pytest.mark.parametrize("frames", [1, 7, 50])
 def test_three_samples_for_one(frames: int, sidon: Sidon) -> None:
-    assert len(sidon.restore(np.zeros(frames * FRAME + 2 * PADDING, np.float32))) == 3 * frames * FRAME
+    (found,) = sidon.restore([np.zeros(frames * FRAME + 2 * PADDING, np.float32)])
+    assert len(found) == 3 * frames * FRAME
+
+
+def test_batched_is_single(sidon: Sidon) -> None:
+    """TorchScript knows no mask: a batch is of equal lengths."""
+    random = np.random.default_rng(0)
+    windows = [(0.1 * random.standard_normal(20 * FRAME + 2 * PADDING)).astype(np.float32) for _ in range(3)]
+    for window, found in zip(windows, sidon.restore(windows), strict=True):
+        (alone,) = sidon.restore([window])
+        assert np.square(found - alone).sum() <= 1e-6 * np.square(alone).sum()
 
 
 def test_the_model_hears_the_reference_features(sidon: Sidon, monkeypatch: pytest.MonkeyPatch) -> None:
     heard: list[torch.Tensor] = []
 
-    def listen(features: torch.Tensor) -> dict[str, torch.Tensor]:
+    def listen(features: torch.Tensor, frames: list[int]) -> torch.Tensor:
         heard.append(features)
-        return {"last_hidden_state": torch.zeros(1, features.shape[1], 1024)}
+        return torch.zeros(*features.shape[:2], 1024)
 
-    monkeypatch.setattr(sidon, "encoder", listen)
+    monkeypatch.setattr(sidon.model, "encode", listen)
     audio = np.random.default_rng(0).standard_normal(20 * FRAME + 2 * PADDING, dtype=np.float32) / np.float32(10)
-    sidon.restore(audio)
-    filtered = highpass_biquad(torch.from_numpy(audio), 16_000, 50.0)
+    sidon.restore([audio])
     reference = SeamlessM4TFeatureExtractor(feature_size=80, num_mel_bins=80, stride=2)
-    expected = reference(filtered.numpy(), sampling_rate=16_000, return_tensors="pt")["input_features"]
+    expected = reference(audio, sampling_rate=16_000, return_tensors="pt")["input_features"]
     assert heard[0].shape == (1, 21, 160)
-    assert torch.equal(heard[0][:, :20], expected)
-    assert torch.equal(heard[0][:, 20], expected[:, 19])  # the last frame, carried over
+    assert torch.allclose(heard[0][:, :20], expected, rtol=0, atol=1e-4)
+    assert torch.equal(heard[0][:, 20], heard[0][:, 19])  # the last frame, carried over
 
 
 def test_a_wrong_hash_is_refused_before_loading(standin: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -169,13 +184,13 @@ def test_a_wrong_hash_is_refused_before_loading(standin: Path, tmp_path: Path, m
         file.write(b"x")
     monkeypatch.setattr(torch.jit, "load", lambda *_, **__: pytest.fail("loaded an unverified file"))
     with pytest.raises(UserError, match=r"decoder_cpu\.pt: sha256 is \w{64}, expected \w{64}.*weights\.json"):
-        Sidon(str(folder), folder / "weights.json", torch.device("cpu"))
+        TorchScript(str(folder), folder / "weights.json", torch.device("cpu"))
 
 
 def test_an_unlisted_folder_shows_its_pin(standin: Path, tmp_path: Path) -> None:
     (tmp_path / "empty.json").write_text("{}")
     with pytest.raises(UserError, match=r"is not listed in .*empty\.json; if you trust these files, add .*decoder_cpu"):
-        Sidon(str(standin), tmp_path / "empty.json", torch.device("cpu"))
+        TorchScript(str(standin), tmp_path / "empty.json", torch.device("cpu"))
 
 
 @pytest.fixture(scope="module")
@@ -228,7 +243,9 @@ def test_another_recordings_target_is_rejected(
     work = tmp_path / "work"
     shutil.copytree(restored_work[1], work, ignore=shutil.ignore_patterns("shards"))
     others = recording(random_pattern(30.0, seed=99), TARGET_RATE, 0.5)
-    monkeypatch.setattr(Restorer, "read", lambda self, a, b: others[a:b])
+    read = Pieces.read
+    monkeypatch.setattr(Pieces, "read", lambda self, a, b: (read(self, a, b)[0], others[a:b]))
+    monkeypatch.setattr("pipeline.calibrate.check", lambda *_: None)
     settings = targets_settings(work, "teacher=sidon", f"sidon={standin}", f"weights={standin / 'weights.json'}")
     with pytest.raises(UserError, match="failed or were rejected"):
         shard_targets(settings)

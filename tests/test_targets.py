@@ -54,7 +54,7 @@ def test_targets_beyond_full_scale_are_rejected(audio: Path, tmp_path: Path) -> 
     shard_targets(targets_settings(tmp_path / "work", "max_failed_fraction=1"))
     ben = [row for row in rows(tmp_path / "work") if row["group"] == "ben"]
     assert {(row["status"], row["reason"]) for row in ben} == {
-        ("rejected", "more than 1% of it lies beyond full scale")
+        ("rejected", "more than max_clipped_fraction=0.01 of it lies at or beyond full scale")
     }
 
 

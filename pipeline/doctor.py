@@ -1,0 +1,285 @@
+"""`just doctor`: do the real models do here what they must? A table of checks, each with its figure and a way out.
+
+A check that cannot run because an earlier one failed has failed too; nothing is taken for granted.
+"""
+
+from __future__ import annotations
+
+import math
+import resource
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from os import sysconf
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from tqdm import tqdm
+
+from codec.audio import Recording, Resampler, probe
+from codec.snac import coarse_length, device_of, encode, load_snac, windows
+from codec.weights import SNAC_FILES, resolve
+from configs.loader import load_settings
+from pipeline.calibrate import measure, summary
+from pipeline.plan import whole_recording
+from pipeline.seams import differences_db, points
+from pipeline.settings import DoctorSettings, TargetsSettings
+from pipeline.sidon import INPUT_RATE, Sidon, load_sidon
+from pipeline.targets import flac_bytes
+from pipeline.teachers import Taught, Teacher
+from shards.contract import COARSE_24K, COARSE_48K, CODEC_RATE, TARGET_RATE
+from shards.errors import UserError
+
+Samples = npt.NDArray[np.float32]
+
+AGREEMENT_DB = {"fp32": -60.0, "bf16": -40.0}  # of the two forms, by the coarser of their precisions
+SEAM_MARGIN_DB = 1.0
+SECONDS = 10  # of each recording that goes through the models
+CODES_BYTES_PER_SECOND = 7 * 2 * TARGET_RATE / COARSE_48K
+
+
+@dataclass(frozen=True)
+class Check:
+    name: str
+    passed: bool
+    figure: str
+    advice: str = ""
+
+
+@dataclass
+class Patient:
+    """What later checks need of earlier ones."""
+
+    settings: DoctorSettings
+    recordings: list[Path]
+    folder: Path  # for what is written on the way
+    sidons: dict[str, Sidon]
+    restored: dict[str, list[Samples]]  # form → targets of the recordings
+    speed: float = 0.0  # audio seconds per second
+
+    @property
+    def forms(self) -> list[str]:
+        return ["torchscript", "native"] if self.settings.forms == "both" else [self.settings.forms]
+
+    def teacher(self, form: str) -> Teacher:
+        shared = self.settings.model_dump(mode="json", include=set(TargetsSettings.model_fields))
+        made = load_settings(TargetsSettings, "shard_targets.json", [])
+        settings = TargetsSettings.model_validate({**made.model_dump(mode="json"), **shared, "sidon_backend": form})
+        return Teacher(settings, self.sidons[form])
+
+
+def examine(settings: DoctorSettings, recordings: Sequence[Path], folder: Path) -> None:
+    """Prints the table. Raises UserError when a check failed."""
+    patient = Patient(settings, list(recordings), folder, {}, {})
+    forms = patient.forms
+    steps: list[tuple[str, Callable[[], Check]]] = [
+        ("device", partial(device, patient)),
+        ("tokens equal stock SNAC's", partial(snac_tokens, patient)),
+        *((f"SIDON, {form}: files", partial(files, patient, form)) for form in forms),
+        *((f"SIDON, {form}: runs", partial(runs, patient, form)) for form in forms),
+        *([("both forms agree", partial(agreement, patient))] if len(forms) > 1 else []),
+        *((f"{name}, {form}", partial(check, patient, form)) for form in forms for name, check in OF_FORM.items()),
+        *((name, partial(check, patient)) for name, check in OF_MACHINE.items()),
+    ]
+    checks = [_run(name, step) for name, step in tqdm(steps, desc="examining", unit="check", disable=None)]
+    for check in checks:
+        tqdm.write(f"{'pass' if check.passed else 'FAIL'}  {check.name:<32} {check.figure}")
+        if not check.passed:
+            tqdm.write(f"      → {check.advice}")
+    failed = [check.name for check in checks if not check.passed]
+    if failed:
+        raise UserError(f"{len(failed)} of {len(checks)} checks failed: {'; '.join(failed)}")
+
+
+def _run(name: str, step: Callable[[], Check]) -> Check:
+    try:
+        return step()
+    except KeyError as missing:
+        return Check(name, False, "not run", f"needs what failed above ({missing})")
+    except UserError as error:
+        return Check(name, False, "not usable", " ".join(str(error).split()))
+
+
+def device(patient: Patient) -> Check:
+    found = device_of(patient.settings.gpu)
+    name = torch.cuda.get_device_name(found) if found.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    return Check("device", True, name)
+
+
+def snac_tokens(patient: Patient) -> Check:
+    """The tokens of windows, as stage 1 makes them, against `SNAC.encode` of the whole recording."""
+    resolve(patient.settings.pretrained_model, SNAC_FILES, patient.settings.weights, must_be_pinned=True)
+    model, weights = load_snac(patient.settings.pretrained_model)
+    differing = total = 0
+    for path in patient.recordings:
+        recording = Recording(path, probe(path))
+        coarse = coarse_length(recording.length(CODEC_RATE))
+        whole = Resampler(recording, CODEC_RATE).read(0, coarse * COARSE_24K)
+        stock = np.concatenate(
+            [level.numpy().reshape(coarse, -1) for level in model.encode(torch.from_numpy(whole)[None, None])],
+            axis=1,
+        )
+        for window in windows(coarse, 20):
+            a, b = window.samples
+            (codes,) = encode(model, [window], whole[None, a:b])
+            differing += int((codes != stock[window.start : window.stop]).sum())
+        total += stock.size
+    advice = "another torch or CPU may round differently; if many differ, the weights or the stock package are others"
+    return Check(
+        "tokens equal stock SNAC's", not differing, f"{differing} of {total} differ, {weights.describe()}", advice
+    )
+
+
+def files(patient: Patient, form: str) -> Check:
+    settings = patient.settings.model_copy(update={"sidon_backend": form})
+    patient.sidons[form] = load_sidon(settings, device_of(settings.gpu))
+    sidon = patient.sidons[form]
+    return Check(f"SIDON, {form}: files", True, f"{len(sidon.sha256())} files, sha256 as pinned, {sidon.describe()}")
+
+
+def runs(patient: Patient, form: str) -> Check:
+    """Restores the recordings, twice: the second time counts for speed."""
+    teacher = patient.teacher(form)
+    rows = [whole_recording(path) for path in patient.recordings]
+    for row in rows:
+        row["n_samples"] = min(row["n_samples"], SECONDS * TARGET_RATE)
+    for _ in range(2):
+        began = time.perf_counter()
+        taught = list(teacher.segments([[row] for row in rows]))
+        wall = time.perf_counter() - began
+    targets = [found.target for found in taught if isinstance(found, Taught)]
+    if len(targets) < len(rows):
+        return Check(f"SIDON, {form}: runs", False, f"{len(targets)} of {len(rows)}", f"{taught}: use other recordings")
+    if not all(np.isfinite(target).all() for target in targets):
+        return Check(f"SIDON, {form}: runs", False, "its output is not finite", "set sidon_precision=fp32")
+    patient.restored[form] = targets
+    speed = sum(map(len, targets)) / TARGET_RATE / wall
+    if form == patient.settings.sidon_backend or len(patient.forms) == 1:
+        patient.speed = speed
+    figure = f"{speed:.1f} audio seconds per second, {patient.sidons[form].precision}"
+    return Check(f"SIDON, {form}: runs", True, figure)
+
+
+def agreement(patient: Patient) -> Check:
+    pairs = list(zip(patient.restored["torchscript"], patient.restored["native"], strict=True))
+    worst = max(_apart_db(a, b) for a, b in pairs)
+    limit = max(AGREEMENT_DB[sidon.precision] for sidon in patient.sidons.values())
+    advice = "the raw weights are not those of the pair, or their adapter has biases: use sidon_backend=torchscript"
+    return Check("both forms agree", worst <= limit, f"{worst:.0f} dB apart, limit {limit:.0f}", advice)
+
+
+def _apart_db(found: Samples, expected: Samples) -> float:
+    apart, power = (float(np.square(x, dtype=np.float64).sum()) for x in (found - expected, expected))
+    return 10 * math.log10(apart / max(power, 1e-20) + 1e-20)
+
+
+def delay(patient: Patient, form: str) -> Check:
+    low, median, high = _calibration(patient, form)["lag_samples"]
+    limit = patient.settings.max_lag_samples
+    passed = abs(median) <= limit / 2 and high - low <= limit
+    advice = f"targets are late: set delay_samples={patient.settings.delay_samples + round(median)} if all agree"
+    return Check(f"delay, {form}", passed, f"{median:.0f} samples at 48 kHz ({low:.0f} … {high:.0f})", advice)
+
+
+def level(patient: Patient, form: str) -> Check:
+    low, median, high = _calibration(patient, form)["level_difference_db"]
+    limit = patient.settings.max_level_difference_db
+    passed = abs(median) <= limit / 2 and high - low <= limit
+    advice = "targets have not their recordings' level: check the weights, use clean recordings"
+    return Check(f"level, {form}", passed, f"{median:.1f} dB ({low:.1f} … {high:.1f})", advice)
+
+
+def fidelity(patient: Patient, form: str) -> Check:
+    low, median, _ = _calibration(patient, form)["correlation"]
+    advice = "targets do not say what their recordings say: check the weights, use clean speech"
+    passed = median >= patient.settings.min_correlation
+    return Check(f"fidelity, {form}", passed, f"envelopes correlate by {median:.3f} (10 %: {low:.3f})", advice)
+
+
+def _calibration(patient: Patient, form: str) -> dict[str, list[float]]:
+    if form not in patient.restored:
+        raise KeyError(f"SIDON, {form}: runs")
+    rows = [whole_recording(path) for path in patient.recordings]
+    found = summary(measure(patient.teacher(form), rows))
+    if found["recordings"] < len(rows):
+        raise UserError(f"{len(rows) - found['recordings']} of {len(rows)} recordings hold no speech: use others")
+    return found
+
+
+def seams(patient: Patient, form: str) -> Check:
+    """On the recordings one after the other, long enough for three seams."""
+    teacher = patient.teacher(form)
+    path = _one_after_the_other(patient, teacher.grid.hop * 3.5 / INPUT_RATE + 2 * patient.settings.overlap_seconds)
+    (taught,) = teacher.segments([[whole_recording(path)]])
+    if not isinstance(taught, Taught):
+        raise UserError(str(taught))
+    recording = Recording(path, probe(path))
+    at_seams, between = (
+        differences_db(taught.target, recording, taught.gain, patient.sidons[form], teacher.grid, at)
+        for at in points(teacher.grid, recording.length(INPUT_RATE))
+    )
+    if not at_seams or not between:
+        raise UserError("nothing is heard around the seams: use other recordings")
+    passed = max(at_seams) <= max(between) + SEAM_MARGIN_DB
+    figure = f"{max(at_seams):.0f} dB at seams, {max(between):.0f} dB elsewhere"
+    return Check(f"seams, {form}", passed, figure, "seams are heard: set overlap_seconds higher")
+
+
+def _one_after_the_other(patient: Patient, seconds: float) -> Path:
+    import soundfile
+
+    recordings = [Recording(path, probe(path)) for path in patient.recordings]
+    pieces = [Resampler(recording, TARGET_RATE).read(0, recording.length(TARGET_RATE)) for recording in recordings]
+    joined = np.concatenate(pieces)
+    path = patient.folder / "long.wav"
+    soundfile.write(path, np.resize(joined, int(seconds * TARGET_RATE)), TARGET_RATE, "FLOAT")
+    return path
+
+
+def disk(patient: Patient) -> Check:
+    """What targets and codes of the corpus take, by the size of these targets as FLAC."""
+    targets = next(iter(patient.restored.values()), None)
+    if targets is None:
+        raise KeyError("no target was made")
+    rate = sum(len(flac_bytes(target, 16)) for target in targets) / sum(map(len, targets)) * TARGET_RATE
+    needed = (rate + 2 * CODES_BYTES_PER_SECOND) * 3600 * patient.settings.corpus_hours
+    place = next(
+        folder
+        for folder in (patient.settings.work.absolute(), *patient.settings.work.absolute().parents)
+        if folder.exists()
+    )
+    free = shutil.disk_usage(place).free
+    figure = f"{needed / 1e9:.1f} GB for {patient.settings.corpus_hours:g} h, {free / 1e9:.1f} GB free in {place}"
+    return Check("disk", needed < free, figure, "set work= to a larger disk")
+
+
+def memory(patient: Patient) -> Check:
+    found = device_of(patient.settings.gpu)
+    if found.type == "cuda":
+        used, total = torch.cuda.max_memory_allocated(found), torch.cuda.get_device_properties(found).total_memory
+    else:
+        used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        total = sysconf("SC_PAGE_SIZE") * sysconf("SC_PHYS_PAGES")
+    figure = f"{used / 1e9:.1f} of {total / 1e9:.1f} GB at batch_seconds={patient.settings.batch_seconds:g}"
+    return Check("memory", used < 0.9 * total, figure, "set batch_seconds lower")
+
+
+def duration(patient: Patient) -> Check:
+    if not patient.speed:
+        raise KeyError("no speed was measured")
+    hours = patient.settings.corpus_hours / patient.speed
+    figure = f"{hours:.1f} h for {patient.settings.corpus_hours:g} h of recordings, on this device alone"
+    return Check("time", True, figure)
+
+
+OF_FORM: dict[str, Callable[[Patient, str], Check]] = {
+    "delay": delay,
+    "level": level,
+    "fidelity": fidelity,
+    "seams": seams,
+}
+OF_MACHINE: dict[str, Callable[[Patient], Check]] = {"disk": disk, "memory": memory, "time": duration}

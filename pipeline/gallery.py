@@ -1,0 +1,181 @@
+"""The picture of `just inspect`: how targets are distributed, and spectrograms of accepted and rejected segments.
+
+Rejected targets are not in the shards; they are made again by the teacher of `settings.json`, where its model is here.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import textwrap
+from collections.abc import Iterator, Sequence
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import matplotlib.pyplot as plt
+import numpy as np
+import numpy.typing as npt
+import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import SubFigure
+
+from codec.audio import AudioError, Resampler
+from pipeline.codes import open_recording
+from pipeline.plan import PLAN_NAME, Plan
+from pipeline.settings import TargetsSettings
+from pipeline.teachers import Teacher
+from shards.contract import COARSE_48K, INDEX_NAME, OK, REJECTED, TARGET_RATE
+from shards.errors import UserError
+from shards.files import replacing
+from shards.index import tar_path
+from shards.reader import decode_sample, split_members
+from shards.writer import read_table
+
+Row = dict[str, Any]
+Samples = npt.NDArray[np.float32]
+Pair = tuple[Samples | str, Samples | str]  # source and target, or why there is none
+
+MEASURES = {
+    "lag_samples": "lag, samples at 48 kHz",
+    "level_difference_db": "level difference, dB",
+    "correlation": "envelope correlation",
+    "source_bandwidth_hz": "bandwidth of sources, Hz",
+    "target_bandwidth_hz": "bandwidth of targets, Hz",
+    "duration": "duration, s",
+}
+SHOWN = 5  # segments of each status
+FLOOR_DB = -110
+
+
+def draw(shards: Path, picture: Path) -> None:
+    """Writes a PNG about the shards of a folder. Raises UserError where there is no index."""
+    if not (shards / INDEX_NAME).exists():
+        raise UserError(f"picture= shows a folder of finished shards: {shards / INDEX_NAME} is missing")
+    matplotlib.use("Agg")
+    rows = [row for row in read_table(shards / INDEX_NAME).to_pylist() if row["status"] in (OK, REJECTED)]
+    figure = plt.figure(figsize=(15, 12), layout="constrained")
+    above, below = figure.subfigures(2, 1, squeeze=False, height_ratios=(2, 3))[:, 0]
+    _distributions(above, rows)
+    _sheet(below, shards, {status: _spread(rows, status) for status in (OK, REJECTED)})
+    with replacing(picture) as temporary:
+        figure.savefig(temporary, format="png", dpi=90)
+    plt.close(figure)
+
+
+def _distributions(figure: SubFigure, rows: list[Row]) -> None:
+    for row in rows:
+        row["duration"] = row["n_samples"] / TARGET_RATE
+    for axis, (name, label) in zip(figure.subplots(2, 3).flat, MEASURES.items(), strict=True):
+        found = {
+            status: [row[name] for row in rows if row["status"] == status and row[name] is not None]
+            for status in (OK, REJECTED)
+        }
+        axis.hist(list(found.values()), bins=40, stacked=True, label=[f"{s}: {len(v)}" for s, v in found.items()])
+        axis.set_xlabel(label)
+        if any(found.values()):
+            axis.set_yscale("log")
+        axis.legend(fontsize=8)
+    figure.suptitle(f"{len(rows)} segments")
+
+
+def _spread(rows: list[Row], status: str) -> list[Row]:
+    """Up to SHOWN rows of a status, from all over the index; its teachers and reasons take turns."""
+    kinds: dict[tuple[str, str], list[Row]] = {}
+    for row in rows:
+        if row["status"] == status:
+            kinds.setdefault((row["teacher"], row["reason"]), []).append(row)
+    evenly = [found[:: max(len(found) // SHOWN, 1)] for found in kinds.values()]
+    turns = [row for turn in zip_longest(*evenly) for row in turn if row is not None]
+    return turns[:SHOWN]
+
+
+def _sheet(figure: SubFigure, shards: Path, chosen: dict[str, list[Row]]) -> None:
+    axes = figure.subplots(2 * len(chosen), SHOWN, squeeze=False)
+    for above, below, (status, rows) in zip(axes[::2], axes[1::2], chosen.items(), strict=True):
+        for axis in (*above[len(rows) :], *below[len(rows) :]):
+            axis.axis("off")
+        for source_axis, target_axis, row, pair in zip(above, below, rows, _pairs(shards, rows), strict=False):
+            _panel(source_axis, pair[0], f"{status}: {row['key']}, {row['teacher']}")
+            _panel(target_axis, pair[1], row["reason"] or "")
+        above[0].set_ylabel("source, kHz")
+        below[0].set_ylabel("target, kHz")
+
+
+def _panel(axis: Axes, samples: Samples | str, title: str) -> None:
+    axis.set_title(textwrap.fill(title, 48), fontsize=7)
+    axis.tick_params(labelsize=7)
+    if isinstance(samples, str):
+        axis.text(0.5, 0.5, samples, ha="center", va="center", fontsize=7, wrap=True)
+        axis.set_axis_off()
+    else:
+        spectrogram(axis, samples, TARGET_RATE)
+
+
+def spectrogram(axis: Axes, wav: Samples, rate: int) -> matplotlib.image.AxesImage:
+    """Magnitudes in dB re full scale, against seconds and kHz."""
+    window = torch.hann_window(rate // 25)
+    spectrum = torch.stft(torch.from_numpy(wav), len(window), len(window) // 4, window=window, return_complex=True)
+    level_db = 20 * torch.log10(spectrum.abs() / window.sum() * 2 + 1e-9)
+    return axis.imshow(
+        level_db.numpy(),
+        origin="lower",
+        aspect="auto",
+        extent=(0, len(wav) / rate, 0, rate / 2000),
+        vmin=FLOOR_DB,
+        vmax=-20,
+        cmap="magma",
+    )
+
+
+def _pairs(shards: Path, rows: Sequence[Row]) -> Iterator[Pair]:
+    """Source and target of each row, which all have one status."""
+    planned = [_planned(shards.parent / PLAN_NAME, row) for row in rows]
+    if rows and rows[0]["status"] == REJECTED:
+        yield from _made_again(shards, planned)
+        return
+    for row, plan in zip(rows, planned, strict=True):
+        yield _source(plan), _stored(shards, row)
+
+
+def _planned(path: Path, row: Row) -> Row | None:
+    """A row's place in the plan; None where the plan is gone."""
+    if not path.exists():
+        return None
+    plan = Plan(path)
+    number = plan.shards.index((row["split"], row["shard"]))
+    return plan.rows(number)[int(row["key"].split("-")[1])]
+
+
+def _source(plan: Row | None) -> Samples | str:
+    if plan is None:
+        return "the plan is gone"
+    start = plan["start_coarse"] * COARSE_48K
+    try:
+        return Resampler(open_recording(plan), TARGET_RATE).read(start, start + plan["n_samples"])
+    except AudioError as error:
+        return str(error)
+
+
+def _stored(shards: Path, row: Row) -> Samples:
+    path = tar_path(shards, row["split"], row["shard"])
+    with path.open("rb") as tar:
+        data = os.pread(tar.fileno(), row["length"], row["offset"])
+    target: Samples = decode_sample(split_members(data, row["key"], path))["target"][: row["n_samples"]]
+    return target
+
+
+def _made_again(shards: Path, planned: list[Row | None]) -> Iterator[Pair]:
+    known = [[plan] for plan in planned if plan is not None]
+    try:
+        settings = TargetsSettings.model_validate(json.loads((shards / "settings.json").read_text()))
+        taught = iter(Teacher(settings).segments(known))
+    except (UserError, OSError, ValueError) as error:
+        reason = f"its teacher cannot be had: {str(error).splitlines()[0]}"
+        yield from ((_source(plan), reason) for plan in planned)
+        return
+    for plan in planned:
+        found = next(taught) if plan is not None else AudioError("the plan is gone")
+        source = _source(plan)
+        yield source, str(found) if isinstance(found, AudioError) else found.target

@@ -1,0 +1,102 @@
+"""SIDON's decoder from its raw weights: DAC's decoder on the stock `snac.layers.Decoder`.
+
+The two are the same network; only their odd strides differ: DAC's give stride · T − 1 samples, snac's one more. Here
+everything beyond DAC's length is zero before each convolution hears it, as beyond the end of a tensor. So the output
+is DAC's to its last sample, 960 T − 26 at the published rates, and a padded batch gives what its members give alone.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from snac.layers import Decoder, DecoderBlock, ResidualUnit
+from torch import Tensor, nn
+from torch.nn.utils.parametrize import remove_parametrizations
+
+from pipeline.sidon_encoder import check_keys
+from shards.errors import UserError
+
+
+def load_decoder(path: Path) -> DacDecoder:
+    """A state dict of `dac.model.dac.Decoder` (weight_g, weight_v), key by key. Raises UserError for what does not fit.
+
+    Widths and rates are read from the shapes: a transposed convolution's kernel is two strides long.
+    """
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged file makes torch raise many kinds
+        raise UserError(f"{path} is not a state dict of plain tensors: {str(error).splitlines()[0]}") from error
+    strides = {
+        int(match[1]): value.shape[2] // 2
+        for name, value in state.items()
+        if (match := re.fullmatch(r"model\.(\d+)\.block\.1\.weight_v", name))
+    }
+    first = state.get("model.0.weight_v")
+    if first is None or not strides:
+        raise UserError(f"{path}: no decoder of DAC: model.0.weight_v or model.N.block.1.weight_v is missing")
+    rates = [strides[number] for number in sorted(strides)]
+    decoder = Decoder(first.shape[1], first.shape[0], rates, noise=False, depthwise=False, attn_window_size=None)
+    renamed = {_renamed(name): value.float() for name, value in state.items()}
+    expected = {name: value.shape for name, value in decoder.state_dict().items()}
+    check_keys(path, expected, {name: value.shape for name, value in renamed.items()})
+    decoder.load_state_dict(renamed)
+    return DacDecoder(decoder, rates)
+
+
+def _renamed(name: str) -> str:
+    """Old weight norm → parametrizations, as the stock class has them."""
+    for old, new in (("weight_g", "original0"), ("weight_v", "original1")):
+        if name.endswith(f".{old}"):
+            return f"{name.removesuffix(old)}parametrizations.weight.{new}"
+    return name
+
+
+class DacDecoder(nn.Module):
+    """(B, C, T) with the real frames of each member → (B, samples), zero beyond `output_length` of its frames."""
+
+    def __init__(self, decoder: Decoder, rates: list[int]) -> None:
+        super().__init__()
+        self.decoder, self.rates = decoder.eval().requires_grad_(False), rates
+        self._frames: list[int] = []
+        for module in decoder.modules():
+            if isinstance(module, nn.Conv1d | nn.ConvTranspose1d):
+                remove_parametrizations(module, "weight")  # the norm folded in
+        depth = 0
+        for layer in decoder.model:
+            self._clear_before(layer, depth)
+            depth += isinstance(layer, DecoderBlock)
+
+    def forward(self, hidden_BCT: Tensor, frames: list[int]) -> Tensor:
+        self._frames = frames
+        wav_BN = self.decoder(hidden_BCT.clone())[:, 0]
+        return _clear(wav_BN, [self.output_length(n) for n in frames])
+
+    def output_length(self, frames: int, depth: int | None = None) -> int:
+        """Samples after `depth` transposed convolutions (None: all)."""
+        for rate in self.rates[:depth]:
+            frames = frames * rate - rate % 2
+        return frames
+
+    def _clear_before(self, layer: nn.Module, depth: int) -> None:
+        """A hook before each convolution that hears its neighbours; `depth` transposed ones stand before `layer`."""
+        if isinstance(layer, DecoderBlock):
+            self._clear_before(layer.block[1], depth)
+            for unit in layer.block[2:]:
+                assert isinstance(unit, ResidualUnit)
+                self._clear_before(unit.block[1], depth + 1)
+        elif isinstance(layer, nn.Conv1d | nn.ConvTranspose1d):
+
+            def clear(module: nn.Module, given: tuple[Any, ...]) -> None:
+                _clear(given[0], [self.output_length(n, depth) for n in self._frames])
+
+            layer.register_forward_pre_hook(clear)
+
+
+def _clear(x: Tensor, lengths: list[int]) -> Tensor:
+    """In place: zeros beyond each member's length (the last axis is time)."""
+    for member, length in zip(x, lengths, strict=True):
+        member[..., length:] = 0
+    return x

@@ -1,0 +1,97 @@
+"""SIDON's front end: the log-mel features of SeamlessM4T, batched in torch on any device.
+
+A Kaldi-style filter bank on the waveform × 2^15: frames of 25 ms every 10 ms without their mean, pre-emphasis 0.97,
+povey window, power spectrum of 512 points, 80 Kaldi-mel bands, natural logarithm. Each band is then normalised over
+the recording's own frames (variance with ddof 1), and two frames of 10 ms are stacked into one of 20 ms. Equal to
+`transformers.SeamlessM4TFeatureExtractor` (tested); padding for the sake of a batch changes nothing.
+
+Mean and pre-emphasis are linear, and the window's first sample is zero, so a frame is windowed as
+w · (d − 0.03 m): d the whole recording pre-emphasised once, m the frame's mean.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import lru_cache
+
+import torch
+from torch import Tensor, nn
+
+RATE = 16_000
+FRAME_LENGTH, HOP = 400, 160
+N_FFT = 512
+N_MELS = 80
+STRIDE = 2  # frames of 10 ms in one feature frame
+FULL_SCALE = 2.0**15
+PREEMPHASIS = 0.97
+FLOOR = 1.192092955078125e-07
+EPSILON = 1e-7  # added to the variance
+BLOCK_FRAMES = 512  # at once on a CPU, so that a block stays in its cache
+
+
+def frame_count(samples: int) -> int:
+    """Feature frames of 20 ms that so many samples give; an odd frame of 10 ms at the end is joined by zeros."""
+    return -(-((samples - FRAME_LENGTH) // HOP + 1) // STRIDE)
+
+
+def features(wav_BN: Tensor, samples: list[int]) -> Tensor:
+    """16 kHz waveforms, zero-padded to one length, with their real lengths → (B, T, 160) features, zero where padded.
+
+    Normalised over the frames of 10 ms that lie wholly in the real samples, of which there must be two.
+    """
+    log_mel_BFM = log_mel(wav_BN)
+    frames_B = torch.tensor([(n - FRAME_LENGTH) // HOP + 1 for n in samples], device=wav_BN.device)
+    real_BF1 = (torch.arange(log_mel_BFM.shape[1], device=wav_BN.device) < frames_B[:, None])[..., None]
+    count_B11 = frames_B[:, None, None]
+    mean_B1M = (log_mel_BFM * real_BF1).sum(1, keepdim=True) / count_B11
+    centred_BFM = (log_mel_BFM - mean_B1M) * real_BF1
+    variance_B1M = centred_BFM.square().sum(1, keepdim=True) / (count_B11 - 1)
+    normal_BFM = centred_BFM / (variance_B1M + EPSILON).sqrt()
+    odd = normal_BFM.shape[1] % STRIDE
+    return nn.functional.pad(normal_BFM, (0, 0, 0, odd)).reshape(len(samples), -1, N_MELS * STRIDE)
+
+
+def log_mel(wav_BN: Tensor) -> Tensor:
+    """(B, N) → (B, frames, 80) natural logarithms of the bands' power.
+
+    The spectrum is computed in float64: in float32 the bands above an old low-pass would drown in rounding noise.
+    """
+    window, filters = _constants(wav_BN.device)
+    scaled_BN = wav_BN.double() * FULL_SCALE
+    offset_BF1 = (1 - PREEMPHASIS) * _frame_means(scaled_BN)[..., None]
+    emphasised_BN = nn.functional.pad(scaled_BN[:, 1:] - PREEMPHASIS * scaled_BN[:, :-1], (1, 0))
+    emphasised_BFN = emphasised_BN.unfold(1, FRAME_LENGTH, HOP)
+    block = BLOCK_FRAMES if wav_BN.device.type == "cpu" else emphasised_BFN.shape[1]
+    mels = []
+    for frames_BFN, means_BF1 in zip(emphasised_BFN.split(block, 1), offset_BF1.split(block, 1), strict=True):
+        spectrum_BFKc = torch.view_as_real(torch.fft.rfft((frames_BFN - means_BF1) * window, N_FFT))
+        squares_BFK = spectrum_BFKc.flatten(-2).float().square()  # of real and imaginary parts, in turn
+        mels.append((squares_BFK @ filters).clamp(min=FLOOR).log())
+    return torch.cat(mels, dim=1)
+
+
+def _frame_means(wav_BN: Tensor) -> Tensor:
+    """(B, N) → (B, frames), from sums over the steps that length and hop of the frames have in common."""
+    step = math.gcd(FRAME_LENGTH, HOP)
+    sums_BS = wav_BN[:, : wav_BN.shape[1] // step * step].unflatten(1, (-1, step)).sum(2)
+    return sums_BS.unfold(1, FRAME_LENGTH // step, HOP // step).sum(2) / FRAME_LENGTH
+
+
+@lru_cache(maxsize=4)
+def _constants(device: torch.device) -> tuple[Tensor, Tensor]:
+    """Povey window (400,) in float64; mel filters (514, 80) in float32, each row twice: for real and imaginary part.
+
+    Filters are triangles on the scale 1127 ln(1 + f / 700) from 20 Hz to 8 kHz, as Kaldi makes them.
+    """
+    window = torch.hann_window(FRAME_LENGTH, periodic=False, dtype=torch.float64) ** 0.85
+    bins_K1 = _mel(torch.arange(N_FFT // 2 + 1, dtype=torch.float64) * RATE / N_FFT)[:, None]
+    low, high = _mel(torch.tensor([20.0, RATE / 2], dtype=torch.float64)).tolist()
+    corners = torch.linspace(low, high, N_MELS + 2, dtype=torch.float64)
+    rise = (bins_K1 - corners[:-2]) / (corners[1:-1] - corners[:-2])
+    fall = (corners[2:] - bins_K1) / (corners[2:] - corners[1:-1])
+    filters = torch.minimum(rise, fall).clamp(min=0).float().repeat_interleave(2, dim=0)
+    return window.to(device), filters.to(device)
+
+
+def _mel(hertz: Tensor) -> Tensor:
+    return 1127.0 * torch.log1p(hertz / 700.0)

@@ -1,0 +1,264 @@
+"""Where targets come from: the recordings themselves, SIDON, or both; read, restored in batches, cut into segments.
+
+Threads read recordings ahead; the device restores a bounded number of windows at a time, batched by length; their
+outputs are put back in the plan's order and joined per recording. A recording that fails costs its own segments.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import chain, groupby
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from tqdm import tqdm
+
+from codec.audio import AudioError, Recording, Resampler
+from codec.snac import bucketed, device_of
+from pipeline.ahead import Ahead, chained_ahead
+from pipeline.bandwidth import Spectrum
+from pipeline.codes import open_recording
+from pipeline.hybrid import HALF, hybrid
+from pipeline.settings import TargetsSettings
+from pipeline.sidon import INPUT_RATE, UPSAMPLING, Sidon, high_passed, load_sidon
+from pipeline.windows import Grid, Held, Joiner, Window
+from shards.contract import COARSE_48K, TARGET_RATE, TEACHERS
+
+Row = dict[str, Any]
+Samples = npt.NDArray[np.float32]
+
+RECORDING, SIDON, HYBRID = TEACHERS
+PEAK = 0.9  # of what SIDON hears; the target is scaled back
+WINDOWS_AHEAD = 2  # of each recording that is read ahead
+PENDING_BATCHES = 4  # audio that waits for company of its own length, in batches
+LENGTH_STEP = 1.125  # batches of a model that knows masks hold lengths within this ratio
+
+
+@dataclass(frozen=True)
+class Survey:
+    """What a pass over a whole recording says of it."""
+
+    gain: float = 1.0
+    bandwidth_hz: float | None = None
+
+
+@dataclass(frozen=True)
+class Read:
+    """A window of recording number `job` as it was read, or why no more of it can be."""
+
+    job: int
+    window: Window
+    used: str = RECORDING
+    gain: float = 1.0
+    source: Samples | None = None  # the window's own part, at 48 kHz
+    padded: Samples | None = None  # what SIDON hears; None where the recording is its own target
+    problem: str | None = None
+
+
+@dataclass(frozen=True)
+class Taught:
+    """A segment's target, and what it was made from."""
+
+    used: str
+    gain: float
+    target: Samples
+    source: Samples | None = None  # the recording, where the target is not it
+    restored: Samples | None = None  # SIDON's part, where the target is more than it
+
+
+class Teacher:
+    """Targets as `settings` ask for them; `sidon` is loaded unless recordings are all that is used."""
+
+    def __init__(self, settings: TargetsSettings, sidon: Sidon | None = None) -> None:
+        self.settings = settings
+        self.grid = Grid.of(settings.window_seconds, settings.overlap_seconds)
+        self.sidon = sidon
+        if sidon is None and settings.teacher != RECORDING:
+            self.sidon = load_sidon(settings, device_of(settings.devices()[0]))
+        self.name = self.names()[settings.teacher] if settings.teacher != "auto" else self._auto_name()
+
+    def names(self) -> dict[str, str]:
+        """What `used` says, in full: for the json of each sample."""
+        if self.sidon is None:
+            return {RECORDING: RECORDING}
+        restored = f"sidon: {self.sidon.describe()}"
+        mixed = f"recording below {self.settings.crossover_hz:g} Hz, {restored}"
+        return {RECORDING: RECORDING, SIDON: restored, HYBRID: mixed}
+
+    def _auto_name(self) -> str:
+        return f"recording from {self.settings.min_bandwidth_hz:g} Hz of bandwidth, else {self.names()[SIDON]}"
+
+    @property
+    def provenance(self) -> Row:
+        """What a target's samples depend on."""
+        if self.sidon is None:
+            return {"teacher": self.name}
+        names = ("window_seconds", "overlap_seconds", "delay_samples")
+        return {
+            "teacher": self.name,
+            "sidon_sha256": self.sidon.sha256(),
+            "sidon_precision": self.sidon.precision,
+            **{name: getattr(self.settings, name) for name in names},
+        }
+
+    def segments(self, recordings: Sequence[list[Row]]) -> Iterator[Taught | AudioError]:
+        """For each plan row of each recording, in order: its target, or why there is none."""
+        reading = (self._read(job, rows) for job, rows in enumerate(recordings))
+        items = self._restored(chained_ahead(reading, self.settings.threads, WINDOWS_AHEAD))
+        ahead = Ahead(items, WINDOWS_AHEAD)
+        try:
+            for job, group in groupby(ahead, key=lambda item: item[0].job):
+                yield from self._cut(recordings[job], group)
+        finally:
+            ahead.close()
+
+    def survey(self, recording: Recording) -> Survey:
+        """Raises AudioError for what cannot be read to its end."""
+        if self.settings.teacher == RECORDING:
+            return Survey()
+        spectrum = Spectrum(recording.header.rate) if self.settings.teacher != SIDON else None
+        peak = 0.0
+        for block in recording.blocks():
+            peak = max(peak, float(np.abs(block).max()))
+            if spectrum:
+                spectrum.add(block)
+        return Survey(PEAK / peak if peak > 0 else 1.0, spectrum.bandwidth_hz() if spectrum else None)
+
+    def chosen(self, survey: Survey) -> str:
+        """Which teacher a recording gets."""
+        reach = survey.bandwidth_hz or 0.0
+        if self.settings.teacher == "auto":
+            return RECORDING if reach >= self.settings.min_bandwidth_hz else SIDON
+        if self.settings.teacher == HYBRID:
+            return HYBRID if reach >= self.settings.crossover_hz else SIDON
+        return self.settings.teacher
+
+    def _read(self, job: int, rows: list[Row]) -> Iterator[Read]:
+        """The windows that these segments of one recording need."""
+        window = Window(0, 0, 0, 0)
+        try:
+            recording = open_recording(rows[0])
+            survey = self.survey(recording)
+            used = self.chosen(survey)
+            heard, source = Resampler(recording, INPUT_RATE), Resampler(recording, TARGET_RATE)
+            margin = HALF if used == HYBRID else 0
+            first, last = (row["start_coarse"] * COARSE_48K for row in (rows[0], rows[-1]))
+            reach = first - margin, last + rows[-1]["n_samples"] + margin
+            for window in self.grid.windows(recording.length(INPUT_RATE), *reach):
+                padded = None
+                if used != RECORDING:
+                    padded = high_passed(heard.read(*window.padded) * np.float32(survey.gain))
+                part = source.read(window.start * UPSAMPLING, window.stop * UPSAMPLING)
+                yield Read(job, window, used, survey.gain if used != RECORDING else 1.0, part, padded)
+        except AudioError as error:
+            yield Read(job, window, problem=str(error))
+
+    def _restored(self, items: Iterable[Read]) -> Iterator[tuple[Read, Samples | None]]:
+        """Each item with SIDON's output for it, in order; a bounded number of windows waits for company."""
+        clock, pending, seconds = Clock(), list[Read](), 0.0
+        for item in items:
+            pending.append(item)
+            seconds += (item.window.stop - item.window.start) / INPUT_RATE
+            if self.sidon is None or seconds >= PENDING_BATCHES * self.settings.batch_seconds:
+                yield from self._restore_all(pending, clock)
+                pending, seconds = [], 0.0
+        yield from self._restore_all(pending, clock)
+        clock.report()
+
+    def _restore_all(self, items: list[Read], clock: Clock) -> Iterator[tuple[Read, Samples | None]]:
+        outputs: dict[int, Samples] = {}
+        windows = ((self._batch_length(item), i) for i, item in enumerate(items) if item.padded is not None)
+        batch = int(self.settings.batch_seconds * INPUT_RATE)
+        for _, chosen in bucketed(windows, batch, len(items) * batch):
+            assert self.sidon is not None
+            given = [item.padded for i in chosen if (item := items[i]).padded is not None]
+            with clock.busy(sum(len(padded) for padded in given) / INPUT_RATE):
+                outputs.update(zip(chosen, self.sidon.restore(given), strict=True))
+        for i, item in enumerate(items):
+            yield item, outputs[i] / np.float32(item.gain) if i in outputs else None
+
+    def _batch_length(self, item: Read) -> int:
+        """Windows that share it go together: the same length, or a similar one where the model knows masks."""
+        assert self.sidon is not None
+        assert item.padded is not None
+        if not self.sidon.model.mixes_lengths:
+            return len(item.padded)
+        step = np.ceil(np.log(len(item.padded)) / np.log(LENGTH_STEP))
+        return int(LENGTH_STEP**step)
+
+    def _cut(self, rows: list[Row], group: Iterator[tuple[Read, Samples | None]]) -> Iterator[Taught | AudioError]:
+        """The segments of one recording from its windows, whose outputs are joined; after a problem, the problem."""
+        pieces = Pieces(group)
+        problem: AudioError | None = None
+        for row in rows:
+            if problem is None:
+                try:
+                    start = row["start_coarse"] * COARSE_48K
+                    yield self._taught(pieces, start, start + row["n_samples"])
+                    continue
+                except AudioError as error:
+                    problem = error
+            yield problem
+
+    def _taught(self, pieces: Pieces, start: int, stop: int) -> Taught:
+        used, gain = pieces.first.used, pieces.first.gain
+        if used == HYBRID:
+            source, restored = pieces.read(start - HALF, stop + HALF)
+            mixed = hybrid(source, restored, self.settings.crossover_hz)
+            return Taught(used, gain, mixed, source[HALF:-HALF], restored[HALF:-HALF])
+        source, restored = pieces.read(start, stop)
+        return Taught(used, gain, source) if used == RECORDING else Taught(used, gain, restored, source)
+
+
+class Pieces:
+    """One recording's windows as two streams that are read together: the recording and its joined restoration."""
+
+    def __init__(self, group: Iterator[tuple[Read, Samples | None]]) -> None:
+        self.first, output = next(group)
+        self._group = chain([(self.first, output)], group)
+        self._source = Held(self.first.window.start * UPSAMPLING)
+        self._restored = Held(self.first.window.first_48k)
+        self._joiner = Joiner()
+
+    def read(self, a: int, b: int) -> tuple[Samples, Samples]:
+        """Samples [a, b) of the recording and of its restoration, which is zero where there is none.
+
+        Raises AudioError where the recording could not be read so far.
+        """
+        is_restored = self.first.padded is not None
+        while min(self._source.end, self._restored.end if is_restored else b) < b:
+            item, output = next(self._group, (None, None))
+            if item is None:
+                break  # beyond the recording's end
+            if item.problem is not None:
+                raise AudioError(item.problem)
+            assert item.source is not None
+            self._source.append(item.source)
+            if output is not None:
+                self._restored.append(self._joiner.add(item.window, output))
+        return self._source.read(a, b), self._restored.read(a, b) if is_restored else np.zeros(0, np.float32)
+
+
+class Clock:
+    """How long the device worked, and how long it waited for recordings to be read or targets to be fetched."""
+
+    def __init__(self) -> None:
+        self._began = time.perf_counter()
+        self._busy = self._audio = 0.0
+
+    @contextmanager
+    def busy(self, audio_seconds: float) -> Iterator[None]:
+        began = time.perf_counter()
+        yield
+        self._busy += time.perf_counter() - began
+        self._audio += audio_seconds
+
+    def report(self) -> None:
+        wall = time.perf_counter() - self._began
+        if self._audio:
+            idle = 1 - self._busy / wall
+            tqdm.write(f"  {self._audio:.0f} s of audio restored in {wall:.1f} s, the device idle {idle:.0%} of them")

@@ -1,0 +1,146 @@
+"""A wrong delay or level, or recordings that disagree, stop a run before it writes anything."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import soundfile
+
+from benchmarks.judging import resynthesised
+from demo.voice import synthesize
+from pipeline.calibrate import FILE, calibrate, coherence, words
+from pipeline.codes import shard_codes
+from pipeline.settings import TargetsSettings
+from pipeline.targets import shard_targets
+from pipeline.teachers import Pieces
+from shards.contract import TARGET_RATE
+from shards.errors import UserError
+from shards.writer import read_metadata
+from tests.helpers import codes_settings, targets_settings
+from tests.sidon_standin import build, random_pattern, recording
+
+Samples = npt.NDArray[np.float32]
+
+
+@pytest.fixture(scope="module")
+def standin(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("models") / "sidon"
+    build(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def coded(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Plan and codes of six recordings of bursts."""
+    audio, work = tmp_path_factory.mktemp("bursts"), tmp_path_factory.mktemp("coded") / "work"
+    for number in range(6):
+        (audio / f"voice_{number}").mkdir()
+        bursts = recording(random_pattern(1.6, number), 16_000, 0.1 + 0.1 * number)
+        soundfile.write(audio / f"voice_{number}" / "a.wav", bursts, 16_000, "FLOAT")
+    shard_codes(codes_settings(audio, work, "segment_length=1.5"))
+    return work
+
+
+@pytest.fixture
+def settings(standin: Path, coded: Path, tmp_path: Path) -> Callable[..., TargetsSettings]:
+    shutil.copytree(coded, tmp_path / "work")
+
+    def make(*more: str) -> TargetsSettings:
+        pair = [f"sidon={standin}", f"weights={standin / 'weights.json'}"]
+        return targets_settings(tmp_path / "work", "teacher=sidon", *pair, *more)
+
+    return make
+
+
+def spoil(monkeypatch: pytest.MonkeyPatch, change: Callable[[Pieces, Samples], Samples]) -> None:
+    read = Pieces.read
+
+    def spoilt(self: Pieces, a: int, b: int) -> tuple[Samples, Samples]:
+        source, restored = read(self, a, b)
+        return source, change(self, restored)
+
+    monkeypatch.setattr(Pieces, "read", spoilt)
+
+
+def test_the_stand_in_is_in_time_and_level(
+    settings: Callable[..., TargetsSettings], capsys: pytest.CaptureFixture[str]
+) -> None:
+    calibrate(settings())
+    shown = capsys.readouterr().out
+    assert "calibration on 6 recordings" in shown
+    assert "lag_samples" in shown
+    assert "coherence_8_12_khz" in shown
+    kept = json.loads((settings().work / FILE).read_bytes())["result"]
+    assert abs(kept["lag_samples"][1]) <= 5
+    assert abs(kept["level_difference_db"][1]) < 0.1
+
+
+def test_a_run_keeps_its_calibration_in_the_fingerprint(
+    settings: Callable[..., TargetsSettings], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shard_targets(settings())
+    work = settings().work
+    kept = json.loads((work / FILE).read_bytes())["result"]
+    fingerprint = read_metadata(work / "shards" / "index.parquet")["fingerprint"]
+    assert fingerprint["calibration"] == kept
+    monkeypatch.setattr("pipeline.calibrate.measure", lambda *_: pytest.fail("measured twice"))
+    shard_targets(settings())
+
+
+@pytest.mark.parametrize("left", [0, 240])
+def test_a_wrong_delay_stops_the_run(left: int, settings: Callable[..., TargetsSettings]) -> None:
+    """The 10 ms of the padding not taken off, or half of them: no shard is written, and the message mends it."""
+    wrong = settings(f"delay_samples={left}", "min_correlation=-1")
+    with pytest.raises(UserError, match=r"all targets are \d+ samples .* behind .* set delay_samples=4[78]\d") as error:
+        shard_targets(wrong)
+    assert not list(Path(str(wrong.work)).rglob("*.tar"))
+    shard_targets(settings(str(error.value).split("set ")[1]))
+
+
+@pytest.mark.parametrize("gain_db", [-6.0, 6.0])
+def test_a_wrong_level_stops_the_run(
+    gain_db: float, settings: Callable[..., TargetsSettings], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spoil(monkeypatch, lambda _, restored: restored * np.float32(10 ** (gain_db / 20)))
+    with pytest.raises(UserError, match=rf"typically {gain_db:.1f} dB above their recordings"):
+        shard_targets(settings())
+
+
+def test_the_model_s_level_is_not_the_recordings(
+    settings: Callable[..., TargetsSettings], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Forgetting to scale back leaves every target at 0.9 of full scale, so recordings disagree."""
+    spoil(monkeypatch, lambda self, restored: restored * np.float32(self.first.gain))
+    with pytest.raises(UserError, match=r"recordings disagree: level_difference_db is .* max_level_difference_db="):
+        shard_targets(settings())
+
+
+def test_recordings_that_disagree_in_time_stop_the_run(
+    settings: Callable[..., TargetsSettings], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spoil(monkeypatch, lambda self, restored: np.roll(restored, int(2000 * self.first.gain) % 960 - 480))
+    with pytest.raises(UserError, match=r"recordings disagree: lag_samples is .* of 6 recordings.*max_lag_samples="):
+        shard_targets(settings())
+
+
+def test_other_targets_stop_the_run(settings: Callable[..., TargetsSettings], monkeypatch: pytest.MonkeyPatch) -> None:
+    noise = np.random.default_rng(0).standard_normal(10 * TARGET_RATE).astype(np.float32)
+    spoil(monkeypatch, lambda _, restored: noise[: len(restored)] * np.float32(restored.std()))
+    with pytest.raises(UserError, match=r"calibration: (recordings disagree|envelopes|all targets)"):
+        shard_targets(settings())
+
+
+def test_coherence_tells_a_copy_from_a_resynthesis() -> None:
+    voice = synthesize(0, 0, 3.0)
+    copy, resynthesis = coherence(voice, voice), coherence(voice, resynthesised(voice, 0))
+    assert min(copy.values()) == pytest.approx(1)
+    assert max(resynthesis.values()) < 0.5
+    spread = {name: [value] * 3 for name, value in copy.items()}
+    assert "teacher=sidon and L1 suit" in words(spread)
+    assert "teacher=hybrid" in words({name: [value] * 3 for name, value in resynthesis.items()})

@@ -1,0 +1,62 @@
+"""The picture of `just inspect` shows accepted and rejected segments, the latter made again."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow.parquet as pq
+import pytest
+
+from pipeline import gallery
+from pipeline.inspect import inspect
+from pipeline.settings import InspectSettings
+from shards.errors import UserError
+
+
+def test_a_picture_of_real_shards(work: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    inspect(InspectSettings(path=work, picture=tmp_path / "a.png", rows=0))
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+    assert str(tmp_path / "a.png") in capsys.readouterr().out
+
+
+def test_accepted_segments_are_what_the_shards_hold(work: Path) -> None:
+    rows = [row for row in pq.read_table(work / "shards" / "index.parquet").to_pylist() if row["status"] == "ok"][:3]
+    for source, target in gallery._pairs(work / "shards", rows):
+        assert isinstance(source, np.ndarray)
+        assert isinstance(target, np.ndarray)
+        assert np.allclose(source, target, atol=2**-15)  # the recording is its own target
+
+
+def test_rejected_targets_are_made_again(work: Path, tmp_path: Path) -> None:
+    shutil.copytree(work, tmp_path / "work")
+    shards = tmp_path / "work" / "shards"
+    rows = [row for row in pq.read_table(shards / "index.parquet").to_pylist() if row["status"] == "ok"][:3]
+    for row in rows:
+        row["status"] = "rejected"
+    pairs = list(gallery._pairs(shards, rows))
+    assert len(pairs) == 3
+    for source, target in pairs:
+        assert isinstance(target, np.ndarray)
+        assert isinstance(source, np.ndarray)
+        assert np.allclose(source, target, atol=1e-6)
+    settings = json.loads((shards / "settings.json").read_text())
+    (shards / "settings.json").write_text(json.dumps({**settings, "teacher": "sidon", "sidon": str(tmp_path)}))
+    for _, problem in gallery._pairs(shards, rows):
+        assert isinstance(problem, str)
+        assert problem.startswith("its teacher cannot be had")
+
+
+def test_kinds_take_turns() -> None:
+    rows = [{"status": "rejected", "teacher": "sidon", "reason": "often", "key": n} for n in range(100)]
+    rows.append({"status": "rejected", "teacher": "sidon", "reason": "once", "key": 100})
+    chosen: npt.ArrayLike = [row["reason"] for row in gallery._spread(rows, "rejected")]
+    assert chosen == ["often", "once", "often", "often", "often"]
+
+
+def test_a_folder_without_shards_has_no_picture(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="picture= shows a folder of finished shards"):
+        inspect(InspectSettings(path=tmp_path, picture=tmp_path / "a.png", rows=0))

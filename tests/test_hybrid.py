@@ -1,0 +1,60 @@
+"""The recording below the crossover, SIDON above it, and nothing lost or moved between."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import scipy.signal
+
+from demo.voice import synthesize
+from pipeline.hybrid import HALF, hybrid, lowpass
+
+CROSSOVER = 11_000.0
+
+
+def response_db(taps: npt.NDArray[np.float64], hertz: float) -> float:
+    _, response = scipy.signal.freqz(taps, worN=[hertz], fs=48_000)
+    return float(20 * np.log10(np.abs(response[0]) + 1e-12))
+
+
+@pytest.mark.parametrize("cutoff", [2000.0, 11_000.0, 20_000.0])
+def test_the_filters_are_complementary_and_symmetric(cutoff: float) -> None:
+    low = lowpass(cutoff)
+    delta = np.zeros(2 * HALF + 1)
+    delta[HALF] = 1
+    assert np.allclose(low, low[::-1], atol=1e-15)  # linear phase: the same delay at all frequencies
+    assert np.allclose(low + (delta - low), delta)
+    assert abs(response_db(low, cutoff - 500)) < 0.01
+    assert response_db(low, cutoff + 500) < -75
+    assert response_db(low, cutoff) == pytest.approx(-6, abs=0.1)
+
+
+def test_a_recording_with_itself_is_itself() -> None:
+    """The sum of both filters is a pure delay, and that delay is removed."""
+    voice = synthesize(0, 0, 2.0)
+    assert np.allclose(hybrid(voice, voice, CROSSOVER), voice[HALF:-HALF], atol=1e-6)
+
+
+def test_each_side_of_the_crossover_comes_from_its_source() -> None:
+    random = np.random.default_rng(0)
+    a, b = (random.standard_normal(48_000 + 2 * HALF).astype(np.float32) for _ in range(2))
+    mixed = hybrid(a, b, CROSSOVER)
+    sos_low, sos_high = (
+        scipy.signal.butter(12, f, kind, fs=48_000, output="sos") for f, kind in ((9_500, "low"), (12_500, "high"))
+    )
+    for sos, source in ((sos_low, a), (sos_high, b)):
+        wanted, found = (scipy.signal.sosfiltfilt(sos, x)[1000:-1000] for x in (source[HALF:-HALF], mixed))
+        assert np.corrcoef(wanted, found)[0, 1] > 0.9999
+
+
+@pytest.mark.parametrize("gain_db", [-9.0, 4.0])
+def test_levels_meet_at_the_crossover(gain_db: float) -> None:
+    voice = synthesize(1, 0, 2.0)
+    mixed = hybrid(voice, voice * np.float32(10 ** (gain_db / 20)), CROSSOVER)
+    assert np.allclose(mixed, voice[HALF:-HALF], atol=1e-5)
+
+
+def test_silence_stays_silent() -> None:
+    silence = np.zeros(4800, np.float32)
+    assert not hybrid(silence, silence, CROSSOVER).any()
