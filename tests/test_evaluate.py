@@ -15,8 +15,8 @@ from tests.training_helpers import call, train_settings
 from trainer import checkpoint
 from trainer.data import fixed_batches
 from trainer.decoder import CodesToLatent, CropDecoder, warm_start
-from trainer.evaluate import VALIDATION_NAMES, crop_losses, validation_sums
 from trainer.metrics import log_spectral_distances
+from trainer.validation import VALIDATION_NAMES, crop_losses, validation_sums
 
 
 @pytest.fixture(scope="module")
