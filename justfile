@@ -38,6 +38,10 @@ export *args: _env
 eval *args: _env
     @{{ python }} -m trainer eval "$@"
 
+# an evaluation as one HTML page to listen to: just report eval=EVAL
+report *args: _env
+    @{{ python }} -m trainer report "$@"
+
 # what a plan, codes file, sidecar, index, shard or folder holds
 inspect *args: _env
     @{{ python }} -m pipeline inspect "$@"

@@ -57,7 +57,9 @@ class Clips(Protocol):
 
     title: str
     teacher: str
-    entries: Sequence[Entry]
+
+    @property
+    def entries(self) -> Sequence[Entry]: ...
 
     def load(self, place: int) -> Clip: ...
 
@@ -75,7 +77,7 @@ class ShardClips:
         if self.index.fingerprint["snac"] != snac_name:
             raise UserError(f"{folder} holds codes by {self.index.fingerprint['snac']}, not by {snac_name}")
         self.teacher = str(self.index.fingerprint["teacher"])
-        self.title = f"validation segments of {folder.resolve().parent.name}"
+        self.title = f"Validation segments of {folder.resolve().parent.name}"
         keys, lengths = (self.index.table[name].to_pylist() for name in ("key", "n_samples"))
         self.entries = [Entry(key, length) for key, length in zip(keys, lengths, strict=True)]
         plan = folder.resolve().parent / PLAN
@@ -126,7 +128,7 @@ class RecordingClips:
         if not self.paths:
             raise UserError(f"audio={folder} holds no recordings ({', '.join(sorted(EXTENSIONS))})")
         self.folder, self.snac, self.max_seconds = folder, snac, max_seconds
-        self.title = f"recordings of {folder.resolve().name}"
+        self.title = f"Recordings of {folder.resolve().name}"
         self.ignored = len(files) - len(self.paths)
         keys = [path.relative_to(folder).with_suffix("").as_posix() for path in self.paths]
         repeated = [key for key, n in Counter(keys).items() if n > 1]

@@ -34,6 +34,7 @@ from trainer.systems import (
     decoded_systems,
     external_systems,
     find_stock,
+    label,
     load_codecs,
 )
 
@@ -192,7 +193,7 @@ def _print(settings: EvalSettings, table: pa.Table, summary: pa.Table, provenanc
         if row["status"] != OK:
             click.echo(f"  not judged: {row['clip']}: {row['reason']}")
     systems = dict.fromkeys(summary["system"].to_pylist())
-    for line in lines(summary, [(name, OURS.get(name, name)) for name in systems]):
+    for line in lines(summary, [(name, label(name, provenance["teacher"])) for name in systems]):
         click.echo(line)
     click.echo(
         f"mean over clips [95 % interval]; * differs from {settings.baseline} clip by clip. "

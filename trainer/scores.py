@@ -36,7 +36,7 @@ class Metric:
 COLUMNS = {
     "lsd": Column("LSD", "less"),
     "lsd_hf": Column("LSD above 12 kHz", "less"),
-    "lsd_hf_reached": Column("LSD from 12 kHz to the target's bandwidth", "less"),
+    "lsd_hf_reached": Column("LSD, 12 kHz to the target's bandwidth", "less"),
     "lsd_lf": Column("LSD below 12 kHz", "less"),
     "stft": Column("Multi-resolution STFT distance", "less"),
     "mel": Column("Mel distance", "less"),

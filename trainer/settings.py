@@ -119,3 +119,19 @@ class EvalSettings(Settings):
     gpu: Gpu = Field(description="number of the GPU, or cpu")
     num_workers: int = Field(ge=0, le=256, description="processes that measure (0: none beside this one)")
     seed: int = Field(ge=0, lt=2**63, description="of the choice of clips, the warm start, noise and the bootstrap")
+
+
+class ReportSettings(Settings):
+    """One HTML file of an evaluation: synchronous players, spectrograms, a blind test, figures, curves, provenance.
+
+    It is self-contained: no network, no files beside it.
+    """
+
+    eval: Path = Field(description="folder that `just eval` made")
+    out: Path | None = Field(default=None, description="HTML file to write (null: EVAL/report.html)")
+    run: Path | None = Field(default=None, description="run whose curves are drawn (null: those of the models judged)")
+    shards: Path | None = Field(
+        default=None, description="folder with index.parquet, for the targets (null: those that were judged)"
+    )
+    clips: int = Field(ge=1, le=1000, description="clips to listen to, at most")
+    seconds: float = Field(gt=0, le=600, description="longest stretch of a clip; the page says where it is not all")

@@ -97,7 +97,7 @@ def lines(summary: pa.Table, labels: Sequence[tuple[str, str]]) -> Iterator[str]
 
 def title(metric: str) -> str:
     column = COLUMNS[metric]
-    arrow = {"less": " ↓", "more": " ↑", "zero": " → 0", "target": ""}[column.better]
+    arrow = {"less": "\u00a0↓", "more": "\u00a0↑", "zero": "\u00a0→\u00a00", "target": ""}[column.better]
     return column.label + (f" ({column.unit})" if column.unit else "") + arrow
 
 

@@ -29,10 +29,16 @@ OURS = {  # names that a model or another system cannot have
     SOURCE: "source recording",
     TARGET: "target",
 }
+RECORDING_IS_TARGET = "target: the recording"
 WINDOW_COARSE = 234  # tokens decoded at once: 20 s
 EXTERNAL_SUFFIXES = (".wav", ".flac")
 
 System = Callable[[Clip], Samples]
+
+
+def label(name: str, teacher: str) -> str:
+    """What people read for a system's name."""
+    return RECORDING_IS_TARGET if name == TARGET and teacher == "recording" else OURS.get(name, name)
 
 
 @dataclass(frozen=True)
