@@ -100,6 +100,21 @@ def test_half_a_sample_is_found() -> None:
     assert signals.lag_samples(late, low.astype(np.float32)) == pytest.approx(0.5, abs=0.1)
 
 
+@pytest.mark.parametrize("delay", [-1500, -480, 0, 97, 2000])
+def test_the_lag_of_envelopes_does_not_need_phases(delay: int) -> None:
+    """Noise in four bands, each with the envelope of that band of a voice: no waveform is left to correlate."""
+    voice = np.pad(synthesize(0, 0, 2.0), 2400)
+    vocoded = np.zeros(len(voice))
+    for number, edges in enumerate(([200, 800], [800, 2500], [2500, 5000], [5000, 9000])):
+        band = scipy.signal.butter(4, edges, "bandpass", fs=TARGET_RATE, output="sos")
+        envelope = np.abs(scipy.signal.hilbert(scipy.signal.sosfiltfilt(band, voice)))
+        vocoded += envelope * scipy.signal.sosfiltfilt(band, noise(number, len(voice)))
+    late = np.roll(vocoded, delay).astype(np.float32)
+    assert signals.envelope_lag_samples(late, voice) == pytest.approx(delay, abs=48)
+    with pytest.raises(Undefined, match="hardly correlate"):
+        signals.lag_samples(late, voice)
+
+
 def test_unrelated_waveforms_have_no_lag() -> None:
     with pytest.raises(Undefined, match="hardly correlate"):
         signals.lag_samples(noise(1, 48_000), noise(2, 48_000))

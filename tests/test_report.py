@@ -185,7 +185,7 @@ def test_curves_keep_what_was_logged(tmp_path: Path) -> None:
     train, validation = chart.lines
     assert (train.name, validation.name) == ("train", "validation")
     assert train.path.count("L") == 399, "a thousand steps in 400 points"
-    assert chart.note == "last: train 0.001002; validation 0.5"
+    assert chart.note == "last: train 0.001; validation 0.5"
 
 
 def test_a_histogram_counts_and_summarises() -> None:

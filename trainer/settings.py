@@ -86,7 +86,7 @@ def _named(value: Any) -> Any:
 Name = Annotated[str, Field(pattern=r"^[^./\x00][^/\x00]*$")]  # becomes a folder
 Named = Annotated[dict[Name, Path], BeforeValidator(_named)]
 MetricName = Literal[
-    "lsd", "lsd_reached", "stft", "mel", "si_sdr", "level", "lag", "bandwidth", "high_band",
+    "lsd", "lsd_reached", "stft", "mel", "si_sdr", "level", "lag", "envelope_lag", "bandwidth", "high_band",
     "visqol", "pesq", "stoi", "dnsmos",
 ]  # fmt: skip
 

@@ -101,7 +101,7 @@ function showScore() {
   const name = (system) => labels.get(system) ?? system;
   const lines = [...pairs.values()].map(({ pair, wins, ties }) => {
     const p = signTest(...wins);
-    const text = `${name(pair[0])} ${wins[0]}, ${name(pair[1])} ${wins[1]}, no difference ${ties}`;
+    const text = `Preferred: ${name(pair[0])} ${wins[0]}, ${name(pair[1])} ${wins[1]}; no difference ${ties}`;
     return element("p", { className: "score" }, `${text} · sign test p = ${p < 0.001 ? p.toExponential(1) : p.toFixed(3)}`);
   });
   byId("blind-score").replaceChildren(...(lines.length ? lines : [element("p", { className: "note" }, "No answers yet.")]));
