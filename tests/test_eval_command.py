@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -19,6 +20,7 @@ from codec.audio import Recording, Resampler, probe
 from codec.snac import load_snac, snac_levels
 from shards.contract import FAILED, OK, TARGET_RATE
 from shards.errors import UserError
+from shards.index import Index, load
 from shards.writer import read_metadata
 from tests.helpers import TINY_SNAC
 from tests.training_helpers import call
@@ -183,6 +185,31 @@ def test_another_systems_folder(judged: Path, work: Path, tmp_path: Path) -> Non
     assert not (tmp_path / "eval" / "audio").exists()
 
 
+def test_the_recording_behind_a_restored_target_is_judged_too(
+    work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As if the targets were SIDON's: the source is read by the plan, and by nothing where the plan is gone."""
+
+    def load_as_sidon(folder: Path, split: str) -> Index:
+        index = load(folder, split)
+        return replace(index, fingerprint={**index.fingerprint, "teacher": "sidon"})
+
+    monkeypatch.setattr("trainer.clips.load", load_as_sidon)
+    code, output = call("eval", f"shards={work / 'shards'}", f"out={tmp_path / 'eval'}", *QUICK)
+    assert code == 0, output
+    assert "targets by sidon" in output
+    rows = rows_of(tmp_path / "eval")
+    assert list(dict.fromkeys(row["system"] for row in rows)) == ["stock", "warm_start", "source", "target"]
+    sources = [row for row in rows if row["system"] == "source"]
+    assert max(row["lsd_lf"] for row in sources) < 0.1, "but for 16 bit they are these targets"
+    assert max(abs(row["level_db"]) for row in sources) < 1e-3
+    shutil.copytree(work / "shards", tmp_path / "alone" / "shards")
+    code, output = call("eval", f"shards={tmp_path / 'alone' / 'shards'}", f"out={tmp_path / 'eval2'}", *QUICK)
+    assert code == 0, output
+    assert "no plan.parquet beside the shards: the recordings behind the targets are not judged" in output
+    assert {row["system"] for row in rows_of(tmp_path / "eval2")} == {"stock", "warm_start", "target"}
+
+
 @pytest.mark.parametrize(
     ("harm", "message"),
     [
@@ -296,3 +323,4 @@ def test_settings_and_scores_know_the_same_metrics() -> None:
     written = [column for metric in METRICS.values() for column in metric.columns]
     assert sorted(written) == sorted(columns_of(METRICS))
     assert len(written) == len(set(written))
+    assert all(len(metric.definition) > 20 for metric in METRICS.values())

@@ -13,6 +13,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 from snac import SNAC
+from tqdm import tqdm
 
 from codec.audio import EXTENSIONS, AudioError, Header, Recording, Resampler, probe
 from codec.snac import coarse_length, encode, windows
@@ -80,8 +81,9 @@ class ShardClips:
         self.title = f"Validation segments of {folder.resolve().parent.name}"
         keys, lengths = (self.index.table[name].to_pylist() for name in ("key", "n_samples"))
         self.entries = [Entry(key, length) for key, length in zip(keys, lengths, strict=True)]
-        plan = folder.resolve().parent / PLAN
-        self.plan = _plan_rows(plan) if self.teacher != "recording" and plan.exists() else {}
+        self.plan: dict[str, dict[str, Any]] = {}
+        if self.teacher != "recording":
+            self.plan = self._find_plan(folder.resolve().parent / PLAN)
 
     def load(self, place: int) -> Clip:
         sample = decode_sample(read_sample(self.index, place))
@@ -96,6 +98,12 @@ class ShardClips:
             target=sample["target"][: entry.n_samples],
             source=self._source(entry),
         )
+
+    def _find_plan(self, plan: Path) -> dict[str, dict[str, Any]]:
+        if plan.exists():
+            return _plan_rows(plan)
+        tqdm.write(f"no {PLAN} beside the shards: the recordings behind the targets are not judged")
+        return {}
 
     def _source(self, entry: Entry) -> Samples | None:
         row = self.plan.get(entry.key)

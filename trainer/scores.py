@@ -30,6 +30,7 @@ class Metric:
 
     columns: tuple[str, ...]
     score: Callable[[Samples, Samples], dict[str, float]]
+    definition: str  # for people
     packages: tuple[str, ...] = ()
 
 
@@ -57,49 +58,59 @@ COLUMNS = {
 }
 
 
-def _lsd(wav: Samples, reference: Samples) -> dict[str, float]:
-    return log_spectral_distances(torch.from_numpy(wav), torch.from_numpy(reference))
-
-
-def _lsd_reached(wav: Samples, reference: Samples) -> dict[str, float]:
-    """Recordings often end at 16 or 18 kHz; above, LSD judges an empty band."""
-    bandwidth = signals.bandwidth_hz(reference)
+def _lsd_reached(wav_N: torch.Tensor, reference_N: torch.Tensor) -> float:
+    """As LSD, from 12 kHz up to the reference's bandwidth: recordings often end at 16 or 18 kHz, and above that LSD
+    judges an empty band. Undefined for references that end at 12 kHz or below."""
+    bandwidth = signals.bandwidth_hz(reference_N.numpy())
     if bandwidth <= SPLIT_HZ:
         raise Undefined(f"the reference ends at {bandwidth:.0f} Hz")
-    pair = torch.from_numpy(wav), torch.from_numpy(reference)
-    return {"lsd_hf_reached": log_spectral_distance_in_band(*pair, SPLIT_HZ, bandwidth)}
+    return log_spectral_distance_in_band(wav_N, reference_N, SPLIT_HZ, bandwidth)
 
 
 def _high_band(wav: Samples, reference: Samples) -> dict[str, float]:
+    """Energy from 12 kHz on over all energy, dB, at least −120; and that of the output less that of the reference."""
     own = signals.high_band_db(wav)
     return {"high_band_db": own, "high_band_error_db": own - signals.high_band_db(reference)}
 
 
-def _tensors(name: str, score: Callable[[torch.Tensor, torch.Tensor], float]) -> Metric:
-    return Metric((name,), lambda wav, reference: {name: score(torch.from_numpy(wav), torch.from_numpy(reference))})
+def _of_pair(name: str, score: Callable[[Samples, Samples], float], *packages: str) -> Metric:
+    return Metric((name,), lambda wav, reference: {name: score(wav, reference)}, _words(score), packages)
 
 
-def _one(name: str, score: Callable[[Samples, Samples], float], *packages: str) -> Metric:
-    return Metric((name,), lambda wav, reference: {name: score(wav, reference)}, packages)
+def _of_tensors(name: str, score: Callable[[torch.Tensor, torch.Tensor], float]) -> Metric:
+    return Metric((name,), lambda *pair: {name: score(*map(torch.from_numpy, pair))}, _words(score))
+
+
+def _words(function: Callable[..., object]) -> str:
+    return " ".join((function.__doc__ or "").split())
 
 
 METRICS: dict[str, Metric] = {
-    "lsd": Metric(("lsd", "lsd_hf", "lsd_lf"), _lsd),
-    "lsd_reached": Metric(("lsd_hf_reached",), _lsd_reached),
-    "stft": _tensors("stft", stft_distance),
-    "mel": _tensors("mel", mel_distance),
-    "si_sdr": _one("si_sdr_lf_db", signals.low_band_si_sdr_db),
-    "level": _one("level_db", signals.level_db),
-    "lag": _one("lag_samples", signals.lag_samples),
-    "envelope_lag": _one("envelope_lag_samples", signals.envelope_lag_samples),
-    "bandwidth": _one("bandwidth_hz", lambda wav, reference: signals.bandwidth_hz(wav)),
-    "high_band": Metric(("high_band_db", "high_band_error_db"), _high_band),
-    "visqol": _one("visqol", perceptual.visqol, "visqol"),
-    "pesq": _one("pesq_wb", perceptual.pesq_wb, "pesq"),
-    "stoi": _one("stoi", perceptual.stoi, "pystoi"),
+    "lsd": Metric(
+        ("lsd", "lsd_hf", "lsd_lf"),
+        lambda *pair: log_spectral_distances(*map(torch.from_numpy, pair)),
+        _words(log_spectral_distances),
+    ),
+    "lsd_reached": _of_tensors("lsd_hf_reached", _lsd_reached),
+    "stft": _of_tensors("stft", stft_distance),
+    "mel": _of_tensors("mel", mel_distance),
+    "si_sdr": _of_pair("si_sdr_lf_db", signals.low_band_si_sdr_db),
+    "level": _of_pair("level_db", signals.level_db),
+    "lag": _of_pair("lag_samples", signals.lag_samples),
+    "envelope_lag": _of_pair("envelope_lag_samples", signals.envelope_lag_samples),
+    "bandwidth": Metric(
+        ("bandwidth_hz",),
+        lambda wav, reference: {"bandwidth_hz": signals.bandwidth_hz(wav)},
+        _words(signals.bandwidth_hz),
+    ),
+    "high_band": Metric(("high_band_db", "high_band_error_db"), _high_band, _words(_high_band)),
+    "visqol": _of_pair("visqol", perceptual.visqol, "visqol"),
+    "pesq": _of_pair("pesq_wb", perceptual.pesq_wb, "pesq"),
+    "stoi": _of_pair("stoi", perceptual.stoi, "pystoi"),
     "dnsmos": Metric(
         ("dnsmos_ovrl", "dnsmos_sig", "dnsmos_bak", "dnsmos_p808"),
         lambda wav, reference: perceptual.dnsmos(wav),
+        _words(perceptual.dnsmos),
         ("speechmos", "librosa"),
     ),
 }

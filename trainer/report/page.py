@@ -18,7 +18,7 @@ from shards.errors import UserError
 from trainer.report.charts import Chart
 from trainer.report.listening import CEILING_DB, FLOOR_DB, HEIGHT, WIDTH, Listening
 from trainer.report.reading import Evaluation, Targets
-from trainer.scores import COLUMNS
+from trainer.scores import COLUMNS, METRICS
 from trainer.summary import differs, fixed, title
 
 FOLDER = Path(__file__).parent
@@ -81,12 +81,18 @@ def _first_rows(evaluation: Evaluation, column: str) -> dict[str, Any]:
 
 
 def _figures(evaluation: Evaluation) -> dict[str, Any]:
-    """The table of means: metrics with their titles, and for each system its cells in that order."""
+    """The table of means: metrics with titles and definitions, and for each system its cells in that order."""
     rows = evaluation.summary.to_pylist()
     metrics = list(dict.fromkeys(row["metric"] for row in rows))
     by_place = {(row["system"], row["metric"]): row for row in rows}
     table = {system: [_cell(by_place[system, metric]) for metric in metrics] for system in evaluation.systems}
-    return {"metrics": [{"name": metric, "title": title(metric)} for metric in metrics], "rows": table}
+    definitions = [
+        (", ".join(COLUMNS[column].label for column in metric.columns), metric.definition)
+        for metric in METRICS.values()
+        if set(metric.columns) <= set(metrics)
+    ]
+    titles = [{"name": metric, "title": title(metric)} for metric in metrics]
+    return {"metrics": titles, "rows": table, "definitions": definitions}
 
 
 def _cell(row: Mapping[str, Any]) -> dict[str, Any]:
