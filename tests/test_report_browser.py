@@ -184,6 +184,20 @@ def test_without_loop_it_ends(page: Chrome) -> None:
     assert position(page) == pytest.approx(2.0, abs=0.01)
 
 
+def test_audio_that_cannot_be_played_says_so(page: Chrome) -> None:
+    page.execute_script("""
+        const audio = document.getElementById("audio-0");
+        const versions = JSON.parse(audio.textContent);
+        for (const name of Object.keys(versions)) versions[name] = btoa("no audio at all");
+        audio.textContent = JSON.stringify(versions);
+    """)
+    assert not css(page, "#trouble").is_displayed()
+    css(page, ".play").click()
+    until(page, "document.getElementById('trouble').textContent.startsWith('This browser cannot play the audio')")
+    assert css(page, "#trouble").is_displayed()
+    page.get_log("browser")  # it reports the same
+
+
 def test_one_clip_at_a_time(page: Chrome) -> None:
     first, second = page.find_elements("css selector", ".play")[:2]
     first.click()

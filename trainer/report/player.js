@@ -110,6 +110,13 @@ class Deck {
   }
 }
 
+// A browser that cannot decode or play says so where people look.
+addEventListener("unhandledrejection", (event) => {
+  const trouble = document.getElementById("trouble");
+  trouble.textContent = `This browser cannot play the audio: ${event.reason?.message ?? event.reason}`;
+  trouble.hidden = false;
+});
+
 const loopBox = document.getElementById("loop");
 const isLooping = () => loopBox.checked;
 loopBox.addEventListener("change", () => {
