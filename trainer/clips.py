@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 from snac import SNAC
 from tqdm import tqdm
 
-from codec.audio import EXTENSIONS, AudioError, Header, Recording, Resampler, probe
+from codec.audio import EXTENSIONS, AudioError, Recording, Resampler, probe
 from codec.snac import coarse_length, encode, windows
 from shards.contract import COARSE_48K, CODEC_RATE, TARGET_RATE, sample_key
 from shards.errors import UserError
@@ -50,7 +50,7 @@ class Clip:
     codes_T7: npt.NDArray[np.int16]
     before: int  # coarse tokens of context before the clip
     target: Samples
-    source: Samples | None  # null where the target is the recording, or where it cannot be had
+    source: Samples | None  # None where the target is the recording, or where it cannot be had
 
 
 class Clips(Protocol):
@@ -107,10 +107,13 @@ class ShardClips:
 
     def _source(self, entry: Entry) -> Samples | None:
         row = self.plan.get(entry.key)
-        if row is None or not Path(row["path"]).exists():
-            return None
-        header = Header(row["file_frames"], row["rate"], row["channels"])
-        recording = Recording(Path(row["path"]), header, row["first_frame"], row["frames"])
+        if row is None or row.get("offset") is not None or not Path(row["path"]).is_file():
+            return None  # gone, remote or inside a tar
+        path = Path(row["path"])
+        header = probe(path)
+        if (header.frames, header.rate) != (row["file_frames"], row["rate"]):
+            raise AudioError(f"{path} has {header.frames} frames at {header.rate} Hz, not as it was planned")
+        recording = Recording(path, header, row["first_frame"], row["frames"])
         start = row["start_coarse"] * COARSE_48K
         return Resampler(recording, TARGET_RATE).read(start, start + entry.n_samples)
 

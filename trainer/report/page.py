@@ -22,6 +22,7 @@ from trainer.scores import COLUMNS, METRICS
 from trainer.summary import differs, fixed, title
 
 FOLDER = Path(__file__).parent
+STYLES = ("page.css", "controls.css", "players.css", "tables.css", "narrow.css")
 SCRIPTS = ("player.js", "keys.js", "tables.js", "blind.js")
 
 
@@ -46,8 +47,7 @@ def render(
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    style = (FOLDER / "page.css").read_text()
-    scripts = "\n".join((FOLDER / name).read_text() for name in SCRIPTS)
+    style, scripts = ("\n".join((FOLDER / name).read_text() for name in names) for names in (STYLES, SCRIPTS))
     script = f'(() => {{\n"use strict";\n{scripts}}})();\n'
     return environment.get_template("page.html.jinja").render(
         about=evaluation.about,
