@@ -38,9 +38,13 @@ decode *args: _env
 export *args: _env
     @{{ python }} -m trainer export "$@"
 
-# spectral distances on unseen voices: stock + sinc, warm start, trained
+# judge decoders and other systems on unseen voices, with intervals: just eval models=RUN shards=SHARDS
 eval *args: _env
     @{{ python }} -m trainer eval "$@"
+
+# an evaluation as one HTML page to listen to: just report eval=EVAL
+report *args: _env
+    @{{ python }} -m trainer report "$@"
 
 # what a plan, codes file, sidecar, index, shard or folder holds
 inspect *args: _env

@@ -15,12 +15,12 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from codec.audio import EXTENSIONS
 from pipeline.manifest import MANIFESTS, read_manifest
 from pipeline.tars import members
 from shards.errors import UserError
 from shards.storage import Location, Part, Url, locate
 
-EXTENSIONS = {".wav", ".flac", ".ogg", ".oga", ".mp3", ".opus"}
 TAR = ".tar"
 FOUND_SCHEMA = pa.schema(  # a recording before anything is known of its content
     [

@@ -1,4 +1,4 @@
-"""`just eval` and validation: fixed crops of unseen groups, and means that do not depend on the batch size."""
+"""Validation: fixed crops of unseen groups, and means that do not depend on the batch size."""
 
 from __future__ import annotations
 
@@ -8,51 +8,12 @@ import pytest
 import torch
 from snac import SNAC
 
-from codec.snac import load_snac
 from shards.index import load
-from tests.helpers import TINY_SNAC
-from tests.training_helpers import call, train_settings
-from trainer import checkpoint
+from tests.training_helpers import train_settings
 from trainer.data import fixed_batches
 from trainer.decoder import CodesToLatent, CropDecoder, warm_start
-from trainer.evaluate import VALIDATION_NAMES, crop_losses, validation_sums
 from trainer.metrics import log_spectral_distances
-
-
-@pytest.fixture(scope="module")
-def model(snac: SNAC, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint of the warm start of seed 5."""
-    path = tmp_path_factory.mktemp("model") / "warm_start.pt"
-    frozen = {"snac": TINY_SNAC, "snac_sha256": load_snac(TINY_SNAC)[1].sha256}
-    checkpoint.save(path, {"decoder": warm_start(snac, "zero", 5).state_dict(), **frozen})
-    return path
-
-
-def table(output: str) -> dict[str, list[float]]:
-    rows = [line.rsplit(maxsplit=3) for line in output.splitlines()[-3:]]
-    return {name.strip(): [float(value) for value in values] for name, *values in rows}
-
-
-def test_three_decoders_on_the_same_crops(work: Path, model: Path) -> None:
-    words = [f"model={model}", f"shards={work / 'shards'}", "samples=3", "segment_length=0.2", "seed=5"]
-    code, output = call("eval", *words)
-    assert code == 0
-    assert output.startswith("3 crops of unseen groups; codes by stand-in")
-    assert call("eval", *words) == (0, output)
-    rows = table(output)
-    assert list(rows) == ["stock 24 kHz + sinc", "warm start, untrained", "trained"]
-    assert rows["trained"] == rows["warm start, untrained"]
-    lsd, above, below = zip(*rows.values(), strict=True)
-    assert all(min(a, b) < whole < max(a, b) for whole, a, b in zip(lsd, above, below, strict=True))
-    assert above[0] > above[1] > 0.5, "nothing above 12 kHz costs most"
-    assert below[0] == pytest.approx(below[1], abs=0.2), "below, both are the stock decoder"
-
-
-def test_an_export_cannot_be_compared(work: Path, model: Path, tmp_path: Path) -> None:
-    assert call("export", f"model={model}", f"out={tmp_path / 'out'}")[0] == 0
-    code, output = call("eval", f"model={tmp_path / 'out'}", f"shards={work / 'shards'}")
-    assert code == 1
-    assert output.startswith(f"error: {tmp_path / 'out'} holds no 24 kHz decoder to compare with")
+from trainer.validation import VALIDATION_NAMES, crop_losses, validation_sums
 
 
 @torch.no_grad()

@@ -33,8 +33,8 @@ from tests.training_helpers import (
 from trainer import checkpoint, data
 from trainer.data import Crop, fixed_batches
 from trainer.distributed import Process
-from trainer.evaluate import crop_losses
 from trainer.loop import Trainer
+from trainer.validation import crop_losses
 
 
 def frozen_bytes(codec: SNAC) -> dict[str, bytes]:

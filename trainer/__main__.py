@@ -15,6 +15,7 @@ add_command(main, "train", settings.TrainSettings, "decoder_48khz.json", "traine
 add_command(main, "decode", settings.DecodeSettings, "decode.json", "trainer.decode:decode")
 add_command(main, "export", settings.ExportSettings, "export.json", "trainer.export:export")
 add_command(main, "eval", settings.EvalSettings, "eval.json", "trainer.evaluate:evaluate")
+add_command(main, "report", settings.ReportSettings, "report.json", "trainer.report.command:report")
 
 if __name__ == "__main__":
     main(prog_name="just")

@@ -25,9 +25,9 @@ from trainer import checkpoint, distributed
 from trainer.data import Batch, fixed_batches, training_batches
 from trainer.decoder import CodesToLatent, CropDecoder, trainable, warm_start
 from trainer.distributed import Process
-from trainer.evaluate import VALIDATION_NAMES, crop_losses, validation_sums
 from trainer.log import RunLog
 from trainer.settings import TrainSettings
+from trainer.validation import VALIDATION_NAMES, crop_losses, validation_sums
 
 BETAS = (0.8, 0.99)  # of AdamW, as vocoders use them (HiFi-GAN, DAC)
 FREE_TO_CHANGE = {  # settings that may differ between a run and its resumption
