@@ -23,7 +23,7 @@ def random_words(n: int, *key: int | str) -> npt.NDArray[np.uint64]:
     return np.random.Philox(key=np.frombuffer(digest[:16], dtype=np.uint64)).random_raw(n)
 
 
-@lru_cache(maxsize=8)
+@lru_cache(maxsize=32)
 def permutation(n: int, *key: int | str) -> npt.NDArray[np.intp]:
     return np.argsort(random_words(n, *key), kind="stable")
 

@@ -15,7 +15,7 @@ from tests.helpers import ROOT
 from tests.training_helpers import largest_difference, last_state, metrics, small_training, train_words
 from trainer import distributed
 
-SETTINGS = {"batch_size": 3, "micro_batch_size": 1, "eval_samples": 3}  # ranks take one crop and two
+SETTINGS = {"batch_size": 3, "micro_batch": 1, "eval_samples": 3}  # ranks take one crop and two
 DOUBLE_PRECISION = """
 import torch
 from trainer.__main__ import main

@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 
 from shards.contract import COARSE_48K, TARGET_RATE
-from trainer.losses import base_losses, magnitudes, stft_l1, waveform_l1
+from trainer.losses import log_stft_l1, magnitudes, mel_l1, reconstruction, stft_l1, waveform_l1, weighted
 from trainer.metrics import FLOOR, HOP, N_FFT, SPLIT_HZ, log_spectral_distances
 
 N_FFTS = (1024, 2048, 4096, 8192)
-NAMES = ("loss", "l1", "stft")
+WEIGHTS = {"l1": 0.7, "stft": 1.3, "log_stft": 0.2, "mel": 15.0}
+NAMES = ("loss", *WEIGHTS)
 NOISE_DISTANCE = math.pi / math.sqrt(3) / math.log(10)  # LSD of two independent noises: 0.788
 
 
@@ -31,7 +32,8 @@ def crops(valid: list[int], length: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def losses(wav_BN: Tensor, target_BN: Tensor, valid_B: Tensor) -> dict[str, Tensor]:
-    return base_losses(wav_BN, target_BN, valid_B, 0.7, 1.3, N_FFTS)
+    terms = reconstruction(wav_BN, target_BN, valid_B, WEIGHTS, N_FFTS)
+    return {"loss": weighted(terms, WEIGHTS), **terms}
 
 
 def test_nothing_lost_when_equal() -> None:
@@ -46,7 +48,10 @@ def test_the_loss_is_the_weighted_sum() -> None:
     found = losses(*batch)
     stft = sum(stft_l1(*batch, n_fft) for n_fft in N_FFTS) / len(N_FFTS)
     torch.testing.assert_close(found["stft"], stft)
-    torch.testing.assert_close(found["loss"], 0.7 * waveform_l1(*batch) + 1.3 * stft)
+    log_stft = sum(log_stft_l1(*batch, n_fft) for n_fft in N_FFTS) / len(N_FFTS)
+    torch.testing.assert_close(found["log_stft"], log_stft)
+    expected = 0.7 * waveform_l1(*batch) + 1.3 * stft + 0.2 * log_stft + 15 * mel_l1(*batch)
+    torch.testing.assert_close(found["loss"], expected)
 
 
 def test_waveform_error_counts_real_samples_only() -> None:

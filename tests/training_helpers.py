@@ -23,6 +23,9 @@ SMALL = {
     "batch_size": 2,
     "segment_length": 0.085,
     "n_ffts": [64, 256],
+    "rate_schedule": "constant",
+    "warmup_steps": 0,
+    "ema_decay": 0,
     "phase1_steps": 2,
     "max_steps": 6,
     "num_workers": 0,
@@ -30,6 +33,8 @@ SMALL = {
     "eval_samples": 2,
     "eval_batch_size": 2,
     "eval_every": 3,
+    "eval_clips": 0,
+    "best_metric": "loss",
     "checkpoint_every": 2,
     "log_every": 1,
     "resume": "auto",
@@ -76,7 +81,7 @@ def logged_steps(run: Path, kind: str) -> list[int]:
 
 def as_logged(run: Path) -> list[dict[str, Any]]:
     """The lines of metrics.jsonl without what the clock measured."""
-    clock = ("audio_seconds_per_second", "data_wait_share")
+    clock = ("audio_seconds_per_second", "data_wait_share", "memory_gib")
     return [{name: value for name, value in line.items() if name not in clock} for line in metrics(run)]
 
 
