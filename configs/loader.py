@@ -5,14 +5,24 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, PlainSerializer, PlainValidator, ValidationError
 
 from shards.errors import SettingsError
 from shards.files import replacing
+from shards.storage import Location, Url, locate
 
 FOLDER = Path(__file__).parent
+
+
+def _location(value: Any) -> Location:
+    if not isinstance(value, str | Path | Url):
+        raise ValueError("should be a path or a URL such as s3://bucket/folder")
+    return locate(value)
+
+
+Place = Annotated[Location, PlainValidator(_location), PlainSerializer(str)]  # a setting: a path or a URL
 
 
 class Settings(BaseModel):
@@ -20,7 +30,7 @@ class Settings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, validate_default=True)
 
-    def write(self, path: Path) -> None:
+    def write(self, path: Location) -> None:
         """The resolved settings, beside what they produced."""
         with replacing(path) as temporary:
             temporary.write_text(self.model_dump_json(indent=2) + "\n")

@@ -10,11 +10,19 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from shards.errors import UserError
+from shards.storage import Location, Url
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """Yields a temporary name beside `path`; on success its bytes reach the disk, then the name is taken over."""
+def replacing(path: Location) -> Iterator[Path]:
+    """Yields a temporary name beside `path`; on success its bytes reach the disk, then the name is taken over.
+
+    For a Url the temporary name is of a local file, which is uploaded.
+    """
+    if isinstance(path, Url):
+        with path.replacing() as temporary:
+            yield temporary
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
     try:
@@ -43,9 +51,9 @@ def exclusive(folder: Path) -> Iterator[None]:
         yield
 
 
-def file_sha256(path: Path) -> str:
+def file_sha256(path: Location) -> str:
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]  # any binary file will do
 
 
 def _fsync_folder(folder: Path) -> None:

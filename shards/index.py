@@ -18,14 +18,15 @@ from shards.contract import FORMAT_VERSION, INDEX_NAME, INDEX_SCHEMA, OK, SIDECA
 from shards.errors import ShardError
 from shards.files import file_sha256, replacing
 from shards.reader import decode_sample, split_members
+from shards.storage import Location
 from shards.writer import differences, encode_metadata, read_metadata, read_table
 
 
-def tar_path(folder: Path, split: str, shard: int) -> Path:
+def tar_path(folder: Location, split: str, shard: int) -> Location:
     return folder / split / f"{shard:06d}.tar"
 
 
-def compact(folder: Path, shards: Sequence[tuple[str, int]]) -> Path:
+def compact(folder: Location, shards: Sequence[tuple[str, int]]) -> Location:
     """All sidecars of `shards`, in that order, into `folder/index.parquet`; one sidecar in memory at a time."""
     path = folder / INDEX_NAME
     fingerprint = _metadata(folder, *shards[0])["fingerprint"]
@@ -41,7 +42,7 @@ def compact(folder: Path, shards: Sequence[tuple[str, int]]) -> Path:
 class Index:
     """The usable samples of one split, in shard order."""
 
-    folder: Path
+    folder: Location
     split: str
     table: pa.Table  # rows with status ok
     shards: tuple[int, ...]
@@ -53,7 +54,7 @@ class Index:
         return sum(self.counts)
 
 
-def load(folder: Path, split: str) -> Index:
+def load(folder: Location, split: str) -> Index:
     """Raises ShardError when there is no index, or one of another format."""
     path = folder / INDEX_NAME
     if not path.exists():
@@ -78,7 +79,7 @@ def load(folder: Path, split: str) -> Index:
     )
 
 
-def shard_list(folder: Path) -> list[tuple[str, int]]:
+def shard_list(folder: Location) -> list[tuple[str, int]]:
     """(split, shard) of every shard in the index, in its order."""
     table = read_table(folder / INDEX_NAME, columns=["split", "shard"])
     pairs = zip(table["split"].to_pylist(), table["shard"].to_pylist(), strict=True)
@@ -134,7 +135,7 @@ def problems(folder: Path, split: str, shard: int) -> Iterator[str]:
                 yield str(error)
 
 
-def _metadata(folder: Path, split: str, shard: int) -> dict[str, Any]:
+def _metadata(folder: Location, split: str, shard: int) -> dict[str, Any]:
     path = tar_path(folder, split, shard).with_suffix(".parquet")
     if not path.exists():
         raise ShardError(f"{path}: missing; run `just shard-targets` again")
@@ -152,7 +153,7 @@ def _common(fingerprint: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in fingerprint.items() if key != "plan_rows"}
 
 
-def _index_rows(folder: Path, split: str, shard: int) -> pa.Table:
+def _index_rows(folder: Location, split: str, shard: int) -> pa.Table:
     path = tar_path(folder, split, shard).with_suffix(".parquet")
     rows = read_table(path)
     if rows.schema != SIDECAR_SCHEMA:

@@ -7,7 +7,6 @@ import os
 import tarfile
 import time
 import zlib
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,6 +15,7 @@ import soundfile
 
 from shards.contract import CODES_SUFFIX, META_SUFFIX, TARGET_SUFFIX, check_meta, check_sample, load_codes
 from shards.errors import ShardError
+from shards.storage import Location
 
 if TYPE_CHECKING:
     from shards.index import Index
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 READ_ATTEMPTS = 3
 
 
-def split_members(data: bytes, key: str, path: Path) -> dict[str, Any]:
+def split_members(data: bytes, key: str, path: Location) -> dict[str, Any]:
     """A sample's stretch of the tar → {suffix: bytes} with `__key__` and `__url__`. Raises ShardError naming both."""
     expected = {f"{key}.{suffix}": suffix for suffix in (CODES_SUFFIX, TARGET_SUFFIX, META_SUFFIX)}
     try:
@@ -70,7 +70,7 @@ def read_sample(index: Index, sample: int) -> dict[str, Any]:
     Raises ShardError naming shard and key when its bytes cannot be had, or are not those of the index.
     """
     row = {name: index.table[name][sample].as_py() for name in ("shard", "key", "offset", "length", "crc32")}
-    path: Path = index.folder / index.split / f"{row['shard']:06d}.tar"
+    path = index.folder / index.split / f"{row['shard']:06d}.tar"
     trouble = ""
     for attempt in range(READ_ATTEMPTS):
         if attempt:

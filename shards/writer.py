@@ -18,9 +18,12 @@ import pyarrow.parquet as pq
 from shards.contract import FORMAT_VERSION, SIDECAR_SCHEMA
 from shards.errors import ShardError
 from shards.files import file_sha256, replacing
+from shards.storage import Location, Url
 
 
-def write_table(path: Path, table: pa.Table, metadata: Mapping[str, Any], row_group_size: int | None = None) -> None:
+def write_table(
+    path: Location, table: pa.Table, metadata: Mapping[str, Any], row_group_size: int | None = None
+) -> None:
     """A Parquet file whose schema metadata holds `metadata`, each value as JSON."""
     table = table.replace_schema_metadata(encode_metadata(metadata))
     with replacing(path) as temporary:
@@ -31,21 +34,26 @@ def encode_metadata(metadata: Mapping[str, Any]) -> dict[str, str]:
     return {key: json.dumps(value, sort_keys=True) for key, value in metadata.items()}
 
 
-def read_metadata(path: Path) -> dict[str, Any]:
+def read_metadata(path: Location) -> dict[str, Any]:
     """The metadata that `write_table` stored. Raises ShardError for a file that is not such a table."""
     with naming(path):
-        raw = pq.read_metadata(path).metadata or {}
+        raw = pq.read_metadata(parquet_source(path)).metadata or {}
         return {key.decode(): json.loads(value) for key, value in raw.items() if key != b"ARROW:schema"}
 
 
-def read_table(path: Path, **options: Any) -> pa.Table:
+def read_table(path: Location, **options: Any) -> pa.Table:
     """`pyarrow.parquet.read_table`. Raises ShardError for a file that is damaged."""
     with naming(path):
-        return pq.read_table(path, **options)
+        return pq.read_table(parquet_source(path), **options)
+
+
+def parquet_source(path: Location) -> Path | io.BytesIO:
+    """What pyarrow reads it from: a remote table is fetched whole."""
+    return io.BytesIO(path.read_bytes()) if isinstance(path, Url) else path
 
 
 @contextmanager
-def naming(path: Path) -> Iterator[None]:
+def naming(path: Location) -> Iterator[None]:
     """Turns what pyarrow raises on a damaged file into a ShardError that names it."""
     try:
         yield
@@ -60,7 +68,7 @@ def differences(found: Mapping[str, Any], expected: Mapping[str, Any]) -> str:
     return "; ".join(f"{key} is {found.get(key)}, now {expected.get(key)}" for key in keys)
 
 
-def is_done(path: Path, fingerprint: Mapping[str, Any]) -> bool:
+def is_done(path: Location, fingerprint: Mapping[str, Any]) -> bool:
     """Whether the table at `path` stands and was made by this very run. Raises ShardError when by another."""
     if not path.exists():
         return False

@@ -1,0 +1,190 @@
+"""Remote storage by its URL: `s3://bucket/corpus`, `gs://…`, `hf://…`, whatever fsspec opens.
+
+A `Location` is a `Path` or a `Url`. A `Url` answers to the few names of pathlib that readers and writers of shards use:
+`location / name`, `.name`, `.parent`, `.with_suffix()`, `.exists()`, `.stat().st_size`, `.open()`, `.read_bytes()`,
+`.unlink()`. Beyond them, `fetch` brings a whole object to this machine, and `shards.files.replacing` writes to both
+kinds so that a reader finds an object whole or not at all.
+
+Nothing is cached here: other machines write too. What fails for a moment is tried again; what keeps failing raises
+StorageError, which names URL and reason. Only an object that is not there is a FileNotFoundError.
+"""
+
+from __future__ import annotations
+
+import errno
+import io
+import tempfile
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import IO, Any, TypeVar
+
+import fsspec
+
+from shards.errors import UserError
+
+T = TypeVar("T")
+
+ATTEMPTS = 5
+FIRST_WAIT_SECONDS = 0.2  # doubled after each attempt
+WHOLE_BYTES = 1 << 28  # up to this size `open` fetches an object at once, so that its reads cannot fail half-way
+
+
+class StorageError(UserError):
+    """Remote storage does not do what is asked of it."""
+
+
+@dataclass(frozen=True)
+class Stat:
+    st_size: int  # bytes
+
+
+@dataclass(frozen=True, order=True)
+class Url:
+    """An object or a folder in remote storage."""
+
+    text: str
+
+    def __str__(self) -> str:
+        return self.text
+
+    def __truediv__(self, name: str) -> Url:
+        return Url(f"{self.text.rstrip('/')}/{name}")
+
+    @property
+    def name(self) -> str:
+        return self.text.rpartition("/")[2]
+
+    @property
+    def suffix(self) -> str:
+        return PurePosixPath(self.name).suffix
+
+    @property
+    def stem(self) -> str:
+        return PurePosixPath(self.name).stem
+
+    @property
+    def parent(self) -> Url:
+        return Url(self.text.rpartition("/")[0])
+
+    def with_name(self, name: str) -> Url:
+        return self.parent / name
+
+    def with_suffix(self, suffix: str) -> Url:
+        return self.with_name(self.stem + suffix)
+
+    def exists(self) -> bool:
+        return self._kind() is not None
+
+    def is_file(self) -> bool:
+        return self._kind() == "file"
+
+    def is_dir(self) -> bool:
+        return self._kind() == "directory"
+
+    def _kind(self) -> str | None:
+        """Not by fsspec's `exists`: some filesystems answer no when they could not find out."""
+        try:
+            return str(self._patiently(lambda files, path: files.info(path)["type"]))
+        except FileNotFoundError:
+            return None
+
+    def stat(self) -> Stat:
+        return Stat(int(self._patiently(lambda files, path: files.info(path)["size"])))
+
+    def read_bytes(self) -> bytes:
+        data: bytes = self._patiently(lambda files, path: files.cat_file(path))
+        return data
+
+    def open(self, mode: str = "rb") -> IO[bytes]:
+        """For reading. Large objects are read in blocks as they are asked for."""
+        assert mode == "rb", "objects are written by shards.files.replacing"
+        if self.stat().st_size <= WHOLE_BYTES:
+            return io.BytesIO(self.read_bytes())
+        file: IO[bytes] = self._patiently(lambda files, path: files.open(path, "rb"))
+        return file
+
+    def files(self) -> dict[Url, int]:
+        """Every object below this folder, to any depth, with its bytes; empty where there is no such folder."""
+        found = self._patiently(lambda files, path: files.find(path, detail=True))
+        scheme = self.text.partition("://")[0]
+        return {Url(f"{scheme}://{name.lstrip('/')}"): info["size"] for name, info in sorted(found.items())}
+
+    def unlink(self, missing_ok: bool = False) -> None:
+        try:
+            self._patiently(lambda files, path: files.rm_file(path))
+        except FileNotFoundError:
+            if not missing_ok:
+                raise
+
+    def fetch(self, path: Path) -> None:
+        """The whole object into the file `path`, which appears when it is complete."""
+        from shards.files import replacing
+
+        with replacing(path) as temporary:
+            self._patiently(lambda files, name: files.get_file(name, str(temporary)))
+            self._check_size(temporary.stat().st_size, self.stat().st_size, f"fetched to {path}")
+
+    @contextmanager
+    def replacing(self) -> Iterator[Path]:
+        """Yields a local file; on success it is uploaded under a name of its own, checked, and then takes this one."""
+        with tempfile.TemporaryDirectory() as folder:
+            local = Path(folder) / self.name
+            yield local
+            temporary = self.with_name(f"{self.name}.{uuid.uuid4().hex}.tmp")
+            try:
+                self._patiently(lambda files, _: files.put_file(str(local), _path(files, temporary)))
+                self._check_size(temporary.stat().st_size, local.stat().st_size, f"uploaded to {temporary}")
+                self._patiently(lambda files, path: files.cp_file(_path(files, temporary), path))
+            finally:
+                with suppress(FileNotFoundError, StorageError):  # what failed before says more
+                    temporary.unlink()
+
+    def _check_size(self, found: int, expected: int, where: str) -> None:
+        if found != expected:
+            raise StorageError(f"{self}: {found} of {expected} bytes were {where}; try again")
+
+    def _patiently(self, action: Callable[[Any, str], T]) -> T:
+        """`action` with the filesystem and its name for this object, again and again while the storage fails."""
+        files = _filesystem(self.text)
+        for attempt in range(1, ATTEMPTS + 1):
+            try:
+                files.invalidate_cache()
+                return action(files, _path(files, self))
+            except FileNotFoundError as error:
+                raise FileNotFoundError(errno.ENOENT, "no such object", self.text) from error
+            except Exception as error:  # each filesystem raises its own kinds
+                hopeless = isinstance(error, PermissionError | NotImplementedError | ValueError)
+                if hopeless or attempt == ATTEMPTS:
+                    reason = " ".join(str(error).split()) or type(error).__name__
+                    raise StorageError(f"{self}: {reason} (attempt {attempt} of {ATTEMPTS})") from error
+            time.sleep(FIRST_WAIT_SECONDS * 2**attempt)
+        raise AssertionError("unreachable")
+
+
+Location = Path | Url
+
+
+def locate(text: str | Location) -> Location:
+    """`s3://…` → Url, anything else → Path."""
+    if isinstance(text, str) and "://" in text:
+        return Url(text.rstrip("/"))
+    return text if isinstance(text, Url) else Path(text)
+
+
+def _filesystem(url: str) -> Any:
+    protocol = url.partition("://")[0]
+    try:
+        return fsspec.filesystem(protocol)
+    except ImportError as error:
+        raise StorageError(f"{url}: {error}: `just extras` installs what s3:// and gs:// need") from error
+    except Exception as error:
+        raise StorageError(f"{url}: {protocol}:// cannot be opened: {error}") from error
+
+
+def _path(files: Any, url: Url) -> str:
+    path: str = files._strip_protocol(url.text)
+    return path

@@ -1,0 +1,151 @@
+"""Remote storage does what a disk does: whole objects or none, whatever the server answers on the way."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+
+from shards import storage
+from shards.files import replacing
+from shards.storage import StorageError, Url, locate
+from shards.writer import read_metadata, read_table, write_table
+from tests.s3_server import Door, serving
+
+BYTES = bytes(range(256)) * 400
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Door]:
+    with serving() as door:
+        yield door
+
+
+@pytest.fixture
+def door(server: Door, monkeypatch: pytest.MonkeyPatch) -> Door:
+    monkeypatch.setattr(storage, "FIRST_WAIT_SECONDS", 0.001)
+    server.fault = lambda method, path: None
+    server.asked.clear()
+    return server
+
+
+@pytest.fixture
+def folder(door: Door, request: pytest.FixtureRequest) -> Url:
+    return Url("s3://corpus") / hashlib.sha256(request.node.name.encode()).hexdigest()[:8]
+
+
+def put(url: Url, data: bytes = BYTES) -> Url:
+    with replacing(url) as temporary:
+        temporary.write_bytes(data)
+    return url
+
+
+class Every:
+    """A fault at every third matching request, from the first on."""
+
+    def __init__(self, kind: str, *methods: str) -> None:
+        self.kind, self.methods, self.count = kind, methods, 0
+
+    def __call__(self, method: str, path: str) -> str | None:
+        if method not in self.methods:
+            return None
+        self.count += 1
+        return self.kind if self.count % 3 == 1 else None
+
+
+def test_locations() -> None:
+    assert locate("a/b") == Path("a/b")
+    url = locate("s3://bucket/a/b.tar/")
+    assert url == Url("s3://bucket/a/b.tar") == locate(url)
+    assert (url.name, url.stem, url.suffix, str(url.parent)) == ("b.tar", "b", ".tar", "s3://bucket/a")
+    assert str(url.with_suffix(".parquet")) == "s3://bucket/a/b.parquet"
+    assert str(url.parent / "c") == "s3://bucket/a/c"
+
+
+def test_what_is_written_can_be_read(folder: Url, tmp_path: Path) -> None:
+    url = put(folder / "deep" / "a.bin")
+    assert (url.exists(), url.is_file(), folder.is_dir(), url.is_dir()) == (True, True, True, False)
+    assert url.stat().st_size == len(BYTES)
+    assert url.read_bytes() == BYTES
+    with url.open() as file:
+        file.seek(100)
+        assert file.read(3) == BYTES[100:103]
+    url.fetch(tmp_path / "a.bin")
+    assert (tmp_path / "a.bin").read_bytes() == BYTES
+    assert folder.files() == {url: len(BYTES)}
+    put(url, b"other")
+    assert url.read_bytes() == b"other"
+    url.unlink()
+    assert not url.exists()
+    url.unlink(missing_ok=True)
+    assert folder.files() == {}
+
+
+def test_what_is_not_there(folder: Url, tmp_path: Path) -> None:
+    for action in (Url.stat, Url.read_bytes, Url.open):
+        with pytest.raises(FileNotFoundError, match=r"no such object.*gone"):
+            action(folder / "gone")
+    with pytest.raises(FileNotFoundError):
+        (folder / "gone").fetch(tmp_path / "gone")
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(StorageError, match=r"nosuch://a/b: nosuch:// cannot be opened"):
+        Url("nosuch://a/b").exists()
+
+
+@pytest.mark.parametrize("kind", ["error", "slow", "cut"])
+@pytest.mark.parametrize("methods", [("GET", "HEAD"), ("PUT",), ("GET", "HEAD", "PUT", "DELETE", "POST")])
+def test_answers_that_fail_now_and_then_cost_time_only(
+    kind: str, methods: tuple[str, ...], folder: Url, door: Door, tmp_path: Path
+) -> None:
+    door.fault = Every(kind, *methods)
+    url = put(folder / "a.bin")
+    assert url.read_bytes() == BYTES
+    url.fetch(tmp_path / "a.bin")
+    assert (tmp_path / "a.bin").read_bytes() == BYTES
+    door.fault = lambda method, path: None
+    assert [found.name for found in folder.files() if not found.name.endswith(".tmp")] == ["a.bin"]
+    assert url.read_bytes() == BYTES
+
+
+@pytest.mark.parametrize("method", ["PUT", "GET"])
+def test_a_server_that_keeps_failing_is_named(method: str, folder: Url, door: Door, tmp_path: Path) -> None:
+    url = put(folder / "a.bin") if method == "GET" else folder / "a.bin"
+    door.fault = lambda asked, path: "error" if asked == method else None
+    with pytest.raises(StorageError, match=rf"{folder}/a.bin: .*attempt {storage.ATTEMPTS} of {storage.ATTEMPTS}"):
+        put(url) if method == "PUT" else url.fetch(tmp_path / "a.bin")
+    door.fault = lambda method, path: None
+    assert url.exists() == (method == "GET")
+    assert not (tmp_path / "a.bin").exists()
+
+
+def test_an_error_while_writing_leaves_the_old_object(folder: Url) -> None:
+    url = put(folder / "a.bin", b"old")
+
+    def interrupted() -> None:
+        with replacing(url) as temporary:
+            temporary.write_bytes(b"half of the ne")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert (url.read_bytes(), list(folder.files())) == (b"old", [url])
+
+
+def test_the_final_name_is_taken_over_only_when_all_is_there(folder: Url, door: Door) -> None:
+    """The bytes travel under a name of their own; then the server copies them within."""
+    url = put(folder / "a.bin")
+    names = [path.partition("?")[0].rpartition("/")[2] for method, path in door.asked if method == "PUT"]
+    assert names[-1] == url.name
+    assert all(name.startswith("a.bin.") and name.endswith(".tmp") for name in names[:-1])
+    assert len(names) == 2
+
+
+def test_tables(folder: Url) -> None:
+    table = pa.table({"a": [1, 2, 3]})
+    write_table(folder / "a.parquet", table, {"made": {"by": "us"}})
+    assert read_metadata(folder / "a.parquet") == {"made": {"by": "us"}}
+    assert read_table(folder / "a.parquet").equals(table.replace_schema_metadata({"made": '{"by": "us"}'}))
+    assert read_table(folder / "a.parquet", columns=["a"]).column_names == ["a"]
