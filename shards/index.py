@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from shards.cache import ShardCache, default_cache
 from shards.contract import FORMAT_VERSION, INDEX_NAME, INDEX_SCHEMA, OK, SIDECAR_SCHEMA
 from shards.errors import ShardError
 from shards.files import file_sha256, replacing
@@ -49,12 +50,13 @@ class Index:
     counts: tuple[int, ...]  # samples of each shard
     sha256: str
     fingerprint: dict[str, Any]
+    cache: ShardCache  # where remote shards are read from
 
     def __len__(self) -> int:
         return sum(self.counts)
 
 
-def load(folder: Location, split: str) -> Index:
+def load(folder: Location, split: str, cache: ShardCache | None = None) -> Index:
     """Raises ShardError when there is no index, or one of another format."""
     path = folder / INDEX_NAME
     if not path.exists():
@@ -76,6 +78,7 @@ def load(folder: Location, split: str) -> Index:
         counts=tuple(counts.tolist()),
         sha256=file_sha256(path),
         fingerprint=metadata["fingerprint"],
+        cache=cache or default_cache(),
     )
 
 

@@ -58,6 +58,19 @@ class Order:
         first = step * self.global_batch
         return [(position, self.sample_at(position)) for position in range(first, first + self.global_batch)]
 
+    def shards_from(self, position: int) -> list[int]:
+        """The shards that hold the samples from `position` on: those of its window, then those of the next."""
+        found: list[int] = []
+        for _ in range(2):
+            epoch, place = divmod(position, self.samples_per_epoch)
+            shards = permutation(len(self.counts), self.seed, "shards", epoch)
+            ends = np.cumsum(self._counts[shards])
+            first = int(np.searchsorted(ends, place, side="right")) // self.window * self.window
+            members = shards[first : first + self.window].tolist()
+            found += [shard for shard in members if shard not in found]
+            position += int(ends[min(first + self.window, len(ends)) - 1]) - place
+        return found
+
     def sample_at(self, position: int) -> int:
         epoch, place = divmod(position, self.samples_per_epoch)
         shards = permutation(len(self.counts), self.seed, "shards", epoch)

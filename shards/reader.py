@@ -15,7 +15,7 @@ import soundfile
 
 from shards.contract import CODES_SUFFIX, META_SUFFIX, TARGET_SUFFIX, check_meta, check_sample, load_codes
 from shards.errors import ShardError
-from shards.storage import Location
+from shards.storage import Location, StorageError
 
 if TYPE_CHECKING:
     from shards.index import Index
@@ -76,12 +76,13 @@ def read_sample(index: Index, sample: int) -> dict[str, Any]:
         if attempt:
             time.sleep(0.1 * 2**attempt)
         try:
-            with path.open("rb") as tar:
+            with index.cache.open(path) as tar:
                 data = os.pread(tar.fileno(), row["length"], row["offset"])
-        except OSError as error:
+        except (OSError, StorageError) as error:
             trouble = str(error)
             continue
         if zlib.crc32(data) == row["crc32"]:
             return split_members(data, row["key"], path)
+        index.cache.discard(path)
         trouble = f"crc32 of {len(data)} bytes at {row['offset']} differs from the index"
     raise ShardError(f"{path}: {row['key']}: {trouble} ({READ_ATTEMPTS} attempts); `just verify` lists what is damaged")

@@ -19,6 +19,7 @@ import numpy.typing as npt
 
 from shards.order import Order, permutation, rank_slice
 from shards.reader import read_sample
+from shards.storage import Url
 
 if TYPE_CHECKING:
     from shards.index import Index
@@ -68,6 +69,15 @@ class Stream:
         own = cycle * self.weights[folder] + int(np.count_nonzero(turns[:turn] == folder))
         return Place(position, folder, self.orders[folder].sample_at(own))
 
+    def shards_from(self, step: int) -> list[tuple[int, int]]:
+        """(folder, place in its index's `shards`) of what is read from `step` on: this window's, then the next's."""
+        cycle = self.first_position(step) // len(self._turns)
+        return [
+            (folder, shard)
+            for folder, order in enumerate(self.orders)
+            for shard in order.shards_from(cycle * self.weights[folder])
+        ]
+
     def steps(self, epochs: float) -> int:
         """The least number of steps with as many crops as `epochs` times all folders hold samples."""
         crops = math.ceil(sum(order.samples_per_epoch for order in self.orders) * Fraction(str(epochs)))
@@ -96,8 +106,15 @@ class StreamSource:
         for step in self.steps[worker::workers]:
             places = self.stream.batch(step)
             share = rank_slice(len(places), self.rank, self.world_size)
+            self._prefetch(step)
             samples = [self._read(place) for place in places[share.start : share.stop]]
             yield {"length": self.stream.stage(step).length, "samples": samples}
+
+    def _prefetch(self, step: int) -> None:
+        if any(isinstance(index.folder, Url) for index in self.indexes):
+            indexes = [(self.indexes[folder], shard) for folder, shard in self.stream.shards_from(step)]
+            tars = [index.folder / index.split / f"{index.shards[shard]:06d}.tar" for index, shard in indexes]
+            self.indexes[0].cache.prefetch(tars)
 
     def _read(self, place: Place) -> dict[str, Any]:
         return {**read_sample(self.indexes[place.folder], place.sample), "position": place.position}

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
+from shards.cache import ShardCache, default_cache
 from shards.errors import SettingsError, UserError
 from shards.index import Index, load
 from shards.order import Order
@@ -33,8 +33,9 @@ class Corpus:
 
 def open_corpus(settings: TrainSettings, snac_sha256: dict[str, str]) -> Corpus:
     """Raises UserError for shards without usable segments, or with codes of another SNAC."""
-    training = tuple(load(Path(folder), "train") for folder in settings.folders)
-    validation = tuple(load(Path(folder), "validation") for folder in settings.folders)
+    cache = ShardCache(settings.cache or default_cache().folder, int(settings.cache_gib * 2**30))
+    training = tuple(load(folder, "train", cache) for folder in settings.folders)
+    validation = tuple(load(folder, "validation", cache) for folder in settings.folders)
     for folder, index in zip(settings.folders, training, strict=True):
         if not len(index):
             raise UserError(f"{folder} has no usable segment in the split {index.split}")
@@ -45,7 +46,7 @@ def open_corpus(settings: TrainSettings, snac_sha256: dict[str, str]) -> Corpus:
             )
     with_voices = tuple(index for index in validation if len(index))
     if not with_voices:
-        raise UserError(f"{', '.join(settings.folders)} has no usable segment in the split validation")
+        raise UserError(f"{', '.join(map(str, settings.folders))} has no usable segment in the split validation")
     orders = tuple(Order(index.counts, settings.seed, 1, settings.window_shards) for index in training)
     stream = Stream(orders, _weights(settings, training), stages(settings), settings.seed)
     return Corpus(training, with_voices, stream)

@@ -30,9 +30,9 @@ from trainer.settings import TrainSettings
 from trainer.validation import HIGHER_IS_BETTER, validate
 
 FREE_TO_CHANGE = {  # settings that may differ between a run and its resumption
-    "shards", "run", "pretrained_model", "init_from", "gpu", "micro_batch", "compile", "num_workers", "num_epochs",
-    "max_steps", "eval_batch_size", "patience", "checkpoint_every", "checkpoint_minutes", "keep_last", "keep_best",
-    "log_every", "eval_clips", "wandb", "resume",
+    "shards", "cache", "cache_gib", "run", "pretrained_model", "init_from", "gpu", "micro_batch", "compile",
+    "num_workers", "num_epochs", "max_steps", "eval_batch_size", "patience", "checkpoint_every", "checkpoint_minutes",
+    "keep_last", "keep_best", "log_every", "eval_clips", "wandb", "resume",
 }  # fmt: skip
 TERMINATED = 143  # exit code of a process that SIGTERM ended
 

@@ -7,7 +7,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from configs.loader import Settings
+from configs.loader import Place, Settings
+from shards.storage import Location
 
 BETAS = (0.8, 0.99)  # of AdamW, as vocoders use them (HiFi-GAN, DAC)
 
@@ -18,12 +19,14 @@ Gpus = Gpu | Annotated[str, Field(pattern=r"^\d+(,\d+)+$")]
 class TrainSettings(Settings):
     """Fit the 48 kHz decoder to shards. Phase 1 fits the new layers, phase 2 the whole decoder."""
 
-    shards: str | Annotated[tuple[str, ...], Field(min_length=1)] = Field(
-        description='folder with index.parquet, or several: ["a", "b"]'
+    shards: Place | Annotated[tuple[Place, ...], Field(min_length=1)] = Field(
+        description='folder with index.parquet, here or at a URL; or several: ["a", "b"]'
     )
     shard_weights: tuple[Annotated[int, Field(ge=1, le=1000)], ...] | None = Field(
         default=None, description="several folders: crops of each in every Σ weights crops (null: by their sizes)"
     )
+    cache: Path | None = Field(default=None, description="where shards from URLs are kept (null: in the user's cache)")
+    cache_gib: float = Field(gt=0, description="GiB of them kept at most, on each machine")
     run: Path = Field(description="folder for checkpoints, logs and settings")
     pretrained_model: str = Field(description="SNAC 24 kHz that made the codes: hub name or local directory")
     init_from: Path | None = Field(
@@ -101,8 +104,8 @@ class TrainSettings(Settings):
     resume: Literal["auto", "never"] = Field(description="auto: go on from the run's newest checkpoint, if any")
 
     @property
-    def folders(self) -> tuple[str, ...]:
-        return (self.shards,) if isinstance(self.shards, str) else self.shards
+    def folders(self) -> tuple[Location, ...]:
+        return self.shards if isinstance(self.shards, tuple) else (self.shards,)
 
     @property
     def weights(self) -> dict[str, float]:
