@@ -22,6 +22,10 @@ shard-targets *args: _env
 train *args: _env
     @{{ python }} -m trainer train "$@"
 
+# where a training stands, while it runs and after it died: just status run=RUN
+status *args: _env
+    @{{ python }} -m trainer status "$@"
+
 # codes, targets and training in one go, skipping what is done
 workflow *args: _env
     @{{ python }} -m pipeline workflow "$@"

@@ -81,7 +81,7 @@ def logged_steps(run: Path, kind: str) -> list[int]:
 
 def as_logged(run: Path) -> list[dict[str, Any]]:
     """The lines of metrics.jsonl without what the clock measured."""
-    clock = ("audio_seconds_per_second", "data_wait_share", "memory_gib")
+    clock = ("audio_seconds_per_second", "seconds_per_step", "data_wait_share", "memory_gib")
     return [{name: value for name, value in line.items() if name not in clock} for line in metrics(run)]
 
 

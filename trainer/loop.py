@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import resource
 import sys
@@ -14,7 +15,7 @@ import torch
 from codec.snac import load_snac
 from shards.contract import COARSE_48K, TARGET_RATE, coarse_tokens
 from shards.errors import SettingsError, UserError
-from shards.files import exclusive
+from shards.files import exclusive, replacing
 from shards.writer import differences
 from trainer import checkpoint, distributed
 from trainer.boards import Boards
@@ -81,6 +82,8 @@ class Trainer:
         process.wait()  # nobody writes before everybody has read
         if process.is_first:
             settings.write(settings.run / "settings.json")
+            with replacing(settings.run / "progress.json") as temporary:  # for `just status`
+                temporary.write_text(json.dumps({"total_steps": self.total_steps}) + "\n")
         self.boards = Boards(settings, self.corpus, self.snac, self.step) if process.is_first else None
         self.log = RunLog(settings.run, self.step, self.total_steps, process.is_first, self.boards)
 
@@ -194,6 +197,7 @@ class Trainer:
         values = {
             **means,
             "audio_seconds_per_second": stage.batch * stage.length * COARSE_48K / TARGET_RATE / seconds,
+            "seconds_per_step": seconds,
             "data_wait_share": waited / seconds,
             "memory_gib": peak_memory_gib(self.process.device),
         }

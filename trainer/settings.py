@@ -120,6 +120,12 @@ class TrainSettings(Settings):
         }
 
 
+class StatusSettings(Settings):
+    """Where a training stands: step, losses, speed, time left, validation, checkpoints. From its files alone."""
+
+    run: Path = Field(description="folder of the training")
+
+
 class ModelSettings(Settings):
     model: Path = Field(description="a run, a checkpoint (.pt) or an exported directory")
     pretrained_model: str | None = Field(
