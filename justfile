@@ -38,7 +38,7 @@ decode *args: _env
 export *args: _env
     @{{ python }} -m trainer export "$@"
 
-# spectral distances on unseen voices: stock + sinc, warm start, trained
+# judge decoders and other systems on unseen voices, with intervals: just eval models=RUN shards=SHARDS
 eval *args: _env
     @{{ python }} -m trainer eval "$@"
 

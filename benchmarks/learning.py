@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 
-from pipeline.sources import EXTENSIONS
+from codec.audio import EXTENSIONS
 
 HELD_OUT = {"en_GB", "he", "hu", "sl", "el"}
 SNAC = "demo/snac_tiny_24khz"
@@ -83,7 +84,11 @@ def main() -> None:
     command("pipeline", "shard-targets", f"work={out / 'work'}", "teacher=recording", "gpu=cpu")
     settings = [f"{key}={value}" for key, value in TRAINING.items()]
     command("trainer", "train", f"shards={shards}", f"run={run}", f"pretrained_model={SNAC}", "resume=auto", *settings)
-    table = command("trainer", "eval", f"model={run}", f"shards={shards}", "segment_length=4.0", "samples=96")
+    shutil.rmtree(out / "eval", ignore_errors=True)
+    table = command(
+        "trainer", "eval", f"models.trained={run}", f"shards={shards}", f"out={out / 'eval'}", "samples=96",
+        "metrics=lsd,lsd_reached,stft,mel,level,bandwidth,high_band",
+    )  # fmt: skip
     RESULTS.mkdir(exist_ok=True)
     curve = draw(run / "metrics.jsonl", RESULTS / "learning.png")
     result = {"settings": TRAINING, "validation": curve, "table": table.splitlines()}

@@ -21,6 +21,7 @@ from torchaudio.transforms import Resample
 
 Samples = npt.NDArray[np.float32]
 
+EXTENSIONS = {".wav", ".flac", ".ogg", ".oga", ".mp3", ".opus"}  # of the files that a folder is searched for
 MIN_RATE, MAX_RATE = 8_000, 192_000
 BLOCK_FRAMES = 1 << 16
 SEEKABLE = {"WAV", "WAVEX", "RF64", "W64", "FLAC", "AIFF"}  # formats in which seeking is exact and quick

@@ -15,10 +15,10 @@ import pyarrow.csv
 import pyarrow.json
 import pyarrow.parquet as pq
 
+from codec.audio import EXTENSIONS
 from shards.contract import SPLITS
 from shards.errors import UserError
 
-EXTENSIONS = {".wav", ".flac", ".ogg", ".oga", ".mp3", ".opus"}
 MANIFEST_TYPES = {
     "path": pa.string(),
     "id": pa.string(),

@@ -1,52 +1,200 @@
-"""`just eval`: scores on fixed crops of the validation split, as a table for people."""
+"""`just eval`: decoders and other systems on whole clips of unseen groups, judged clip by clip."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
 
 import click
-import torch
-from torch import Tensor
+import pyarrow as pa
+import soundfile
+from tqdm import tqdm
 
-from codec.audio import sinc_resampler
+from codec.audio import AudioError
 from codec.snac import device_of
-from shards.contract import coarse_tokens
-from shards.errors import UserError
-from shards.index import load
-from trainer.checkpoint import load_codec
-from trainer.data import fixed_batches
-from trainer.decoder import CodesToLatent, CropDecoder, warm_start
+from shards.contract import FAILED, OK, TARGET_RATE
+from shards.errors import SettingsError, UserError
+from shards.order import permutation
+from shards.writer import write_table
+from trainer.clips import Clip, Clips, Entry, RecordingClips, Samples, ShardClips
+from trainer.pool import ordered
+from trainer.scores import check_installed, schema, score
 from trainer.settings import EvalSettings
-from trainer.validation import DISTANCES, crop_distances
+from trainer.summary import lines, summarise
+from trainer.systems import (
+    OURS,
+    SOURCE,
+    TARGET,
+    Stock,
+    System,
+    decoded_systems,
+    external_systems,
+    find_stock,
+    load_codecs,
+)
+
+CLIPS, SUMMARY, SETTINGS, AUDIO = "clips.parquet", "summary.parquet", "settings.json", "audio"
+PACKAGES = ("torch", "torchaudio", "snac", "numpy", "soundfile", "pyarrow")
 
 
-@torch.no_grad()
 def evaluate(settings: EvalSettings) -> None:
-    """Prints mean LSD, LSD-HF and LSD-LF of three decoders on the same crops of unseen groups."""
+    """Raises SettingsError for settings that do not fit together, UserError for anything that cannot be judged."""
+    _check(settings)
+    check_installed(settings.metrics)
     device = device_of(settings.gpu)
-    codec = load_codec(settings.model, settings.pretrained_model)
-    if codec.snac.decoder is codec.decoder:
-        raise UserError(f"{settings.model} holds no 24 kHz decoder to compare with: name the run or its checkpoint")
-    index = load(settings.shards, "validation")
-    if index.fingerprint["snac"] != codec.snac_name:
-        raise UserError(f"{settings.shards} holds codes by {index.fingerprint['snac']}, the model by {codec.snac_name}")
-    to_latent = CodesToLatent(codec.snac)
-    stock = CropDecoder(to_latent, codec.snac.decoder).to(device)
-    sinc = sinc_resampler(1, 2).to(device)
-    rows: dict[str, Callable[[Tensor], Tensor]] = {
-        "stock 24 kHz + sinc": lambda tokens: sinc(stock(tokens)),
-        "warm start, untrained": CropDecoder(to_latent, warm_start(codec.snac, "zero", settings.seed)).to(device),
-        "trained": CropDecoder(to_latent, codec.decoder).to(device),
+    codecs = load_codecs(settings.models, settings.pretrained_model)
+    stock = find_stock(settings.pretrained_model, codecs)
+    stock.snac.to(device)
+    clips = _clips(settings, stock)
+    chosen = _choose(clips, settings.samples, settings.seed)
+    entries = [clips.entries[place] for place in chosen if clips.entries[place].problem is None]
+    systems = decoded_systems(stock, codecs, device, settings.seed) | external_systems(settings.systems, entries)
+    settings.out.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(dir=settings.out.parent, prefix=f".{settings.out.name}.") as temporary:
+        folder = Path(temporary) / "eval"
+        table = pa.Table.from_pylist(list(_rows(settings, clips, chosen, systems, folder)), schema(settings.metrics))
+        if not any(status == OK for status in table["status"].to_pylist()):
+            raise UserError(f"no clip could be used; the first because: {table['reason'][0]}")
+        provenance = _provenance(settings, clips, stock, {name: codec.provenance for name, codec in codecs.items()})
+        summary = summarise(table, settings.baseline, settings.bootstrap, settings.seed)
+        write_table(folder / CLIPS, table, provenance)
+        write_table(folder / SUMMARY, summary, provenance)
+        settings.write(folder / SETTINGS)
+        folder.rename(settings.out)
+    _print(settings, table, summary, provenance)
+
+
+def _check(settings: EvalSettings) -> None:
+    if (settings.shards is None) == (settings.audio is None):
+        raise SettingsError("give shards= (its validation split is judged) or audio= (a folder of recordings)")
+    names = [*settings.models, *settings.systems]
+    taken = [name for name in names if name in OURS or names.count(name) > 1]
+    if taken:
+        raise SettingsError(f"the name {taken[0]} is taken: write models.NAME=PATH or systems.NAME=PATH")
+    if settings.baseline not in {*names, *OURS} - {SOURCE}:
+        raise SettingsError(f"baseline={settings.baseline} is none of {', '.join([*OURS, *names])}")
+    if settings.out.exists():
+        raise UserError(f"out={settings.out} exists: choose another folder or delete it")
+
+
+def _clips(settings: EvalSettings, stock: Stock) -> Clips:
+    if settings.shards is not None:
+        return ShardClips(settings.shards, stock.name)
+    assert settings.audio is not None
+    return RecordingClips(settings.audio, stock.snac, settings.max_seconds)
+
+
+def _choose(clips: Clips, samples: int, seed: int) -> list[int]:
+    """Places of the clips to judge, in order."""
+    shuffled = permutation(len(clips.entries), seed, "clips")
+    return sorted(int(place) for place in shuffled[:samples])
+
+
+@dataclass(frozen=True)
+class Job:
+    """One clip with every system's output, or the reason why there is none."""
+
+    entry: Entry
+    clip: Clip | None
+    wavs: Mapping[str, Samples]
+    problem: str | None
+    metrics: tuple[str, ...]
+
+
+def _rows(
+    settings: EvalSettings, clips: Clips, chosen: list[int], systems: Mapping[str, System], folder: Path
+) -> Iterator[dict[str, Any]]:
+    """The rows of clips.parquet, clip by clip; the audio of the first clips of the seeded choice is kept."""
+    kept = set(_choose(clips, min(settings.keep_audio, len(chosen)), settings.seed))
+    jobs = _jobs(settings, clips, chosen, systems, kept, folder)
+    with tqdm(total=len(chosen), desc="judging", unit=" clips", disable=None) as bar:
+        for rows in ordered(_judge, jobs, settings.num_workers):
+            yield from rows
+            bar.update()
+
+
+def _jobs(
+    settings: EvalSettings,
+    clips: Clips,
+    chosen: list[int],
+    systems: Mapping[str, System],
+    kept: set[int],
+    folder: Path,
+) -> Iterator[Job]:
+    for place in chosen:
+        entry = clips.entries[place]
+        clip, wavs, problem = None, {}, entry.problem
+        if problem is None:
+            try:
+                clip = clips.load(place)
+                wavs = outputs(clip, systems)
+            except AudioError as error:
+                problem = str(error)
+        if place in kept:
+            for name, wav in wavs.items():
+                _write_audio(folder / AUDIO / name / f"{entry.key}.flac", wav)
+        yield Job(entry, clip, wavs, problem, settings.metrics)
+
+
+def outputs(clip: Clip, systems: Mapping[str, System]) -> dict[str, Samples]:
+    """Every system's clip; the recording, where it is not the target, and the target come last."""
+    wavs = {name: system(clip) for name, system in systems.items()}
+    if clip.source is not None:
+        wavs[SOURCE] = clip.source
+    return {**wavs, TARGET: clip.target}
+
+
+def _judge(job: Job) -> list[dict[str, Any]]:
+    if job.clip is None or job.problem is not None:
+        return [{"clip": job.entry.key, "status": FAILED, "reason": job.problem}]
+    about = {
+        "clip": job.clip.key,
+        "group": job.clip.group,
+        "recording": job.clip.recording,
+        "start_seconds": job.clip.start_seconds,
+        "seconds": len(job.clip.target) / TARGET_RATE,
+        "status": OK,
     }
-    batches = fixed_batches(index, settings.samples, 8, coarse_tokens(settings.segment_length), settings.seed)
-    found: dict[str, list[dict[str, Tensor]]] = {name: [] for name in rows}
-    for batch in batches:
-        batch = batch.to(device)
-        for name, decode in rows.items():
-            torch.manual_seed(settings.seed)  # of noise blocks
-            found[name].append(crop_distances(batch.select(decode(batch.tokens_BT7)), batch))
-    click.echo(f"{min(settings.samples, len(index))} crops of unseen groups; codes by {codec.snac_name}")
-    click.echo(f"{'':24}" + "".join(f"{name:>9}" for name in DISTANCES))
-    for name, results in found.items():
-        means = [float(torch.cat([result[distance] for result in results]).mean()) for distance in DISTANCES]
-        click.echo(f"{name:24}" + "".join(f"{mean:9.3f}" for mean in means))
+    return [{**about, "system": name, **score(wav, job.clip.target, job.metrics)} for name, wav in job.wavs.items()]
+
+
+def _write_audio(path: Path, wav: Samples) -> None:
+    """16 bit FLAC; libsndfile clips what is beyond full scale."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    soundfile.write(path, wav, TARGET_RATE, "PCM_16", format="FLAC")
+
+
+def _provenance(
+    settings: EvalSettings, clips: Clips, stock: Stock, models: Mapping[str, dict[str, Any]]
+) -> dict[str, Any]:
+    return {
+        "title": clips.title,
+        "snac": stock.name,
+        "teacher": clips.teacher,
+        "settings": settings.model_dump(mode="json"),
+        "models": dict(models),
+        "versions": {package: version(package) for package in PACKAGES},
+    }
+
+
+def _print(settings: EvalSettings, table: pa.Table, summary: pa.Table, provenance: Mapping[str, Any]) -> None:
+    rows = table.to_pylist()
+    used = {row["clip"]: row["seconds"] for row in rows if row["status"] == OK}
+    click.echo(
+        f"{len(used)} clips, {sum(used.values()):.1f} s: {provenance['title']}; codes by {provenance['snac']}, "
+        f"targets by {provenance['teacher']}"
+    )
+    for row in rows:
+        if row["status"] != OK:
+            click.echo(f"  not judged: {row['clip']}: {row['reason']}")
+    systems = dict.fromkeys(summary["system"].to_pylist())
+    for line in lines(summary, [(name, OURS.get(name, name)) for name in systems]):
+        click.echo(line)
+    click.echo(
+        f"mean over clips [95 % interval]; * differs from {settings.baseline} clip by clip. "
+        f"Undefined values have their reasons in {settings.out / CLIPS}"
+    )

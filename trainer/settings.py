@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from configs.loader import Place, Settings
 from shards.storage import Location
@@ -148,11 +148,54 @@ class ExportSettings(ModelSettings):
     out: Path = Field(description="directory to make")
 
 
-class EvalSettings(ModelSettings):
-    """Log-spectral distances on the validation split: stock SNAC + sinc, untrained warm start, trained decoder."""
+def _split(value: Any) -> Any:
+    return tuple(value.split(",")) if isinstance(value, str) else value
 
-    shards: Path = Field(description="folder with index.parquet")
+
+def _named(value: Any) -> Any:
+    """`a,b` → {"a": "a", "b": "b"}: the last part of each path is its name, without .pt."""
+    if not isinstance(value, str):
+        return value
+    paths = [Path(text) for text in value.split(",")]
+    names = [path.stem if path.suffix == ".pt" else path.resolve().name for path in paths]
+    if len(set(names)) < len(names):
+        raise ValueError("two share a name: write KEY.NAME=PATH for each")
+    return dict(zip(names, paths, strict=True))
+
+
+Name = Annotated[str, Field(pattern=r"^[^./\x00][^/\x00]*$")]  # becomes a folder
+Named = Annotated[dict[Name, Path], BeforeValidator(_named)]
+MetricName = Literal[
+    "lsd", "lsd_reached", "stft", "mel", "si_sdr", "level", "lag", "bandwidth", "high_band",
+    "visqol", "pesq", "stoi", "dnsmos",
+]  # fmt: skip
+
+
+class EvalSettings(Settings):
+    """Judge decoders on whole clips: the stock 24 kHz decoder + sinc, the untrained warm start, each model, each other
+    system, and the target itself. Writes clips.parquet, summary.parquet and some audio, and prints the means.
+    """
+
+    shards: Path | None = Field(default=None, description="folder with index.parquet: its validation split is judged")
+    audio: Path | None = Field(default=None, description="or a folder of recordings, each its own target")
+    models: Named = Field(
+        default={}, description="runs, checkpoints (.pt) or exported directories: a,b or models.NAME=PATH"
+    )
+    systems: Named = Field(
+        default={}, description="folders of other systems' outputs, CLIP.wav each: a,b or systems.NAME=PATH"
+    )
+    pretrained_model: str | None = Field(
+        default=None, description="the SNAC 24 kHz of the codes: hub name or local directory (null: as the models say)"
+    )
+    out: Path = Field(description="folder to make")
+    metrics: Annotated[tuple[MetricName, ...], BeforeValidator(_split)] = Field(
+        min_length=1, description="what is measured, a,b"
+    )
+    samples: int = Field(ge=1, description="clips, at most; which ones is a function of seed")
+    max_seconds: float = Field(gt=0, le=600, description="recordings that last longer are not judged")
+    baseline: str = Field(description="system from which paired differences are taken")
+    bootstrap: int = Field(ge=100, le=1_000_000, description="resamples of the 95 % intervals")
+    keep_audio: int = Field(ge=0, description="clips whose audio is kept, for `just report` and other systems")
     gpu: Gpu = Field(description="number of the GPU, or cpu")
-    samples: int = Field(ge=1, description="fixed validation crops, at most")
-    segment_length: float = Field(gt=0, le=60, description="crop in seconds")
-    seed: int = Field(ge=0, lt=2**63, description="of the choice of crops and the warm start")
+    num_workers: int = Field(ge=0, le=256, description="processes that measure (0: none beside this one)")
+    seed: int = Field(ge=0, lt=2**63, description="of the choice of clips, the warm start, noise and the bootstrap")

@@ -1,0 +1,159 @@
+"""Spectral distances, levels, lags and bandwidths against SciPy, plain loops and planted values."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import scipy.signal
+import torch
+
+from demo.voice import synthesize
+from shards.contract import TARGET_RATE
+from trainer import metrics, signals
+from trainer.signals import Samples, Undefined
+
+Floats = npt.NDArray[np.float64]
+
+
+@pytest.fixture(scope="module")
+def pair() -> tuple[Samples, Samples]:
+    """A voice, and the same with noise, both two seconds."""
+    voice = synthesize(1, 0, 2.0)
+    return (voice + 0.01 * noise(0, len(voice))).astype(np.float32), voice
+
+
+def noise(seed: int, length: int) -> Samples:
+    return np.random.default_rng(seed).standard_normal(length).astype(np.float32)
+
+
+def magnitudes(wav: Samples, n_fft: int, hop: int) -> Floats:
+    """(bins, frames) by a loop over zero-padded frames, float64."""
+    padded = np.pad(wav.astype(np.float64), n_fft // 2)
+    window = scipy.signal.get_window("hann", n_fft)
+    starts = range(0, len(wav) + 1, hop)
+    return np.stack([np.abs(np.fft.rfft(window * padded[start : start + n_fft])) for start in starts], axis=1)
+
+
+def tensors(*wavs: Samples) -> list[torch.Tensor]:
+    return [torch.from_numpy(wav) for wav in wavs]
+
+
+def test_lsd_in_a_band_is_that_of_a_loop(pair: tuple[Samples, Samples]) -> None:
+    x, y = (np.log10(np.maximum(magnitudes(wav, 2048, 512) ** 2, 1e-8)) for wav in pair)
+    frequency = np.fft.rfftfreq(2048, 1 / TARGET_RATE)
+    for low, high in ((12_000, 16_000), (12_000, 24_000), (0, 12_000)):
+        band = (frequency >= low) & (frequency < high)
+        expected = np.sqrt(((x - y)[band] ** 2).mean(axis=0)).mean()
+        found = metrics.log_spectral_distance_in_band(*tensors(*pair), low, high)
+        assert found == pytest.approx(expected, rel=1e-4)
+    with pytest.raises(ValueError, match="no bin"):
+        metrics.log_spectral_distance_in_band(*tensors(*pair), 12_000, 12_000)
+
+
+def test_stft_distance_is_that_of_a_loop(pair: tuple[Samples, Samples]) -> None:
+    expected = []
+    for n_fft in (1024, 2048, 4096):
+        x, y = (np.sqrt(np.maximum(magnitudes(wav, n_fft, n_fft // 4) ** 2, 1e-7)) for wav in pair)
+        expected.append(np.linalg.norm(x - y) / np.linalg.norm(y) + np.abs(np.log(x) - np.log(y)).mean())
+    assert metrics.stft_distance(*tensors(*pair)) == pytest.approx(np.mean(expected), rel=1e-4)
+
+
+def test_mel_distance_is_that_of_librosas_filters(pair: tuple[Samples, Samples]) -> None:
+    librosa = pytest.importorskip("librosa", reason="needs the extra eval: just extras")
+    expected = []
+    for n_fft, bands in ((512, 40), (1024, 80), (2048, 160)):
+        filters = librosa.filters.mel(sr=TARGET_RATE, n_fft=n_fft, n_mels=bands, dtype=np.float64)
+        assert (filters.sum(axis=1) > 0).all(), "no band is empty"
+        x, y = (np.log10(np.maximum(filters @ magnitudes(wav, n_fft, n_fft // 4), 1e-5)) for wav in pair)
+        expected.append(np.abs(x - y).mean())
+    assert metrics.mel_distance(*tensors(*pair)) == pytest.approx(np.mean(expected), rel=1e-3)
+
+
+@pytest.mark.parametrize("distance", [metrics.stft_distance, metrics.mel_distance])
+def test_a_signal_is_no_distance_from_itself(distance: object, pair: tuple[Samples, Samples]) -> None:
+    assert callable(distance)
+    assert distance(*tensors(pair[1], pair[1])) == 0
+    assert distance(*tensors(*pair)) > 0.01
+
+
+@pytest.mark.parametrize("gain_db", [-12.0, 0.0, 3.0])
+def test_planted_levels_are_found(gain_db: float) -> None:
+    voice = synthesize(0, 0, 1.0)
+    assert signals.level_db((voice * 10 ** (gain_db / 20)).astype(np.float32), voice) == pytest.approx(
+        gain_db, abs=1e-4
+    )
+
+
+@pytest.mark.parametrize("delay", [-1000, -1, 0, 37, 2400])
+def test_planted_delays_are_found(delay: int) -> None:
+    voice = np.pad(synthesize(0, 0, 1.0), 2400)
+    assert signals.lag_samples(np.roll(voice, delay), voice) == pytest.approx(delay, abs=0.05)
+
+
+def test_half_a_sample_is_found() -> None:
+    """Of a voice without its highest octave, where a parabola is close to the correlation's peak."""
+    low = scipy.signal.sosfilt(scipy.signal.butter(8, 8000, fs=TARGET_RATE, output="sos"), synthesize(0, 0, 1.0))
+    spectrum = np.fft.rfft(low)
+    shift = np.exp(-2j * np.pi * np.fft.rfftfreq(len(low)) * 0.5)
+    late = np.fft.irfft(spectrum * shift, len(low)).astype(np.float32)
+    assert signals.lag_samples(late, low.astype(np.float32)) == pytest.approx(0.5, abs=0.1)
+
+
+def test_unrelated_waveforms_have_no_lag() -> None:
+    with pytest.raises(Undefined, match="hardly correlate"):
+        signals.lag_samples(noise(1, 48_000), noise(2, 48_000))
+
+
+@pytest.mark.parametrize("snr_db", [0.0, 10.0, 30.0])
+def test_si_sdr_is_the_planted_one_and_does_not_see_gain_or_the_new_band(snr_db: float) -> None:
+    """Signal and error are tones below 12 kHz, orthogonal over the clip; another tone lies above."""
+    time = np.arange(TARGET_RATE) / TARGET_RATE
+    voice, error, above = (np.sin(2 * np.pi * hz * time) for hz in (440, 1000, 16_000))
+    wav = 0.2 * voice + 0.2 * 10 ** (-snr_db / 20) * error + 0.1 * above
+    found = signals.low_band_si_sdr_db(wav.astype(np.float32), (0.7 * voice).astype(np.float32))
+    assert found == pytest.approx(snr_db, abs=0.1)
+
+
+def test_si_sdr_is_le_rouxs_formula(pair: tuple[Samples, Samples]) -> None:
+    x, y = (scipy.signal.resample_poly(wav.astype(np.float64), 1, 2) for wav in pair)
+    x, y = x - x.mean(), y - y.mean()
+    scaled = x @ y / (y @ y) * y
+    expected = 10 * np.log10((scaled @ scaled) / ((x - scaled) @ (x - scaled)))
+    assert signals.low_band_si_sdr_db(*pair) == pytest.approx(expected, abs=0.2)
+    assert signals.low_band_si_sdr_db(pair[1], pair[1]) == 100
+
+
+@pytest.mark.parametrize("cutoff", [4000, 12_000, 15_500, 20_000])
+@pytest.mark.parametrize("quantised", [False, True])
+def test_a_planted_bandwidth_is_reached(cutoff: int, quantised: bool) -> None:
+    """White noise cut off sharply; the noise of 16 bit above the edge is not heard."""
+    spectrum = np.fft.rfft(0.1 * noise(3, 96_000).astype(np.float64))
+    spectrum[np.fft.rfftfreq(96_000, 1 / TARGET_RATE) > cutoff] = 0
+    wav = np.fft.irfft(spectrum)
+    if quantised:
+        wav = np.round(wav * 32768) / 32768
+    assert abs(signals.bandwidth_hz(wav.astype(np.float32)) - cutoff) <= 250
+
+
+def test_the_high_bands_share_is_welchs(pair: tuple[Samples, Samples]) -> None:
+    frequency, power = scipy.signal.welch(pair[0], TARGET_RATE, nperseg=2048, noverlap=1536, detrend=False)
+    power[1:-1] /= 2  # one bin, not two
+    expected = 10 * np.log10(power[frequency >= 12_000].sum() / power.sum())
+    assert signals.high_band_db(pair[0]) == pytest.approx(expected, abs=0.05)
+    sine = np.sin(2 * np.pi * 1000 / TARGET_RATE * np.arange(TARGET_RATE)).astype(np.float32)
+    assert signals.high_band_db(sine) < -100
+
+
+def test_silence_says_nothing() -> None:
+    voice, silence = synthesize(0, 0, 1.0), np.zeros(TARGET_RATE, np.float32)
+    for measure in (signals.level_db, signals.lag_samples, signals.low_band_si_sdr_db):
+        with pytest.raises(Undefined, match="output is silent"):
+            measure(silence, voice)
+        with pytest.raises(Undefined, match="reference is silent"):
+            measure(voice, silence)
+    for own in (signals.bandwidth_hz, signals.high_band_db):
+        with pytest.raises(Undefined, match="silent"):
+            own(silence)
+        with pytest.raises(Undefined, match="fewer than a frame"):
+            own(voice[35_000:36_000])

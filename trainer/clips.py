@@ -1,0 +1,167 @@
+"""Clips to judge: whole segments of a validation split, or whole recordings of a folder, with their codes."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+from snac import SNAC
+
+from codec.audio import EXTENSIONS, AudioError, Header, Recording, Resampler, probe
+from codec.snac import coarse_length, encode, windows
+from shards.contract import COARSE_48K, CODEC_RATE, TARGET_RATE, sample_key
+from shards.errors import UserError
+from shards.index import load
+from shards.reader import decode_sample, read_sample
+from shards.writer import read_table
+
+Samples = npt.NDArray[np.float32]
+
+SPLIT = "validation"
+PLAN = "plan.parquet"
+WINDOW_COARSE = 352  # tokens encoded at once: 30 s
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A clip before it is read."""
+
+    key: str
+    n_samples: int  # at 48 kHz
+    problem: str | None = None
+
+
+@dataclass(frozen=True)
+class Clip:
+    """Equal stretches at 48 kHz: `target` is what every system is compared with, `source` the recording behind it."""
+
+    key: str
+    group: str
+    recording: str
+    start_seconds: float
+    codes_T7: npt.NDArray[np.int16]
+    before: int  # coarse tokens of context before the clip
+    target: Samples
+    source: Samples | None  # null where the target is the recording, or where it cannot be had
+
+
+class Clips(Protocol):
+    """`load` raises AudioError for a recording that cannot be used."""
+
+    title: str
+    teacher: str
+    entries: Sequence[Entry]
+
+    def load(self, place: int) -> Clip: ...
+
+
+class ShardClips:
+    """The segments of the validation split, each with its real context; their recordings by the plan, if it is there.
+
+    Raises UserError when the codes are not by the SNAC named `snac_name`.
+    """
+
+    def __init__(self, folder: Path, snac_name: str) -> None:
+        self.index = load(folder, SPLIT)
+        if not len(self.index):
+            raise UserError(f"{folder} has no usable segment in the split {SPLIT}")
+        if self.index.fingerprint["snac"] != snac_name:
+            raise UserError(f"{folder} holds codes by {self.index.fingerprint['snac']}, not by {snac_name}")
+        self.teacher = str(self.index.fingerprint["teacher"])
+        self.title = f"validation segments of {folder.resolve().parent.name}"
+        keys, lengths = (self.index.table[name].to_pylist() for name in ("key", "n_samples"))
+        self.entries = [Entry(key, length) for key, length in zip(keys, lengths, strict=True)]
+        plan = folder.resolve().parent / PLAN
+        self.plan = _plan_rows(plan) if self.teacher != "recording" and plan.exists() else {}
+
+    def load(self, place: int) -> Clip:
+        sample = decode_sample(read_sample(self.index, place))
+        meta, entry = sample["meta"], self.entries[place]
+        return Clip(
+            key=entry.key,
+            group=meta["group"],
+            recording=meta["recording"],
+            start_seconds=meta["start_seconds"],
+            codes_T7=sample["codes"],
+            before=meta["context_before"],
+            target=sample["target"][: entry.n_samples],
+            source=self._source(entry),
+        )
+
+    def _source(self, entry: Entry) -> Samples | None:
+        row = self.plan.get(entry.key)
+        if row is None or not Path(row["path"]).exists():
+            return None
+        header = Header(row["file_frames"], row["rate"], row["channels"])
+        recording = Recording(Path(row["path"]), header, row["first_frame"], row["frames"])
+        start = row["start_coarse"] * COARSE_48K
+        return Resampler(recording, TARGET_RATE).read(start, start + entry.n_samples)
+
+
+def _plan_rows(plan: Path) -> dict[str, dict[str, Any]]:
+    table: pa.Table = read_table(plan, filters=pc.field("split") == SPLIT)
+    return {sample_key(row["shard"], row["row"]): row for row in table.to_pylist()}
+
+
+class RecordingClips:
+    """The recordings of a folder, whole, each its own target. Raises UserError for a folder that holds none.
+
+    A recording's key is its path below the folder without the suffix.
+    """
+
+    teacher = "recording"
+
+    def __init__(self, folder: Path, snac: SNAC, max_seconds: float) -> None:
+        if not folder.is_dir():
+            raise UserError(f"audio={folder}: no such folder")
+        files = sorted(path for path in folder.rglob("*") if path.is_file())
+        self.paths = [path for path in files if path.suffix.lower() in EXTENSIONS]
+        if not self.paths:
+            raise UserError(f"audio={folder} holds no recordings ({', '.join(sorted(EXTENSIONS))})")
+        self.folder, self.snac, self.max_seconds = folder, snac, max_seconds
+        self.title = f"recordings of {folder.resolve().name}"
+        self.ignored = len(files) - len(self.paths)
+        keys = [path.relative_to(folder).with_suffix("").as_posix() for path in self.paths]
+        repeated = [key for key, n in Counter(keys).items() if n > 1]
+        if repeated:
+            raise UserError(f"audio={folder}: {repeated[0]} stands there with several suffixes: keep one of them")
+        self.entries = [self._entry(path, key) for path, key in zip(self.paths, keys, strict=True)]
+
+    def _entry(self, path: Path, key: str) -> Entry:
+        try:
+            length = Recording(path, probe(path)).length(TARGET_RATE)
+        except AudioError as error:
+            return Entry(key, 0, str(error))
+        if length > self.max_seconds * TARGET_RATE:
+            return Entry(key, length, f"lasts {length / TARGET_RATE:.1f} s, more than max_seconds={self.max_seconds:g}")
+        return Entry(key, length)
+
+    def load(self, place: int) -> Clip:
+        path, entry = self.paths[place], self.entries[place]
+        recording = Recording(path, probe(path))
+        return Clip(
+            key=entry.key,
+            group=path.parent.relative_to(self.folder).as_posix(),
+            recording=path.relative_to(self.folder).as_posix(),
+            start_seconds=0.0,
+            codes_T7=tokens(self.snac, recording),
+            before=0,
+            target=Resampler(recording, TARGET_RATE).read(0, entry.n_samples),
+            source=None,
+        )
+
+
+def tokens(snac: SNAC, recording: Recording) -> npt.NDArray[np.int16]:
+    """(T, 7): those of `SNAC.encode` of the whole recording."""
+    resampler, total = Resampler(recording, CODEC_RATE), coarse_length(recording.length(CODEC_RATE))
+    parts = [
+        encode(snac, [window], resampler.read(*window.samples)[None])[0] for window in windows(total, WINDOW_COARSE)
+    ]
+    return np.concatenate(parts)

@@ -1,0 +1,39 @@
+"""Results in order from several processes, with few jobs in memory at a time."""
+
+from __future__ import annotations
+
+import multiprocessing
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from typing import TypeVar
+
+Job = TypeVar("Job")
+Result = TypeVar("Result")
+
+
+def ordered(work: Callable[[Job], Result], jobs: Iterator[Job], processes: int) -> Iterator[Result]:
+    """work(job) for each job, in order; at most two jobs per process are under way. 0 processes: here.
+
+    Each process computes on one thread, so that results do not depend on their number.
+    """
+    if not processes:
+        yield from map(work, jobs)
+        return
+    waiting: deque[Future[Result]] = deque()
+    with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), _one_thread) as pool:
+        try:
+            for job in jobs:
+                waiting.append(pool.submit(work, job))
+                if len(waiting) >= 2 * processes:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _one_thread() -> None:
+    import torch
+
+    torch.set_num_threads(1)

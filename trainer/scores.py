@@ -1,0 +1,158 @@
+"""What `just eval` measures: the metrics by name, what each writes, and one output scored against its reference."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from importlib.util import find_spec
+
+import pyarrow as pa
+import torch
+
+from shards.errors import UserError
+from trainer import perceptual, signals
+from trainer.metrics import SPLIT_HZ, log_spectral_distance_in_band, log_spectral_distances, mel_distance, stft_distance
+from trainer.signals import Samples, Undefined
+
+
+@dataclass(frozen=True)
+class Column:
+    label: str
+    better: str  # less, more, zero, or target: what the target has
+    digits: int = 3
+    unit: str = ""
+
+
+@dataclass(frozen=True)
+class Metric:
+    """`score(wav, reference)` gives the values of `columns`."""
+
+    columns: tuple[str, ...]
+    score: Callable[[Samples, Samples], dict[str, float]]
+    packages: tuple[str, ...] = ()
+
+
+COLUMNS = {
+    "lsd": Column("LSD", "less"),
+    "lsd_hf": Column("LSD above 12 kHz", "less"),
+    "lsd_hf_reached": Column("LSD from 12 kHz to the target's bandwidth", "less"),
+    "lsd_lf": Column("LSD below 12 kHz", "less"),
+    "stft": Column("Multi-resolution STFT distance", "less"),
+    "mel": Column("Mel distance", "less"),
+    "si_sdr_lf_db": Column("SI-SDR below 12 kHz", "more", 2, "dB"),
+    "level_db": Column("Level", "zero", 2, "dB"),
+    "lag_samples": Column("Lag", "zero", 2, "samples"),
+    "bandwidth_hz": Column("Bandwidth", "target", 0, "Hz"),
+    "high_band_db": Column("Energy above 12 kHz", "target", 2, "dB"),
+    "high_band_error_db": Column("Energy above 12 kHz, error", "zero", 2, "dB"),
+    "visqol": Column("ViSQOL, audio", "more", 2),
+    "pesq_wb": Column("PESQ-WB", "more", 2),
+    "stoi": Column("STOI", "more"),
+    "dnsmos_ovrl": Column("DNSMOS overall", "more", 2),
+    "dnsmos_sig": Column("DNSMOS speech", "more", 2),
+    "dnsmos_bak": Column("DNSMOS background", "more", 2),
+    "dnsmos_p808": Column("DNSMOS P.808", "more", 2),
+}
+
+
+def _lsd(wav: Samples, reference: Samples) -> dict[str, float]:
+    return log_spectral_distances(torch.from_numpy(wav), torch.from_numpy(reference))
+
+
+def _lsd_reached(wav: Samples, reference: Samples) -> dict[str, float]:
+    """Recordings often end at 16 or 18 kHz; above, LSD judges an empty band."""
+    bandwidth = signals.bandwidth_hz(reference)
+    if bandwidth <= SPLIT_HZ:
+        raise Undefined(f"the reference ends at {bandwidth:.0f} Hz")
+    pair = torch.from_numpy(wav), torch.from_numpy(reference)
+    return {"lsd_hf_reached": log_spectral_distance_in_band(*pair, SPLIT_HZ, bandwidth)}
+
+
+def _high_band(wav: Samples, reference: Samples) -> dict[str, float]:
+    own = signals.high_band_db(wav)
+    return {"high_band_db": own, "high_band_error_db": own - signals.high_band_db(reference)}
+
+
+def _tensors(name: str, score: Callable[[torch.Tensor, torch.Tensor], float]) -> Metric:
+    return Metric((name,), lambda wav, reference: {name: score(torch.from_numpy(wav), torch.from_numpy(reference))})
+
+
+def _one(name: str, score: Callable[[Samples, Samples], float], *packages: str) -> Metric:
+    return Metric((name,), lambda wav, reference: {name: score(wav, reference)}, packages)
+
+
+METRICS: dict[str, Metric] = {
+    "lsd": Metric(("lsd", "lsd_hf", "lsd_lf"), _lsd),
+    "lsd_reached": Metric(("lsd_hf_reached",), _lsd_reached),
+    "stft": _tensors("stft", stft_distance),
+    "mel": _tensors("mel", mel_distance),
+    "si_sdr": _one("si_sdr_lf_db", signals.low_band_si_sdr_db),
+    "level": _one("level_db", signals.level_db),
+    "lag": _one("lag_samples", signals.lag_samples),
+    "bandwidth": _one("bandwidth_hz", lambda wav, reference: signals.bandwidth_hz(wav)),
+    "high_band": Metric(("high_band_db", "high_band_error_db"), _high_band),
+    "visqol": _one("visqol", perceptual.visqol, "visqol"),
+    "pesq": _one("pesq_wb", perceptual.pesq_wb, "pesq"),
+    "stoi": _one("stoi", perceptual.stoi, "pystoi"),
+    "dnsmos": Metric(
+        ("dnsmos_ovrl", "dnsmos_sig", "dnsmos_bak", "dnsmos_p808"),
+        lambda wav, reference: perceptual.dnsmos(wav),
+        ("speechmos", "librosa"),
+    ),
+}
+
+
+def columns_of(names: Iterable[str]) -> list[str]:
+    """What these metrics write, in the order of COLUMNS."""
+    written = {column for name in names for column in METRICS[name].columns}
+    return [column for column in COLUMNS if column in written]
+
+
+def schema(names: Iterable[str]) -> pa.Schema:
+    """A row for each clip and system. Without a value, `undefined` says why, metric by metric."""
+    return pa.schema(
+        [
+            ("clip", pa.string()),
+            ("group", pa.string()),
+            ("recording", pa.string()),
+            ("start_seconds", pa.float64()),
+            ("seconds", pa.float64()),
+            ("system", pa.string()),  # null where the clip could not be used
+            ("status", pa.string()),
+            ("reason", pa.string()),  # why the clip could not be used
+            *((name, pa.float64()) for name in columns_of(names)),
+            ("undefined", pa.list_(pa.string())),
+        ]
+    )
+
+
+def check_installed(names: Iterable[str]) -> None:
+    """Raises UserError when a chosen metric's package is missing: no metric is left out unasked."""
+    wanted = list(names)
+    missing = [name for name in wanted if not all(map(find_spec, METRICS[name].packages))]
+    if missing:
+        rest = ",".join(name for name in wanted if name not in missing)
+        raise UserError(
+            f"{', '.join(missing)} need packages that are not installed: `just extras` installs them; "
+            f"metrics={rest} does without"
+        )
+
+
+def score(wav: Samples, reference: Samples, names: Iterable[str]) -> dict[str, object]:
+    """Columns → value or None, and `undefined`: `metric: reason` for each that says nothing of this clip."""
+    row: dict[str, object] = {}
+    undefined = []
+    for name in names:
+        try:
+            values: Mapping[str, float | None] = METRICS[name].score(wav, reference)
+        except Undefined as reason:
+            values = dict.fromkeys(METRICS[name].columns)
+            undefined.append(f"{name}: {reason}")
+        for column in METRICS[name].columns:
+            value = values[column]
+            if value is not None and not math.isfinite(value):
+                undefined.append(f"{name}: {column} is {value}")
+                value = None
+            row[column] = value
+    return {**row, "undefined": undefined}

@@ -1,0 +1,115 @@
+"""Level, lag, bandwidth, band energies and SI-SDR of a mono signal at 48 kHz against its reference.
+
+Both have one length. Raises Undefined where a figure would have no meaning, saying why.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from codec.audio import sinc_resampler
+from shards.contract import TARGET_RATE
+
+Samples = npt.NDArray[np.float32]
+Floats = npt.NDArray[np.float64]
+
+SPLIT_HZ = 12_000
+SILENT_DB = -90.0  # RMS re full scale
+MAX_LAG = 2400  # samples: 50 ms
+MIN_CORRELATION = 0.3
+RATIO_FLOOR = 1e-12  # of energies: −120 dB
+N_FFT, HOP = 2048, 512
+FREQUENCIES_HZ = np.fft.rfftfreq(N_FFT, 1 / TARGET_RATE)
+BAND_HZ = 250  # resolution of the bandwidth
+BELOW_PEAK_DB = 80.0
+BAND_FLOOR_DB = -110.0  # per bin re a full-scale sine: above the noise of 16 bit PCM (−128)
+
+
+class Undefined(Exception):
+    """Why this metric says nothing of these signals."""
+
+
+def rms_db(wav: Samples) -> float:
+    """RMS in dB re full scale, at least −120."""
+    return 20 * float(np.log10(max(np.sqrt(np.mean(np.square(wav, dtype=np.float64))), 1e-6)))
+
+
+def check_sounds(wav: Samples, reference: Samples) -> None:
+    """Raises Undefined where either is silent (RMS below −90 dB)."""
+    for name, signal in (("reference", reference), ("output", wav)):
+        if rms_db(signal) < SILENT_DB:
+            raise Undefined(f"the {name} is silent")
+
+
+def level_db(wav: Samples, reference: Samples) -> float:
+    """RMS over that of the reference, dB; 0 is right."""
+    check_sounds(wav, reference)
+    return rms_db(wav) - rms_db(reference)
+
+
+def lag_samples(wav: Samples, reference: Samples) -> float:
+    """Samples by which the output is late: the peak of the cross-correlation within ±50 ms, between samples by a
+    parabola. Undefined where the normalised peak is below 0.3: re-synthesised speech has phases of its own."""
+    check_sounds(wav, reference)
+    x, y = wav.astype(np.float64), reference.astype(np.float64)
+    size = 1 << (2 * len(x) - 1).bit_length()
+    product = np.fft.rfft(x, size) * np.fft.rfft(y, size).conj()
+    correlation = np.fft.irfft(product, size) / np.sqrt(np.dot(x, x) * np.dot(y, y))
+    reach = min(MAX_LAG, len(x) - 1)
+    around = np.concatenate([correlation[size - reach :], correlation[: reach + 1]])
+    best = int(around.argmax())
+    if around[best] < MIN_CORRELATION:
+        raise Undefined(f"the waveforms hardly correlate ({around[best]:.2f})")
+    if not 0 < best < 2 * reach:
+        return float(best - reach)
+    left, middle, right = around[best - 1 : best + 2]
+    curvature = left - 2 * middle + right
+    return best - reach + (float(0.5 * (left - right) / curvature) if curvature else 0.0)
+
+
+def low_band_si_sdr_db(wav: Samples, reference: Samples) -> float:
+    """SI-SDR (Le Roux et al., 2019) of both resampled to 24 kHz, the codec's band, means removed; at most 100 dB."""
+    check_sounds(wav, reference)
+    resample = sinc_resampler(2, 1)
+    x, y = (resample(torch.from_numpy(signal)).double().numpy() for signal in (wav, reference))
+    x, y = x - x.mean(), y - y.mean()
+    projected = np.dot(x, y) / np.dot(y, y) * y
+    signal, noise = float(np.dot(projected, projected)), float(np.square(x - projected).sum())
+    return 10 * float(np.log10(max(signal, 1e-20) / max(noise, 1e-10 * signal, 1e-20)))
+
+
+def high_band_db(wav: Samples) -> float:
+    """Energy from 12 kHz on over all energy, dB; at least −120."""
+    power = mean_power(wav)
+    high = power[FREQUENCIES_HZ >= SPLIT_HZ].sum() / power.sum()
+    return 10 * float(np.log10(max(high, RATIO_FLOOR)))
+
+
+def bandwidth_hz(wav: Samples) -> float:
+    """The upper edge of the highest 250 Hz band that carries something; 0 where none does.
+
+    The mean power per bin of that band lies at most 80 dB below the strongest band's, and above −110 dB re a
+    full-scale sine, where the noise of 16 bit PCM ends.
+    """
+    power, band = mean_power(wav)[1:-1], FREQUENCIES_HZ[1:-1] // BAND_HZ
+    in_band = [power[band == number].mean() for number in range(TARGET_RATE // 2 // BAND_HZ)]
+    level = 10 * np.log10(np.maximum(in_band, 1e-20))
+    heard = np.flatnonzero(level >= max(level.max() - BELOW_PEAK_DB, BAND_FLOOR_DB))
+    return float((heard[-1] + 1) * BAND_HZ) if len(heard) else 0.0
+
+
+def mean_power(wav: Samples) -> Floats:
+    """Of each bin, over Hann frames of 2048 with hop 512 that lie inside the signal; a full-scale sine has 1.
+
+    Frames that reach over the ends would see a cut there, which sounds at all frequencies.
+    """
+    if rms_db(wav) < SILENT_DB:
+        raise Undefined("the signal is silent")
+    if len(wav) < N_FFT:
+        raise Undefined(f"{len(wav)} samples are fewer than a frame of {N_FFT}")
+    window = torch.hann_window(N_FFT)
+    spectrum = torch.stft(torch.from_numpy(wav), N_FFT, HOP, window=window, center=False, return_complex=True)
+    power: Floats = (spectrum.abs() * 2 / window.sum()).double().square().mean(dim=1).numpy()
+    return power

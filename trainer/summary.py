@@ -1,0 +1,123 @@
+"""Means over clips with bootstrap intervals, for each system and metric, and paired against a baseline."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from shards.contract import OK
+from trainer.scores import COLUMNS
+
+Floats = npt.NDArray[np.float64]
+
+COVERAGE = 95.0  # percent
+SCHEMA = pa.schema(
+    [
+        ("system", pa.string()),
+        ("metric", pa.string()),
+        ("clips", pa.int32()),  # in which the metric is defined
+        ("mean", pa.float64()),
+        ("low", pa.float64()),  # the 95 % interval; null for fewer than two clips
+        ("high", pa.float64()),
+        ("pairs", pa.int32()),  # clips in which it is defined for the baseline too
+        ("difference", pa.float64()),  # from the baseline, clip by clip; null for the baseline itself
+        ("difference_low", pa.float64()),
+        ("difference_high", pa.float64()),
+    ]
+)
+
+
+def interval(values: Floats, resamples: int, seed: int) -> tuple[float | None, float | None, float | None]:
+    """Mean and its 95 % interval: percentiles of the means of `resamples` draws of as many clips with replacement.
+
+    The draws depend on the seed and the number of clips only. No values: no mean; one value: no interval.
+    """
+    if not len(values):
+        return None, None, None
+    mean = float(values.mean())
+    if len(values) == 1:
+        return mean, None, None
+    random = np.random.Generator(np.random.Philox(seed))
+    draws = (values[random.integers(len(values), size=len(values))].mean() for _ in range(resamples))
+    low, high = np.percentile(list(draws), [50 - COVERAGE / 2, 50 + COVERAGE / 2])
+    return mean, float(low), float(high)
+
+
+def summarise(clips: pa.Table, baseline: str, resamples: int, seed: int) -> pa.Table:
+    """Rows of SCHEMA: systems in the order in which they stand in `clips`, metrics in that of its columns."""
+    usable = clips.filter(pc.field("status") == OK)
+    systems = list(dict.fromkeys(usable["system"].to_pylist()))
+    metrics = [name for name in clips.column_names if name in COLUMNS]
+    values = {system: _values(usable.filter(pc.field("system") == system), metrics) for system in systems}
+    rows = []
+    for system in systems:
+        for metric in metrics:
+            own, other = values[system][metric], values[baseline][metric]
+            mean, low, high = interval(own[np.isfinite(own)], resamples, seed)
+            row = {"system": system, "metric": metric, "clips": int(np.isfinite(own).sum())}
+            row |= {"mean": mean, "low": low, "high": high}
+            if system != baseline:
+                paired = own - other
+                paired = paired[np.isfinite(paired)]
+                names = ("difference", "difference_low", "difference_high")
+                row |= {"pairs": len(paired), **dict(zip(names, interval(paired, resamples, seed), strict=True))}
+            rows.append(row)
+    return pa.Table.from_pylist(rows, schema=SCHEMA)
+
+
+def _values(rows: pa.Table, metrics: Sequence[str]) -> dict[str, Floats]:
+    """Metric → a value for each clip, NaN where it is undefined; clips stand in one order for every system."""
+    return {name: rows[name].to_numpy(zero_copy_only=False).astype(np.float64) for name in metrics}
+
+
+def lines(summary: pa.Table, labels: Sequence[tuple[str, str]]) -> Iterator[str]:
+    """A table for people: a line for each metric, a column for each (system, label).
+
+    `*` marks a mean whose paired difference from the baseline is not 0 by its interval.
+    """
+    rows = {(row["system"], row["metric"]): row for row in summary.to_pylist()}
+    metrics = list(dict.fromkeys(metric for _, metric in rows))
+    cells = {(system, metric): cell(rows[system, metric]) for system, metric in rows}
+    titles = {metric: title(metric) for metric in metrics}
+    first = max(map(len, titles.values()))
+    widths = {
+        system: max([len(label), *(len(cells[system, metric]) for metric in metrics)]) for system, label in labels
+    }
+    yield " " * first + "".join(f"  {label:>{widths[system]}}" for system, label in labels)
+    for metric in metrics:
+        yield f"{titles[metric]:{first}}" + "".join(
+            f"  {cells[system, metric]:>{widths[system]}}" for system, _ in labels
+        )
+
+
+def title(metric: str) -> str:
+    column = COLUMNS[metric]
+    arrow = {"less": " ↓", "more": " ↑", "zero": " → 0", "target": ""}[column.better]
+    return column.label + (f" ({column.unit})" if column.unit else "") + arrow
+
+
+def cell(row: Mapping[str, Any]) -> str:
+    """`1.293 [1.250, 1.341]*`, or a dash where the metric is undefined in every clip."""
+    digits = COLUMNS[row["metric"]].digits
+    if row["mean"] is None:
+        return "–"
+    text = fixed(row["mean"], digits)
+    if row["low"] is not None:
+        text += f" [{fixed(row['low'], digits)}, {fixed(row['high'], digits)}]"
+    return text + ("*" if differs(row) else " ")
+
+
+def fixed(value: float, digits: int) -> str:
+    """Never -0."""
+    return f"{round(value, digits) + 0.0:.{digits}f}"
+
+
+def differs(row: Mapping[str, Any]) -> bool:
+    """Whether the interval of the paired difference leaves out 0."""
+    low, high = row["difference_low"], row["difference_high"]
+    return low is not None and high is not None and not low <= 0 <= high
