@@ -80,7 +80,8 @@ def test_noise_is_resumed_too(work: Path, tmp_path: Path) -> None:
     run = stopped_after(work, tmp_path / "run", 3, noise="keep", eval_every=99)
     resumed = small_training(work, run, noise="keep", max_steps=4, eval_every=99)
     assert resumed["decoder"]["model.2.block.2.linear.parametrizations.weight.original0"].any(), "no noise is heard"
-    resumed["best"] = whole["best"]  # the stop was validated too
+    for name in ("best", "validations_since_best"):  # the stop was validated too
+        resumed[name] = whole[name]
     assert_same_state(resumed, whole)
 
 

@@ -90,7 +90,7 @@ class TrainSettings(Settings):
     eval_batch_size: int = Field(ge=1, le=65_536, description="crops at once in validation")
     eval_samples: int = Field(ge=1, description="fixed validation crops, at most")
     eval_every: int = Field(ge=1, description="steps between validations")
-    best_metric: Literal["loss", "lsd", "lsd_hf", "lsd_lf", "lsd_hf_in_band", "mel_distance", "si_sdr_lf"] = Field(
+    best_metric: Literal["loss", "lsd", "lsd_hf", "lsd_lf", "lsd_hf_reached", "mel_distance", "si_sdr_lf_db"] = Field(
         description="which validation score makes best.pt"
     )
     patience: int | None = Field(default=None, ge=1, description="stop after so many validations without a new best")

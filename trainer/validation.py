@@ -13,11 +13,21 @@ from shards.order import rank_slice
 from trainer.data import Batch, fixed_batches
 from trainer.distributed import Process
 from trainer.losses import reconstruction, weighted
-from trainer.metrics import log_spectral_distances
+from trainer.scores import score
 from trainer.settings import TrainSettings
 
-DISTANCES = ("lsd", "lsd_hf", "lsd_lf")
-HIGHER_IS_BETTER = {"si_sdr_lf"}
+METRICS = ("lsd", "lsd_reached", "mel", "si_sdr", "level", "high_band")
+DISTANCES = {  # name in logs → name in `just eval`
+    "lsd": "lsd",
+    "lsd_hf": "lsd_hf",
+    "lsd_hf_reached": "lsd_hf_reached",
+    "lsd_lf": "lsd_lf",
+    "mel_distance": "mel",
+    "si_sdr_lf_db": "si_sdr_lf_db",
+    "level_db": "level_db",
+    "high_band_error_db": "high_band_error_db",
+}
+HIGHER_IS_BETTER = {"si_sdr_lf_db"}
 
 
 @torch.no_grad()
@@ -75,9 +85,10 @@ def crop_losses(wav_BN: Tensor, batch: Batch, settings: TrainSettings) -> dict[s
 
 
 def crop_distances(wav_BN: Tensor, batch: Batch) -> dict[str, Tensor]:
-    """Log-spectral distances of each crop's real samples, shape B each."""
-    rows = [
-        log_spectral_distances(wav_N[:valid], target_N[:valid])
-        for wav_N, target_N, valid in zip(wav_BN, batch.target_BN, batch.valid_B.tolist(), strict=True)
-    ]
-    return {name: torch.tensor([row[name] for row in rows], device=wav_BN.device) for name in DISTANCES}
+    """DISTANCES of each crop's real samples, shape B each; NaN where one would have no meaning."""
+    rows = []
+    for wav_N, target_N, valid in zip(wav_BN.cpu(), batch.target_BN.cpu(), batch.valid_B.tolist(), strict=True):
+        found = score(wav_N[:valid].float().numpy(), target_N[:valid].float().numpy(), METRICS)
+        rows.append([found[name] for name in DISTANCES.values()])
+    values_BN = torch.tensor([[math.nan if value is None else value for value in row] for row in rows])
+    return dict(zip(DISTANCES, values_BN.unbind(dim=1), strict=True))
