@@ -102,7 +102,7 @@ def largest_difference(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -
 
 
 def assert_same_state(a: dict[str, Any], b: dict[str, Any]) -> None:
-    """Everything but settings is the same, bit for bit: weights, running means, optimizers, discriminators, counters."""
+    """All but settings is the same, bit for bit: weights, running means, optimizers, discriminators, counters."""
     kept = [{name: value for name, value in state.items() if name != "settings"} for state in (a, b)]
     assert_identical(*kept, "state")
 

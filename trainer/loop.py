@@ -68,11 +68,13 @@ class Trainer:
         self.step, self.validations_since_best = 0, 0
         self.best = math.inf
         self.saved_at = time.monotonic()
+        self.begins_from = "begins from the warm start"
 
         state = self._checkpoint()
         decoder = warm_start(self.snac, settings.noise, settings.seed)
         if settings.init_from is not None and state is None:
             source = checkpoint.load_codec(settings.init_from, settings.pretrained_model)
+            self.begins_from = f"begins from {settings.init_from}, step {source.provenance.get('step', 'unknown')}"
             decoder.load_state_dict(source.decoder.state_dict())
             if settings.noise == "zero":
                 silence_noise(decoder)
@@ -91,6 +93,7 @@ class Trainer:
         """Whether training came to its end; False when SIGTERM asked it to leave."""
         self._say(self._describe())
         if self.step == 0:
+            self._say(self.begins_from)
             self._validate()
         steps = range(self.step, self.total_steps)
         batches = training_batches(
