@@ -227,7 +227,7 @@ def test_batches_hold_the_samples_of_the_order(work: Path, reference: list[Batch
 
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")
-@pytest.mark.parametrize(("ranks", "workers"), [(2, 0), (3, 0), (4, 0), (1, 1), (1, 2), (1, 3), (2, 2)])
+@pytest.mark.parametrize(("ranks", "workers"), [(2, 0), (3, 0), (4, 0), (1, 1), (1, 2), (1, 3), (2, 2), (3, 1), (4, 3)])
 def test_the_same_global_batches_for_any_number_of_ranks_and_workers(
     ranks: int, workers: int, work: Path, reference: list[Batch]
 ) -> None:
