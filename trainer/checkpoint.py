@@ -29,10 +29,13 @@ SUMMARY = ("step", "best", "validation", "settings", "data", "snac", "snac_sha25
 
 
 def save(path: Path, state: Mapping[str, Any]) -> None:
-    """A checkpoint, and what it says of itself as .json beside it, for whoever has no torch."""
-    save_tensors(path, state)
+    """A checkpoint; before it, what it says of itself as .json beside it, for whoever has no torch.
+
+    In this order, so that a process that is killed in between writes both again when it comes to this step again.
+    """
     with replacing(path.with_suffix(".json")) as temporary:
         temporary.write_text(json.dumps({name: state[name] for name in SUMMARY if name in state}, indent=2) + "\n")
+    save_tensors(path, state)
 
 
 def save_tensors(path: Path, state: Mapping[str, Any]) -> None:
@@ -102,8 +105,8 @@ def prune_best(run: Path, keep: int, metric: str, higher_is_better: bool) -> Non
 
 
 def remove(path: Path) -> None:
-    path.unlink()
     path.with_suffix(".json").unlink(missing_ok=True)
+    path.unlink()
 
 
 @dataclass(frozen=True)
