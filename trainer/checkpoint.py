@@ -28,17 +28,17 @@ PROVENANCE = "provenance.json"  # in an exported directory, beside what stock sn
 SUMMARY = ("step", "best", "validation", "settings", "data", "snac", "snac_sha256")
 
 
-def save(path: Path, state: Mapping[str, Any]) -> None:
+def save_described(path: Path, state: Mapping[str, Any]) -> None:
     """A checkpoint; before it, what it says of itself as .json beside it, for whoever has no torch.
 
     In this order, so that a process that is killed in between writes both again when it comes to this step again.
     """
     with replacing(path.with_suffix(".json")) as temporary:
         temporary.write_text(json.dumps({name: state[name] for name in SUMMARY if name in state}, indent=2) + "\n")
-    save_tensors(path, state)
+    save(path, state)
 
 
-def save_tensors(path: Path, state: Mapping[str, Any]) -> None:
+def save(path: Path, state: Mapping[str, Any]) -> None:
     """Through memory, because torch reports a full disk as an error of its own."""
     buffer = io.BytesIO()
     torch.save(state, buffer)

@@ -11,7 +11,7 @@ from snac import SNAC
 
 from shards.errors import UserError
 from shards.files import replacing
-from trainer.checkpoint import PROVENANCE, Codec48k, load_codec, save_tensors
+from trainer.checkpoint import PROVENANCE, Codec48k, load_codec, save
 from trainer.decoder import RATES_48K
 from trainer.settings import ExportSettings
 
@@ -72,4 +72,4 @@ def write_export(codec: Codec48k, folder: Path, name: str) -> None:
     for file, text in texts.items():
         with replacing(folder / file) as temporary:
             temporary.write_text(text)
-    save_tensors(folder / "pytorch_model.bin", whole.state_dict())
+    save(folder / "pytorch_model.bin", whole.state_dict())

@@ -158,9 +158,9 @@ class Trainer:
         settings = self.settings
         state = {**self._state(), "decoder": self.learner.ema.model.state_dict(), "validation": means}
         if better:
-            checkpoint.save(checkpoint.folder(settings.run) / checkpoint.BEST, state)
+            checkpoint.save_described(checkpoint.folder(settings.run) / checkpoint.BEST, state)
         if settings.keep_best > 1:
-            checkpoint.save(checkpoint.best_path(settings.run, self.step), state)
+            checkpoint.save_described(checkpoint.best_path(settings.run, self.step), state)
             checkpoint.prune_best(
                 settings.run, settings.keep_best, settings.best_metric, settings.best_metric in HIGHER_IS_BETTER
             )
@@ -181,7 +181,7 @@ class Trainer:
         self.saved_at = time.monotonic()
         if self.process.is_first:
             state = {**self._state(), **self.learner.state_dict()}
-            checkpoint.save(checkpoint.step_path(self.settings.run, self.step), state)
+            checkpoint.save_described(checkpoint.step_path(self.settings.run, self.step), state)
             checkpoint.prune(self.settings.run, self.settings.keep_last)
 
     def _state(self) -> dict[str, Any]:
