@@ -62,6 +62,10 @@ demo *args: _env
 learning *args: _env
     @{{ python }} -m benchmarks.learning "$@"
 
+# which recipe gives the best voice? just bench-quality SPEECH OUT minutes=30 (stand-in SNAC; run again to go on)
+bench-quality *args: _env
+    @{{ python }} -m benchmarks.quality "$@"
+
 # format, lint, types
 check: _env
     @{{ python }} -m ruff format --check .

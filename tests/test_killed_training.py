@@ -62,6 +62,15 @@ def start(context: ForkServerContext, work: Path, run: Path, changes: dict[str, 
     return process
 
 
+def wait_for_step(process: BaseProcess, run: Path, step: int) -> None:
+    """Until there is a checkpoint of this step or a later one, or the process has ended."""
+    while process.is_alive():
+        newest = checkpoint.newest(run)
+        if step == 0 or (newest is not None and newest >= checkpoint.step_path(run, step)):
+            return
+        time.sleep(0.002)
+
+
 def test_killed_twenty_times(context: ForkServerContext, work: Path, tmp_path: Path) -> None:
     """Each run is killed and started again until it ends; then it is the undisturbed one, and another run begins."""
     undisturbed = tmp_path / "undisturbed"
@@ -77,7 +86,9 @@ def test_killed_twenty_times(context: ForkServerContext, work: Path, tmp_path: P
         assert number < KILLS, "most runs ended before they were killed"
         run = tmp_path / str(number)
         process = start(context, work, run)
-        process.join(delays.uniform(0, seconds) if kills < KILLS else None)
+        if kills < KILLS:
+            wait_for_step(process, run, delays.randrange(SETTINGS["max_steps"]))
+        process.join(delays.uniform(0, seconds / SETTINGS["max_steps"]) if kills < KILLS else None)
         if process.is_alive():
             process.kill()
             process.join()
