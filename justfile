@@ -26,6 +26,10 @@ calibrate *args: _env
 train *args: _env
     @{{ python }} -m trainer train "$@"
 
+# where a training stands, while it runs and after it died: just status run=RUN
+status *args: _env
+    @{{ python }} -m trainer status "$@"
+
 # codes, targets and training in one go, skipping what is done
 workflow *args: _env
     @{{ python }} -m pipeline workflow "$@"
@@ -69,6 +73,10 @@ demo *args: _env
 # does the base recipe learn on real speech? just learning SPEECH OUT (stand-in SNAC, half an hour on 2 cores)
 learning *args: _env
     @{{ python }} -m benchmarks.learning "$@"
+
+# which recipe gives the best voice? just bench-quality SPEECH OUT minutes=30 (stand-in SNAC; run again to go on)
+bench-quality *args: _env
+    @{{ python }} -m benchmarks.quality "$@"
 
 # format, lint, types
 check: _env

@@ -26,6 +26,8 @@ TRAIN = {
     "segment_length": 0.5,
     "learning_rate": 3e-4,
     "phase1_steps": 40,
+    "warmup_steps": 10,
+    "ema_decay": 0.95,
     "eval_every": 80,
     "eval_samples": 24,
     "checkpoint_every": 40,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -14,12 +15,15 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from shards.cache import ShardCache, default_cache
 from shards.contract import FORMAT_VERSION, INDEX_NAME, INDEX_SCHEMA, OK, SIDECAR_SCHEMA
 from shards.errors import ShardError
 from shards.files import file_sha256, replacing
 from shards.reader import decode_sample, split_members
 from shards.storage import Location
-from shards.writer import differences, encode_metadata, read_metadata, read_table
+from shards.writer import differences, encode_metadata, naming, parquet_source, read_metadata, read_table
+
+MAPPED_ROWS = 1 << 16  # of an index in memory at once
 
 
 def tar_path(folder: Location, split: str, shard: int) -> Location:
@@ -49,12 +53,13 @@ class Index:
     counts: tuple[int, ...]  # samples of each shard
     sha256: str
     fingerprint: dict[str, Any]
+    cache: ShardCache  # where remote shards are read from
 
     def __len__(self) -> int:
         return sum(self.counts)
 
 
-def load(folder: Location, split: str) -> Index:
+def load(folder: Location, split: str, cache: ShardCache | None = None) -> Index:
     """Raises ShardError when there is no index, or one of another format."""
     path = folder / INDEX_NAME
     if not path.exists():
@@ -64,9 +69,8 @@ def load(folder: Location, split: str) -> Index:
         raise ShardError(f"{path} has format {metadata.get('format_version')}, this version reads {FORMAT_VERSION}")
     if "fingerprint" not in metadata:
         raise ShardError(f"{path} does not say what its shards were made from: run `just shard-targets` again")
-    columns = ["shard", "key", "offset", "length", "crc32", "n_coarse", "n_samples"]
-    chosen = (pc.field("split") == split) & (pc.field("status") == OK)
-    table = read_table(path, columns=columns, filters=chosen).combine_chunks()
+    with naming(path):
+        table = _mapped(path, split)
     shards, counts = np.unique(table["shard"].to_numpy(), return_counts=True)
     return Index(
         folder=folder,
@@ -76,7 +80,23 @@ def load(folder: Location, split: str) -> Index:
         counts=tuple(counts.tolist()),
         sha256=file_sha256(path),
         fingerprint=metadata["fingerprint"],
+        cache=cache or default_cache(),
     )
+
+
+def _mapped(path: Location, split: str) -> pa.Table:
+    """The usable rows, streamed into a file without a name and mapped from there.
+
+    So memory does not grow with the index, and the processes that read ahead share what is looked up.
+    """
+    columns = ["shard", "key", "offset", "length", "crc32", "n_coarse", "n_samples"]
+    schema = pa.schema([INDEX_SCHEMA.field(name) for name in columns])
+    with tempfile.NamedTemporaryFile(suffix=".arrow") as file:
+        with pa.ipc.new_file(file.name, schema) as written, pq.ParquetFile(parquet_source(path)) as parquet:
+            for rows in parquet.iter_batches(MAPPED_ROWS, columns=[*columns, "split", "status"]):
+                usable = pc.and_(pc.equal(rows["split"], split), pc.equal(rows["status"], OK))
+                written.write_batch(rows.filter(usable).select(columns))
+        return pa.ipc.open_file(pa.memory_map(file.name)).read_all()
 
 
 def shard_list(folder: Location) -> list[tuple[str, int]]:

@@ -23,7 +23,7 @@ def random_words(n: int, *key: int | str) -> npt.NDArray[np.uint64]:
     return np.random.Philox(key=np.frombuffer(digest[:16], dtype=np.uint64)).random_raw(n)
 
 
-@lru_cache(maxsize=8)
+@lru_cache(maxsize=32)
 def permutation(n: int, *key: int | str) -> npt.NDArray[np.intp]:
     return np.argsort(random_words(n, *key), kind="stable")
 
@@ -57,6 +57,19 @@ class Order:
         """(position in the endless stream, number of the sample) for each place of global batch `step`."""
         first = step * self.global_batch
         return [(position, self.sample_at(position)) for position in range(first, first + self.global_batch)]
+
+    def shards_from(self, position: int) -> list[int]:
+        """The shards that hold the samples from `position` on: those of its window, then those of the next."""
+        found: list[int] = []
+        for _ in range(2):
+            epoch, place = divmod(position, self.samples_per_epoch)
+            shards = permutation(len(self.counts), self.seed, "shards", epoch)
+            ends = np.cumsum(self._counts[shards])
+            first = int(np.searchsorted(ends, place, side="right")) // self.window * self.window
+            members = shards[first : first + self.window].tolist()
+            found += [shard for shard in members if shard not in found]
+            position += int(ends[min(first + self.window, len(ends)) - 1]) - place
+        return found
 
     def sample_at(self, position: int) -> int:
         epoch, place = divmod(position, self.samples_per_epoch)

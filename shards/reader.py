@@ -1,4 +1,4 @@
-"""One sample by (shard, offset, length), checked; and a WebDataset source that yields samples in training order."""
+"""One sample by (shard, offset, length), checked."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import os
 import tarfile
 import time
 import zlib
-from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,8 +15,7 @@ import soundfile
 
 from shards.contract import CODES_SUFFIX, META_SUFFIX, TARGET_SUFFIX, check_meta, check_sample, load_codes
 from shards.errors import ShardError
-from shards.order import Order, rank_slice
-from shards.storage import Location
+from shards.storage import Location, StorageError
 
 if TYPE_CHECKING:
     from shards.index import Index
@@ -78,34 +76,13 @@ def read_sample(index: Index, sample: int) -> dict[str, Any]:
         if attempt:
             time.sleep(0.1 * 2**attempt)
         try:
-            with path.open("rb") as tar:
+            with index.cache.open(path) as tar:
                 data = os.pread(tar.fileno(), row["length"], row["offset"])
-        except OSError as error:
+        except (OSError, StorageError) as error:
             trouble = str(error)
             continue
         if zlib.crc32(data) == row["crc32"]:
             return split_members(data, row["key"], path)
+        index.cache.discard(path)
         trouble = f"crc32 of {len(data)} bytes at {row['offset']} differs from the index"
     raise ShardError(f"{path}: {row['key']}: {trouble} ({READ_ATTEMPTS} attempts); `just verify` lists what is damaged")
-
-
-class OrderedSamples:
-    """A source for `wds.DataPipeline`: this rank's samples of each global batch from `first_step` on, in order.
-
-    DataLoader workers take whole batches in turn, so the loader hands them on in order whatever their number.
-    """
-
-    def __init__(self, index: Index, order: Order, steps: range, rank: int, world_size: int) -> None:
-        self.index, self.order, self.steps = index, order, steps
-        self.rank, self.world_size = rank, world_size
-
-    def __call__(self) -> Iterator[dict[str, Any]]:
-        from webdataset.utils import pytorch_worker_info
-
-        _, _, worker, workers = pytorch_worker_info()
-        places = rank_slice(self.order.global_batch, self.rank, self.world_size)
-        for step in self.steps[worker::workers]:
-            batch = self.order.batch(step)
-            for place in places:
-                position, sample = batch[place]
-                yield {**read_sample(self.index, sample), "position": position}

@@ -20,6 +20,7 @@ from shards.contract import COARSE_48K, CONTEXT_COARSE, FORMAT_VERSION, TOKENS, 
 from shards.errors import ShardError
 from shards.index import Index, load
 from shards.order import Order
+from shards.stream import Stage, Stream
 from tests.helpers import ROOT
 from trainer.data import Batch, Crop, collate, crop, fixed_batches, training_batches
 from trainer.decoder import PADDING_TOKEN
@@ -155,19 +156,25 @@ def assert_same(a: tuple[list[str], Tensor, Tensor], b: tuple[list[str], Tensor,
 
 
 @pytest.fixture
-def training(work: Path) -> tuple[Index, Order]:
+def training(work: Path) -> tuple[tuple[Index], Stream]:
     index = load(work / "shards", "train")
-    return index, Order(index.counts, 3, 5, 2)
+    return (index,), stream_of(index, 3, 5)
 
 
-def test_global_batches_do_not_depend_on_workers_ranks_or_where_one_begins(training: tuple[Index, Order]) -> None:
-    index, order = training
-    whole = list(training_batches(index, order, range(6), LENGTH, 0, 0, 1))
+def stream_of(index: Index, seed: int, batch: int) -> Stream:
+    return Stream((Order(index.counts, seed, 1, 2),), (1,), (Stage(0, LENGTH, batch),), seed)
+
+
+def test_global_batches_do_not_depend_on_workers_ranks_or_where_one_begins(
+    training: tuple[tuple[Index], Stream],
+) -> None:
+    indexes, stream = training
+    whole = list(training_batches(indexes, stream, range(6), 0, 0, 1))
     assert [len(batch) for batch in whole] == [5] * 6
     for workers, first in ((2, 0), (1, 2)):
-        read = list(training_batches(index, order, range(first, 6), LENGTH, workers, 0, 1))
+        read = list(training_batches(indexes, stream, range(first, 6), workers, 0, 1))
         assert_same(contents(read), contents(whole[first:]))
-    ranks = [list(training_batches(index, order, range(6), LENGTH, 0, rank, 2)) for rank in range(2)]
+    ranks = [list(training_batches(indexes, stream, range(6), 0, rank, 2)) for rank in range(2)]
     for together, *shares in zip(whole, *ranks, strict=True):
         assert [len(share) for share in shares] == [2, 3]
         assert_same(contents(shares), contents([together]))
@@ -195,9 +202,8 @@ def test_damage_arrives_as_one_line_that_names_shard_and_key(work: Path, tmp_pat
         byte = file.read(1)
         file.seek(-1, io.SEEK_CUR)
         file.write(bytes([byte[0] ^ 1]))
-    order = Order(index.counts, 0, 4, 2)
     with pytest.raises(ShardError) as caught:
-        list(training_batches(index, order, range(5), LENGTH, workers, 0, 1))
+        list(training_batches((index,), stream_of(index, 0, 4), range(5), workers, 0, 1))
     message = str(caught.value)
     assert message.startswith(f"{tar}: {row['key']}: crc32")
     assert "\n" not in message
@@ -209,10 +215,12 @@ import sys
 from pathlib import Path
 from shards.index import load
 from shards.order import Order
+from shards.stream import Stage, Stream
 from trainer.data import training_batches
 
 index = load(Path(sys.argv[1]) / "shards", "train")
-batches = training_batches(index, Order(index.counts, 0, 2, 2), range(1000), 3, 2, 0, 1)
+stream = Stream((Order(index.counts, 0, 1, 2),), (1,), (Stage(0, 3, 2),), 0)
+batches = training_batches((index,), stream, range(1000), 2, 0, 1)
 print(len(next(batches)))
 sys.left_behind = batches
 """

@@ -12,10 +12,10 @@ import torch
 
 from shards.errors import UserError
 from tests.helpers import ROOT
-from tests.training_helpers import largest_difference, last_state, metrics, small_training, train_words
+from tests.training_helpers import ADVERSARIAL, largest_difference, last_state, metrics, small_training, train_words
 from trainer import distributed
 
-SETTINGS = {"batch_size": 3, "micro_batch_size": 1, "eval_samples": 3}  # ranks take one crop and two
+SETTINGS = {"batch_size": 3, "micro_batch": 1, "eval_samples": 3}  # ranks take one crop and two
 DOUBLE_PRECISION = """
 import torch
 from trainer.__main__ import main
@@ -36,7 +36,7 @@ def two_processes(*program: str, words: list[str]) -> None:
 def assert_same_metrics(found: Path, expected: Path, relative: float) -> None:
     for line, other in zip(metrics(found), metrics(expected), strict=True):
         assert (line["kind"], line["step"]) == (other["kind"], other["step"])
-        for name in ("loss", "l1", "stft"):
+        for name in line.keys() & {"loss", "l1", "stft", "mel", "adversarial", "features", "discriminator"}:
             assert line[name] == pytest.approx(other[name], rel=relative)
 
 
@@ -44,16 +44,20 @@ def test_two_processes_are_one_to_rounding(work: Path, tmp_path: Path) -> None:
     """In float64, because Adam magnifies rounding: a gradient of 1e-12 moves a weight as far as one of 1."""
     script = tmp_path / "double_precision.py"
     script.write_text(DOUBLE_PRECISION)
-    two_processes(str(script), words=train_words(work, tmp_path / "two", **SETTINGS))
+    recipe = {**SETTINGS, **ADVERSARIAL, "balance_losses": True, "ema_decay": 0.9}
+    two_processes(str(script), words=train_words(work, tmp_path / "two", **recipe))
     torch.set_default_dtype(torch.float64)
     try:
-        alone = small_training(work, tmp_path / "one", **SETTINGS)
+        alone = small_training(work, tmp_path / "one", **recipe | {"micro_batch": "auto"})
     finally:
         torch.set_default_dtype(torch.float32)
     together = last_state(tmp_path / "two")
     assert together["step"] == alone["step"] == 6
     assert together["decoder"]["model.8.bias"].dtype == torch.float64
-    assert largest_difference(together["decoder"], alone["decoder"]) < 1e-9
+    for weights in ("decoder", "ema"):
+        assert largest_difference(together[weights], alone[weights]) < 1e-9
+    assert largest_difference(*(state["adversary"]["discriminators"] for state in (together, alone))) < 1e-9
+    assert together["balancer"]["sums"] == pytest.approx(alone["balancer"]["sums"], rel=1e-9)
     assert_same_metrics(tmp_path / "two", tmp_path / "one", relative=1e-9)
 
 

@@ -11,12 +11,22 @@ from collections.abc import Iterator
 from multiprocessing.context import ForkServerContext
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from tests.helpers import ROOT
-from tests.training_helpers import as_logged, assert_same_state, last_state, logged_steps, train_settings, train_words
+from tests.training_helpers import (
+    ADVERSARIAL,
+    as_logged,
+    assert_same_state,
+    largest_difference,
+    last_state,
+    logged_steps,
+    train_settings,
+    train_words,
+)
 from trainer import checkpoint
 from trainer.loop import train
 
@@ -24,9 +34,15 @@ KILLS = 20
 SETTINGS = {"checkpoint_every": 1, "eval_every": 2, "max_steps": 5}
 
 
-def train_quietly(work: Path, run: Path) -> None:
+FORTY = {
+    "checkpoint_every": 17, "eval_every": 20, "max_steps": 40, "keep_last": 9, "phase1_steps": 10, "ema_decay": 0.9,
+    "rate_schedule": "cosine", "warmup_steps": 3, "segment_schedule": [[0, 0.085], [20, 0.17]], "batch_size": 4,
+}  # fmt: skip
+
+
+def train_quietly(work: Path, run: Path, changes: dict[str, Any]) -> None:
     torch.set_num_threads(1)
-    train(train_settings(work, run, **SETTINGS))
+    train(train_settings(work, run, **changes))
 
 
 @pytest.fixture(scope="module")
@@ -40,10 +56,19 @@ def context() -> Iterator[ForkServerContext]:
         yield forkserver
 
 
-def start(context: ForkServerContext, work: Path, run: Path) -> BaseProcess:
-    process = context.Process(target=train_quietly, args=(work, run))
+def start(context: ForkServerContext, work: Path, run: Path, changes: dict[str, Any] = SETTINGS) -> BaseProcess:
+    process = context.Process(target=train_quietly, args=(work, run, changes))
     process.start()
     return process
+
+
+def wait_for_step(process: BaseProcess, run: Path, step: int) -> None:
+    """Until there is a checkpoint of this step or a later one, or the process has ended."""
+    while process.is_alive():
+        newest = checkpoint.newest(run)
+        if step == 0 or (newest is not None and newest >= checkpoint.step_path(run, step)):
+            return
+        time.sleep(0.002)
 
 
 def test_killed_twenty_times(context: ForkServerContext, work: Path, tmp_path: Path) -> None:
@@ -61,7 +86,9 @@ def test_killed_twenty_times(context: ForkServerContext, work: Path, tmp_path: P
         assert number < KILLS, "most runs ended before they were killed"
         run = tmp_path / str(number)
         process = start(context, work, run)
-        process.join(delays.uniform(0, seconds) if kills < KILLS else None)
+        if kills < KILLS:
+            wait_for_step(process, run, delays.randrange(SETTINGS["max_steps"]))
+        process.join(delays.uniform(0, seconds / SETTINGS["max_steps"]) if kills < KILLS else None)
         if process.is_alive():
             process.kill()
             process.join()
@@ -77,6 +104,35 @@ def test_killed_twenty_times(context: ForkServerContext, work: Path, tmp_path: P
         assert not list(run.rglob("*.tmp"))
         number += 1
     assert len(resumed) >= 3, f"the kills fell at too few places: {resumed}"
+
+
+@pytest.mark.parametrize("recipe", [{}, {**ADVERSARIAL, "balance_losses": True}], ids=["base", "adversarial"])
+def test_forty_steps_are_seventeen_a_kill_and_the_rest(
+    recipe: dict[str, Any], context: ForkServerContext, work: Path, tmp_path: Path
+) -> None:
+    """Over both phases and two lengths of crops; the rest is read by a worker."""
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    undisturbed = start(context, work, whole, {**FORTY, **recipe})
+    process = start(context, work, run, {**FORTY, **recipe})
+    while not checkpoint.step_path(run, 17).exists():
+        assert process.is_alive()
+        time.sleep(0.005)
+    process.kill()
+    process.join()
+    assert last_state(run)["step"] < 40
+    for path in checkpoint.folder(run).glob("step_*"):  # should it have got further
+        if path.stem != "step_000000017":
+            path.unlink()
+    process = start(context, work, run, {**FORTY, **recipe, "num_workers": 1})
+    undisturbed.join()
+    process.join()
+    assert process.exitcode == undisturbed.exitcode == 0
+    found, expected = last_state(run), last_state(whole)
+    assert found["step"] == 40
+    assert ("adversary" in found, "balancer" in found) == (bool(recipe), bool(recipe))
+    assert_same_state(found, expected)
+    assert as_logged(run) == as_logged(whole)
+    assert largest_difference(found["ema"], found["decoder"]) > 0
 
 
 def test_after_a_kill_the_folder_is_free_at_once(work: Path, tmp_path: Path) -> None:

@@ -12,11 +12,23 @@ import torch
 from torch import Tensor
 
 from shards.contract import COARSE_48K, TARGET_RATE
-from trainer.losses import base_losses, magnitudes, stft_l1, waveform_l1
+from trainer.losses import (
+    LOG_FLOOR,
+    MEL_SCALES,
+    log_stft_l1,
+    magnitudes,
+    mel,
+    mel_l1,
+    reconstruction,
+    stft_l1,
+    waveform_l1,
+    weighted,
+)
 from trainer.metrics import FLOOR, HOP, N_FFT, SPLIT_HZ, log_spectral_distances
 
 N_FFTS = (1024, 2048, 4096, 8192)
-NAMES = ("loss", "l1", "stft")
+WEIGHTS = {"l1": 0.7, "stft": 1.3, "log_stft": 0.2, "mel": 15.0}
+NAMES = ("loss", *WEIGHTS)
 NOISE_DISTANCE = math.pi / math.sqrt(3) / math.log(10)  # LSD of two independent noises: 0.788
 
 
@@ -31,7 +43,8 @@ def crops(valid: list[int], length: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def losses(wav_BN: Tensor, target_BN: Tensor, valid_B: Tensor) -> dict[str, Tensor]:
-    return base_losses(wav_BN, target_BN, valid_B, 0.7, 1.3, N_FFTS)
+    terms = reconstruction(wav_BN, target_BN, valid_B, WEIGHTS, N_FFTS)
+    return {"loss": weighted(terms, WEIGHTS), **terms}
 
 
 def test_nothing_lost_when_equal() -> None:
@@ -46,7 +59,10 @@ def test_the_loss_is_the_weighted_sum() -> None:
     found = losses(*batch)
     stft = sum(stft_l1(*batch, n_fft) for n_fft in N_FFTS) / len(N_FFTS)
     torch.testing.assert_close(found["stft"], stft)
-    torch.testing.assert_close(found["loss"], 0.7 * waveform_l1(*batch) + 1.3 * stft)
+    log_stft = sum(log_stft_l1(*batch, n_fft) for n_fft in N_FFTS) / len(N_FFTS)
+    torch.testing.assert_close(found["log_stft"], log_stft)
+    expected = 0.7 * waveform_l1(*batch) + 1.3 * stft + 0.2 * log_stft + 15 * mel_l1(*batch)
+    torch.testing.assert_close(found["loss"], expected)
 
 
 def test_waveform_error_counts_real_samples_only() -> None:
@@ -64,6 +80,65 @@ def test_magnitudes_are_scipys(n_fft: int) -> None:
     )[2]
     expected = np.abs(spectrum) * window.sum() / np.sqrt(np.sum(window**2))
     np.testing.assert_allclose(magnitudes(signal[None], n_fft)[0].numpy(), expected, rtol=1e-9, atol=1e-12)
+
+
+def test_log_magnitudes_are_compared_as_parallel_wavegan_does() -> None:
+    """Frame by frame in NumPy, with silence at the floor."""
+    n_fft, n = 512, 3000
+    a, b = noise(n, seed=1).numpy(), 0.01 * noise(n, seed=2).numpy()
+    b[1500:] = 0
+    window = scipy.signal.get_window("hann", n_fft)
+
+    def log_magnitudes(signal: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+        padded = np.pad(signal, n_fft // 2)
+        frames = [padded[start : start + n_fft] * window for start in range(0, n + 1, n_fft // 4)]
+        return np.log(np.maximum(np.abs(np.fft.rfft(frames)) / np.sqrt(np.sum(window**2)), LOG_FLOOR))
+
+    expected = np.abs(log_magnitudes(a) - log_magnitudes(b)).mean()
+    pair = torch.from_numpy(a)[None], torch.from_numpy(b)[None], torch.tensor([n])
+    assert float(log_stft_l1(*pair, n_fft)[0]) == pytest.approx(expected, rel=1e-9)
+
+
+def slaney_filters(n_fft: int, n_mels: int) -> npt.NDArray[np.float64]:
+    """Triangles between points evenly spaced in mel, each of area 1 (Slaney's Auditory Toolbox): (n_mels, bins)."""
+    top = 15 + np.log(24_000 / 1000) * 27 / np.log(6.4)
+    points = [mel * 200 / 3 if mel < 15 else 1000 * np.exp((mel - 15) * np.log(6.4) / 27) for mel in
+              np.linspace(0, top, n_mels + 2)]  # fmt: skip
+    hertz = np.fft.rfftfreq(n_fft, 1 / TARGET_RATE)
+    rows = []
+    for low, middle, high in zip(points, points[1:], points[2:], strict=False):
+        rising, falling = (hertz - low) / (middle - low), (high - hertz) / (high - middle)
+        rows.append(np.maximum(np.minimum(rising, falling), 0) * 2 / (high - low))
+    return np.array(rows)
+
+
+def test_mel_distance_is_dacs() -> None:
+    n, expected = 5000, 0.0
+    a, b = 0.3 * noise(n, seed=1).numpy(), 0.02 * noise(n, seed=2).numpy()
+    for n_fft, n_mels in MEL_SCALES:
+        window, filters = scipy.signal.get_window("hann", n_fft), slaney_filters(n_fft, n_mels)
+        mels = []
+        for signal in (a, b):
+            padded = np.pad(signal, n_fft // 2)
+            frames = [padded[start : start + n_fft] * window for start in range(0, n + 1, n_fft // 4)]
+            mels.append(np.log10(np.maximum(np.abs(np.fft.rfft(frames)) @ filters.T, 1e-5)))
+        expected += np.abs(mels[0] - mels[1]).mean()
+    pair = torch.from_numpy(a)[None], torch.from_numpy(b)[None], torch.tensor([n])
+    assert float(mel_l1(*pair)[0]) == pytest.approx(expected, rel=1e-5)  # torchaudio makes filters in float32
+
+
+def test_mel_filters_are_librosas() -> None:
+    librosa = pytest.importorskip("librosa", reason="`just extras` installs librosa")
+    for n_fft, n_mels in MEL_SCALES[2:6]:  # of the others, librosa warns that filters are empty
+        expected = librosa.filters.mel(sr=TARGET_RATE, n_fft=n_fft, n_mels=n_mels)
+        click_1N = torch.zeros(1, n_fft, dtype=torch.float64)
+        click_1N[0, n_fft // 2] = 1  # in the middle of frame 2, where the window is 1: |X| is 1 in every bin
+        np.testing.assert_allclose(mel(click_1N, n_fft, n_mels)[0, :, 2], expected.sum(axis=1), rtol=1e-4)
+
+
+def test_only_what_has_a_weight_is_computed() -> None:
+    batch = crops([9000], 9000)
+    assert list(reconstruction(*batch, {**WEIGHTS, "l1": 0, "log_stft": 0}, N_FFTS)) == ["stft", "mel"]
 
 
 def test_white_noise_is_equally_loud_at_every_scale() -> None:

@@ -9,6 +9,7 @@ import torch
 
 from shards.index import load
 from shards.order import Order, permutation, random_words, rank_slice
+from shards.stream import Stage, Stream
 from trainer.data import Batch, training_batches
 
 MASK = 2**64 - 1
@@ -193,7 +194,8 @@ def small_order(shards: Path, batch: int) -> Order:
 def global_batches(work: Path, batch: int, ranks: int, workers: int, steps: range = range(STEPS)) -> list[Batch]:
     """What `ranks` processes with `workers` workers each train on, put together again."""
     index, order = load(work / "shards", "train"), small_order(work / "shards", batch)
-    shares = [list(training_batches(index, order, steps, LENGTH, workers, rank, ranks)) for rank in range(ranks)]
+    stream = Stream((order,), (1,), (Stage(0, LENGTH, batch),), order.seed)
+    shares = [list(training_batches((index,), stream, steps, workers, rank, ranks)) for rank in range(ranks)]
     assert {len(share) for share in shares} == {len(steps)}
     return [joined(parts) for parts in zip(*shares, strict=True)]
 
@@ -225,7 +227,7 @@ def test_batches_hold_the_samples_of_the_order(work: Path, reference: list[Batch
 
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")
-@pytest.mark.parametrize(("ranks", "workers"), [(2, 0), (3, 0), (4, 0), (1, 1), (1, 2), (1, 3), (2, 2)])
+@pytest.mark.parametrize(("ranks", "workers"), [(2, 0), (3, 0), (4, 0), (1, 1), (1, 2), (1, 3), (2, 2), (3, 1), (4, 3)])
 def test_the_same_global_batches_for_any_number_of_ranks_and_workers(
     ranks: int, workers: int, work: Path, reference: list[Batch]
 ) -> None:

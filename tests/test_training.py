@@ -45,24 +45,24 @@ def frozen_bytes(codec: SNAC) -> dict[str, bytes]:
 def test_frozen_means_frozen(work: Path, tmp_path: Path) -> None:
     training = Trainer(train_settings(work, tmp_path / "run"), CPU)
     frozen = frozen_bytes(training.snac)
-    tables = {name: table.clone() for name, table in training.model.to_latent.named_buffers()}
+    tables = {name: table.clone() for name, table in training.learner.model.to_latent.named_buffers()}
     stock = {name: tensor.clone() for name, tensor in training.snac.decoder.state_dict().items()}
-    begun = {name: tensor.clone() for name, tensor in training.decoder.state_dict().items()}
+    begun = {name: tensor.clone() for name, tensor in training.learner.decoder.state_dict().items()}
     assert training.run()
     assert frozen_bytes(training.snac) == frozen
-    assert largest_difference(dict(training.model.to_latent.named_buffers()), tables) == 0
+    assert largest_difference(dict(training.learner.model.to_latent.named_buffers()), tables) == 0
     assert largest_difference(training.snac.decoder.state_dict(), stock) == 0
     silent = [name for name in begun if ".block.2.linear." in name]
-    ended = training.decoder.state_dict()
+    ended = training.learner.decoder.state_dict()
     assert [name for name in begun if torch.equal(begun[name], ended[name])] == silent
     assert len(silent) == 2 * 5
 
 
 def test_phase_1_moves_the_new_layers_only(work: Path, tmp_path: Path) -> None:
     training = Trainer(train_settings(work, tmp_path / "run", phase1_steps=3, max_steps=3), CPU)
-    begun = {name: tensor.clone() for name, tensor in training.decoder.state_dict().items()}
+    begun = {name: tensor.clone() for name, tensor in training.learner.decoder.state_dict().items()}
     training.run()
-    ended = training.decoder.state_dict()
+    ended = training.learner.decoder.state_dict()
     moved = {int(name.split(".")[1]) for name in begun if not torch.equal(begun[name], ended[name])}
     assert moved == {6, 7, 8}
     assert {line["phase"] for line in metrics(tmp_path / "run") if line["kind"] == "train"} == {1}
@@ -70,8 +70,8 @@ def test_phase_1_moves_the_new_layers_only(work: Path, tmp_path: Path) -> None:
 
 def test_every_parameter_is_in_the_optimizer(work: Path, tmp_path: Path) -> None:
     training = Trainer(train_settings(work, tmp_path / "run"), CPU)
-    held = [id(parameter) for group in training.optimizer.param_groups for parameter in group["params"]]
-    assert sorted(held) == sorted(id(parameter) for parameter in training.decoder.parameters())
+    held = [id(parameter) for group in training.learner.optimizer.param_groups for parameter in group["params"]]
+    assert sorted(held) == sorted(id(parameter) for parameter in training.learner.decoder.parameters())
 
 
 def eight_tones(folder: Path) -> Path:
@@ -99,9 +99,10 @@ def test_it_overfits_eight_segments(tmp_path: Path) -> None:
 
     @torch.no_grad()
     def loss() -> float:
-        (batch,) = fixed_batches(training.training, 8, 8, 1, 0)
-        assert len(set(batch.keys)) == len(training.training) == 8
-        return float(crop_losses(training.model, batch, settings)[1]["loss"].mean())
+        (batch,) = fixed_batches(training.corpus.training[0], 8, 8, 1, 0)
+        assert len(set(batch.keys)) == len(training.corpus.training[0]) == 8
+        wav_BN = batch.select(training.learner.model(batch.tokens_BT7))
+        return float(crop_losses(wav_BN, batch, settings)["loss"].mean())
 
     warm_start = loss()
     training.run()
@@ -119,13 +120,13 @@ def double_precision() -> Iterator[None]:
 def test_micro_batches_change_nothing(work: Path, tmp_path: Path) -> None:
     """In float64, because Adam magnifies rounding: a gradient of 1e-12 moves a weight as far as one of 1."""
     states = {}
-    for size in (None, 2, 1):
+    for size in ("auto", 2, 1):
         run = tmp_path / str(size)
-        settings = {"batch_size": 3, "micro_batch_size": size, "max_steps": 3, "phase1_steps": 1, "eval_every": 99}
+        settings = {"batch_size": 3, "micro_batch": size, "max_steps": 3, "phase1_steps": 1, "eval_every": 99}
         states[size] = small_training(work, run, **settings)
     for size in (2, 1):
-        assert largest_difference(states[size]["decoder"], states[None]["decoder"]) < 1e-9
-        for line, expected in zip(metrics(tmp_path / str(size)), metrics(tmp_path / "None"), strict=True):
+        assert largest_difference(states[size]["decoder"], states["auto"]["decoder"]) < 1e-9
+        for line, expected in zip(metrics(tmp_path / str(size)), metrics(tmp_path / "auto"), strict=True):
             assert line["loss"] == pytest.approx(expected["loss"], rel=1e-9)
     assert states[1]["decoder"]["model.8.bias"].dtype == torch.float64
 
@@ -145,7 +146,7 @@ def test_the_best_checkpoint_is_the_best_by_validation(
 ) -> None:
     """Validation losses are made to fall and rise again, whatever training does."""
     losses = iter([5.0, 3.0, 4.0, 2.0, 6.0])
-    monkeypatch.setattr("trainer.loop.validation_sums", lambda *_: torch.tensor([next(losses), 0, 0, 0, 0, 0]))
+    monkeypatch.setattr("trainer.loop.validate", lambda *_: {"loss": next(losses)})
     run = tmp_path / "run"
     last = small_training(work, run, eval_every=1, eval_samples=1, checkpoint_every=1, keep_last=9, max_steps=4)
     best = checkpoint.load(checkpoint.folder(run) / checkpoint.BEST)
@@ -159,8 +160,10 @@ def test_checkpoints_hold_the_decoder_and_no_code(work: Path, tmp_path: Path) ->
     run = tmp_path / "run"
     small_training(work, run, keep_last=2)
     kept = sorted(path.name for path in checkpoint.folder(run).iterdir())
-    assert kept == ["best.pt", "step_000000004.pt", "step_000000006.pt"]
-    for name in kept:
+    assert kept == [
+        f"{name}.{kind}" for name in ("best", "step_000000004", "step_000000006") for kind in ("json", "pt")
+    ]
+    for name in kept[1::2]:
         state = torch.load(checkpoint.folder(run) / name, weights_only=True)
         assert not {key for key in state["decoder"] if "encoder" in key or "quantizer" in key or "table" in key}
         assert state["snac_sha256"].keys() == {"config.json", "pytorch_model.bin"}
@@ -172,12 +175,12 @@ def test_a_bad_target_stops_before_the_step_and_is_named(
 ) -> None:
     run, original = tmp_path / "run", data.crop
     training = Trainer(train_settings(work, run, checkpoint_every=1, max_steps=50, eval_every=99), CPU)
-    order, index = training.order, training.training
+    stream, index = training.stream, training.corpus.training[0]
     bad_step = 3
-    seen = {sample for step in range(bad_step) for _, sample in order.batch(step)}
-    sample = next(sample for _, sample in order.batch(bad_step) if sample not in seen)
+    seen = {place.sample for step in range(bad_step) for place in stream.batch(step)}
+    sample = next(place.sample for place in stream.batch(bad_step) if place.sample not in seen)
     bad_key = index.table["key"][sample].as_py()
-    assert bad_key not in {row["key"] for row in training.validation.table.to_pylist()[:2]}
+    assert bad_key not in {row["key"] for row in training.corpus.validation[0].table.to_pylist()[:2]}
 
     def planted(members: dict[str, Any], length: int, seed: int) -> Crop:
         item = original(members, length, seed)
@@ -191,7 +194,7 @@ def test_a_bad_target_stops_before_the_step_and_is_named(
     assert f"Keys of the batch here: {bad_key}. Mend" in str(caught.value)
     assert str(checkpoint.step_path(run, bad_step)) in str(caught.value)
     assert training.step == bad_step
-    assert largest_difference(training.decoder.state_dict(), last_state(run)["decoder"]) == 0
+    assert largest_difference(training.learner.decoder.state_dict(), last_state(run)["decoder"]) == 0
 
 
 def test_shards_of_another_snac_are_refused(work: Path, tmp_path: Path) -> None:
@@ -206,7 +209,7 @@ def test_shards_of_another_snac_are_refused(work: Path, tmp_path: Path) -> None:
 
 
 def test_fewer_crops_than_processes_are_refused(work: Path, tmp_path: Path) -> None:
-    with pytest.raises(SettingsError, match="batch_size=2 is less than the 3 processes"):
+    with pytest.raises(SettingsError, match="a batch of 2 crops is less than the 3 processes"):
         Trainer(train_settings(work, tmp_path / "run"), Process(0, 3, torch.device("cpu")))
 
 

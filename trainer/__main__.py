@@ -12,6 +12,7 @@ def main() -> None:
 
 
 add_command(main, "train", settings.TrainSettings, "decoder_48khz.json", "trainer.loop:train")
+add_command(main, "status", settings.StatusSettings, "status.json", "trainer.status:status")
 add_command(main, "decode", settings.DecodeSettings, "decode.json", "trainer.decode:decode")
 add_command(main, "export", settings.ExportSettings, "export.json", "trainer.export:export")
 add_command(main, "eval", settings.EvalSettings, "eval.json", "trainer.evaluate:evaluate")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -22,6 +23,19 @@ from trainer.decoder import RATES_48K
 
 BEST = "best.pt"
 PROVENANCE = "provenance.json"  # in an exported directory, beside what stock snac reads
+
+
+SUMMARY = ("step", "best", "validation", "settings", "data", "snac", "snac_sha256")
+
+
+def save_described(path: Path, state: Mapping[str, Any]) -> None:
+    """A checkpoint; before it, what it says of itself as .json beside it, for whoever has no torch.
+
+    In this order, so that a process that is killed in between writes both again when it comes to this step again.
+    """
+    with replacing(path.with_suffix(".json")) as temporary:
+        temporary.write_text(json.dumps({name: state[name] for name in SUMMARY if name in state}, indent=2) + "\n")
+    save(path, state)
 
 
 def save(path: Path, state: Mapping[str, Any]) -> None:
@@ -66,9 +80,33 @@ def step_path(run: Path, step: int) -> Path:
     return folder(run) / f"step_{step:09d}.pt"
 
 
+def best_path(run: Path, step: int) -> Path:
+    return folder(run) / f"best_{step:09d}.pt"
+
+
 def prune(run: Path, keep: int) -> None:
+    """Leaves the `keep` newest checkpoints to resume from."""
     for path in sorted(folder(run).glob("step_*.pt"))[:-keep]:
-        path.unlink()
+        remove(path)
+
+
+def prune_best(run: Path, keep: int, metric: str, higher_is_better: bool) -> None:
+    """Leaves the `keep` best of those kept as best, as their .json says; without one a file is unfinished."""
+
+    def badness(path: Path) -> float:
+        try:
+            value: float = json.loads(path.with_suffix(".json").read_text())["validation"][metric]
+        except FileNotFoundError:
+            return math.inf
+        return -value if higher_is_better else value
+
+    for path in sorted(folder(run).glob("best_*.pt"), key=badness)[keep:]:
+        remove(path)
+
+
+def remove(path: Path) -> None:
+    path.with_suffix(".json").unlink(missing_ok=True)
+    path.unlink()
 
 
 @dataclass(frozen=True)
@@ -86,7 +124,10 @@ class Codec48k:
 
 
 def load_codec(model: Path, pretrained_model: str | None = None) -> Codec48k:
-    """A run (its best checkpoint), a checkpoint or an exported directory. Raises UserError naming what is wrong."""
+    """A run (its best checkpoint), a checkpoint or an exported directory; of the weights, their running mean (EMA).
+
+    Raises UserError naming what is wrong.
+    """
     if (model / "config.json").exists():
         return _from_export(model)
     path = folder(model) / BEST if model.is_dir() else model
@@ -100,7 +141,7 @@ def load_codec(model: Path, pretrained_model: str | None = None) -> Codec48k:
     config = json.loads(weights.paths["config.json"].read_text())
     decoder = Decoder(snac.latent_dim, config["decoder_dim"], RATES_48K, config["noise"], config["depthwise"], None)
     try:
-        decoder.load_state_dict(state["decoder"])
+        decoder.load_state_dict(state.get("ema", state["decoder"]))
     except (RuntimeError, TypeError, AttributeError) as error:
         raise UserError(f"{path} does not hold this decoder: {str(error).splitlines()[0]}") from error
     names = ("step", "settings", "data", "validation")

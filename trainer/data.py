@@ -21,7 +21,8 @@ from shards.contract import COARSE_48K, CONTEXT_COARSE, TOKENS
 from shards.errors import ShardError, UserError
 from shards.index import Index
 from shards.order import Order, random_words, rank_slice
-from shards.reader import OrderedSamples, decode_sample, read_sample
+from shards.reader import decode_sample, read_sample
+from shards.stream import Stream, StreamSource
 from trainer.decoder import PADDING_TOKEN
 
 
@@ -96,15 +97,11 @@ def collate(crops: list[Crop], length: int) -> Batch:
 
 
 def training_batches(
-    index: Index, order: Order, steps: range, length: int, workers: int, rank: int, world_size: int
+    indexes: tuple[Index, ...], stream: Stream, steps: range, workers: int, rank: int, world_size: int
 ) -> Generator[Batch, None, None]:
     """This rank's share of each global batch of `steps`. Raises ShardError, naming shard and key."""
-    share = len(rank_slice(order.global_batch, rank, world_size))
-    pipeline = webdataset.DataPipeline(
-        OrderedSamples(index, order, steps, rank, world_size),
-        webdataset.map(partial(crop, length=length, seed=order.seed)),
-        webdataset.batched(share, collation_fn=partial(collate, length=length)),
-    )
+    source = StreamSource(indexes, stream, steps, rank, world_size)
+    pipeline = webdataset.DataPipeline(source, webdataset.map(partial(to_batch, seed=stream.seed)))
     loader = DataLoader(pipeline, batch_size=None, num_workers=workers, worker_init_fn=_leave_signals_alone)
     try:
         yield from loader
@@ -116,6 +113,11 @@ def training_batches(
         ) from error
     except ShardError as error:  # a worker's error arrives as its whole traceback
         raise ShardError(str(error).strip().splitlines()[-1].removeprefix("shards.errors.ShardError: ")) from error
+
+
+def to_batch(step: dict[str, Any], seed: int) -> Batch:
+    """What `StreamSource` yields for a step → its batch."""
+    return collate([crop(members, step["length"], seed) for members in step["samples"]], step["length"])
 
 
 def fixed_batches(

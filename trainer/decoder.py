@@ -5,13 +5,11 @@ Shapes: tokens_BT7 (batch, coarse tokens, 7), z_BCL (batch, latent channels, lat
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 from snac import SNAC
-from snac.layers import Decoder, NoiseBlock
+from snac.layers import Decoder, DecoderBlock, NoiseBlock, ResidualUnit
 from torch import Tensor, nn
 
 from shards.contract import LATENT_PER_COARSE
@@ -162,27 +160,23 @@ class CropDecoder(nn.Module):
 
     def forward(self, tokens_BT7: Tensor) -> Tensor:
         real_BT = tokens_BT7[..., 0] != PADDING_TOKEN
-        z_BCL = self.to_latent(tokens_BT7)
-        if real_BT.all():
-            wav_BN: Tensor = self.decoder(z_BCL)[:, 0]
-        else:
-            with zeros_after_end(self.decoder, real_BT.repeat_interleave(LATENT_PER_COARSE, dim=1)):
-                wav_BN = self.decoder(z_BCL)[:, 0]
+        real_BL = None if real_BT.all() else real_BT.repeat_interleave(LATENT_PER_COARSE, dim=1)
+        wav_BN: Tensor = run_layers(self.decoder.model, self.to_latent(tokens_BT7), real_BL)[:, 0]
         return wav_BN
 
 
-@contextmanager
-def zeros_after_end(decoder: nn.Module, real_BL: Tensor) -> Iterator[None]:
-    """Inside, every convolution of `decoder` sees zeros where `real_BL` (batch, latent frames) is false."""
-
-    def mask_input(module: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
-        x_BCN = args[0]
-        return (x_BCN * real_BL.repeat_interleave(x_BCN.shape[-1] // real_BL.shape[1], dim=1)[:, None],)
-
-    convolutions = [module for module in decoder.modules() if isinstance(module, nn.Conv1d | nn.ConvTranspose1d)]
-    hooks = [module.register_forward_pre_hook(mask_input) for module in convolutions]
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
+def run_layers(layer: nn.Module, x_BCN: Tensor, real_BL: Tensor | None) -> Tensor:
+    """`layer(x_BCN)`, but every convolution sees zeros where `real_BL` (batch, latent frames) is false."""
+    if real_BL is None:
+        return layer(x_BCN)
+    if isinstance(layer, nn.Sequential):
+        for inner in layer:
+            x_BCN = run_layers(inner, x_BCN, real_BL)
+        return x_BCN
+    if isinstance(layer, DecoderBlock):
+        return run_layers(layer.block, x_BCN, real_BL)
+    if isinstance(layer, ResidualUnit):
+        return x_BCN + run_layers(layer.block, x_BCN, real_BL)
+    if isinstance(layer, nn.Conv1d | nn.ConvTranspose1d):
+        x_BCN = x_BCN * real_BL.repeat_interleave(x_BCN.shape[-1] // real_BL.shape[1], dim=1)[:, None]
+    return layer(x_BCN)

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.utils import parameters_to_vector
 
 from codec.snac import device_of
 from shards.errors import UserError
@@ -29,6 +30,19 @@ class Process:
         if self.world_size > 1:
             dist.all_reduce(values)
         return values
+
+    def sum_gradients(self, parameters: list[nn.Parameter]) -> None:
+        """Each gradient becomes its sum over all processes, as one message.
+
+        Once a step and after every micro-batch, instead of torch's DistributedDataParallel, which sends during the
+        backward pass: a process that runs out of memory there may do its share again while the others wait here.
+        """
+        if self.world_size > 1:
+            gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+            flat = parameters_to_vector(gradients)
+            dist.all_reduce(flat)
+            for gradient, summed in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+                gradient.copy_(summed.view_as(gradient))
 
     def wait(self) -> None:
         if self.world_size > 1:

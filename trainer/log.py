@@ -1,15 +1,19 @@
-"""What a run leaves for people and programs: training.log, metrics.jsonl and a progress bar."""
+"""What a run leaves for people and programs: training.log, metrics.jsonl, TensorBoard and a progress bar."""
 
 from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
 from shards.files import replacing
+
+if TYPE_CHECKING:
+    from trainer.boards import Boards
 
 
 class RunLog:
@@ -18,13 +22,16 @@ class RunLog:
     A resumed run first drops the lines of steps that it will do again. A process that is not first writes nothing.
     """
 
-    def __init__(self, run: Path, first_step: int, total_steps: int, writes: bool) -> None:
+    def __init__(
+        self, run: Path, first_step: int, total_steps: int, writes: bool, boards: Boards | None = None
+    ) -> None:
         self._metrics = run / "metrics.jsonl"
         self._writes = writes
         self._logger = logging.getLogger("trainer")
         self._logger.setLevel(logging.INFO)
         self._logger.propagate = False
-        self.close()
+        self._boards = boards
+        self._close_files()  # of a run before in this process
         if writes:
             self._drop_after(first_step)
             handler = logging.FileHandler(run / "training.log")
@@ -39,12 +46,30 @@ class RunLog:
             self._logger.info(text)
             tqdm.write(text)
 
-    def metrics(self, kind: str, step: int, values: dict[str, Any]) -> None:
+    def metrics(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
         if self._writes:
             with self._metrics.open("a") as file:
                 file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
+            if self._boards:
+                self._boards.metrics(kind, step, values)
+
+    def progress(self, values: Mapping[str, float]) -> None:
+        """One more step, and its values on the bar."""
+        self.bar.update()
+        loss = "".join(f"{name} {values[name]:.4f}, " for name in ("loss", "discriminator") if name in values)
+        self.bar.set_postfix_str(
+            f"phase {values['phase']}, {loss}grad {values.get('grad_norm', 0):.3g}, "
+            f"{values['audio_seconds_per_second']:.1f} audio s/s, wait {values['data_wait_share']:.0%}, "
+            f"{values['memory_gib']:.1f} GiB"
+        )
 
     def close(self) -> None:
+        self.bar.close()
+        if self._boards:
+            self._boards.close()
+        self._close_files()
+
+    def _close_files(self) -> None:
         for handler in list(self._logger.handlers):
             handler.close()
             self._logger.removeHandler(handler)

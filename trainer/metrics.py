@@ -98,4 +98,4 @@ def _mel_filters(n_fft: int, bands: int) -> Tensor:
     filters_FM: Tensor = torchaudio.functional.melscale_fbanks(
         n_fft // 2 + 1, 0.0, TARGET_RATE / 2, bands, TARGET_RATE, norm="slaney", mel_scale="slaney"
     )
-    return filters_FM.T
+    return filters_FM.T.float()

@@ -7,7 +7,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
-from configs.loader import Settings
+from configs.loader import Place, Settings
+from shards.storage import Location
+
+BETAS = (0.8, 0.99)  # of AdamW, as vocoders use them (HiFi-GAN, DAC)
 
 Gpu = Literal["cpu"] | Annotated[int, Field(ge=0)]
 Gpus = Gpu | Annotated[str, Field(pattern=r"^\d+(,\d+)+$")]
@@ -16,34 +19,111 @@ Gpus = Gpu | Annotated[str, Field(pattern=r"^\d+(,\d+)+$")]
 class TrainSettings(Settings):
     """Fit the 48 kHz decoder to shards. Phase 1 fits the new layers, phase 2 the whole decoder."""
 
-    shards: Path = Field(description="folder with index.parquet")
+    shards: Place | Annotated[tuple[Place, ...], Field(min_length=1)] = Field(
+        description='folder with index.parquet, here or at a URL; or several: ["a", "b"]'
+    )
+    shard_weights: tuple[Annotated[int, Field(ge=1, le=1000)], ...] | None = Field(
+        default=None, description="several folders: crops of each in every Σ weights crops (null: by their sizes)"
+    )
+    cache: Path | None = Field(default=None, description="where shards from URLs are kept (null: in the user's cache)")
+    cache_gib: float = Field(gt=0, description="GiB of them kept at most, on each machine")
     run: Path = Field(description="folder for checkpoints, logs and settings")
     pretrained_model: str = Field(description="SNAC 24 kHz that made the codes: hub name or local directory")
+    init_from: Path | None = Field(
+        default=None, description="run, checkpoint or export whose decoder to begin with (null: the warm start)"
+    )
     gpu: Gpus = Field(description="number of the GPU, several (0,1,2,3), or cpu")
+
     batch_size: int = Field(ge=1, le=65_536, description="crops of one step over all GPUs")
-    micro_batch_size: int | None = Field(default=None, ge=1, description="crops at once on one GPU (null: all)")
+    micro_batch: Literal["auto"] | Annotated[int, Field(ge=1)] = Field(
+        description="crops at once on one GPU; auto: all, halved when memory runs out"
+    )
     num_epochs: float = Field(gt=0, le=100_000, description="passes over the training split")
     max_steps: int | None = Field(default=None, ge=1, description="stop after so many steps (null: num_epochs says)")
-    learning_rate: float = Field(gt=0, le=1, description="of AdamW")
-    segment_length: float = Field(gt=0, le=60, description="crop in seconds; becomes whole coarse tokens")
-    l1_weight: float = Field(ge=0, le=1000, description="weight of the waveform's mean absolute error")
-    stft_weight: float = Field(ge=0, le=1000, description="weight of the multi-scale STFT magnitude error")
-    n_ffts: tuple[Annotated[int, Field(ge=16, le=65_536)], ...] = Field(min_length=1, description="STFT window sizes")
     phase1_steps: int = Field(ge=0, description="steps in which only the new layers learn")
+    phase1_epochs: float | None = Field(
+        default=None, ge=0, le=100_000, description="the same in epochs (null: phase1_steps says)"
+    )
+    segment_length: float = Field(gt=0, le=60, description="crop in seconds; becomes whole coarse tokens")
+    segment_schedule: tuple[tuple[Annotated[int, Field(ge=0)], Annotated[float, Field(gt=0, le=60)]], ...] = Field(
+        default=(), description="crops of another length: [[0, 1.0], [20000, 4.0]] from steps 0 and 20000 on; batches "
+        "change so that a step holds the same audio"
+    )  # fmt: skip
+    precision: Literal["auto", "fp32", "bf16"] = Field(
+        description="of the stock layers and discriminators, all else is fp32; auto: bf16 on a GPU that has it"
+    )
+    compile: Literal["auto"] | bool = Field(description="torch.compile of the decoder; auto: on a GPU")
+
+    learning_rate: float = Field(gt=0, le=1, description="of AdamW")
+    rate_schedule: Literal["cosine", "constant"] = Field(description="learning rate over the whole training")
+    final_rate: float = Field(ge=0, le=1, description="where the cosine ends, as part of the rate")
+    warmup_steps: int = Field(ge=0, description="steps in which each phase's rate rises")
     gradient_clip: float = Field(gt=0, le=1e6, description="largest gradient norm")
+    ema_decay: float = Field(ge=0, lt=1, description="of the running mean of weights that is validated and kept")
     noise: Literal["zero", "keep"] = Field(
         description="SNAC's noise blocks: zero makes the decoder deterministic, keep leaves them as they are"
     )
+
+    l1_weight: float = Field(ge=0, le=1000, description="weight of the waveform's mean absolute error")
+    stft_weight: float = Field(ge=0, le=1000, description="weight of the multi-scale STFT magnitude error")
+    log_stft_weight: float = Field(ge=0, le=1000, description="weight of the multi-scale STFT log-magnitude error")
+    mel_weight: float = Field(ge=0, le=1000, description="weight of the multi-scale log-mel error")
+    n_ffts: tuple[Annotated[int, Field(ge=16, le=65_536)], ...] = Field(min_length=1, description="STFT window sizes")
+
+    adversarial_weight: float = Field(ge=0, le=1000, description="weight of the adversarial loss (0: none)")
+    feature_weight: float = Field(ge=0, le=1000, description="weight of the feature matching loss")
+    balance_losses: bool = Field(description="weights are shares of the gradient's norm, as EnCodec's balancer has it")
+    discriminator_start: int = Field(ge=0, description="first steps, in which only the discriminators learn")
+    discriminator_learning_rate: float = Field(gt=0, le=1, description="of their AdamW")
+    discriminator_clip: float = Field(gt=0, le=1e6, description="largest norm of their gradient")
+    mpd_periods: tuple[Annotated[int, Field(ge=2, le=512)], ...] = Field(description="multi-period discriminators")
+    mpd_channels: int = Field(ge=1, le=256, description="of their first layer; the last has 32 times as many")
+    mrd_n_ffts: tuple[Annotated[int, Field(ge=64, le=65_536)], ...] = Field(
+        description="multi-band spectrogram discriminators: their STFT windows"
+    )
+    mrd_channels: int = Field(ge=1, le=512, description="of their layers")
+
     seed: int = Field(ge=0, lt=2**63, description="of order, crops and the new layers' free channels")
     window_shards: int = Field(ge=1, le=10_000, description="shards among which samples are shuffled")
     num_workers: int = Field(ge=0, le=256, description="processes that read and decode ahead, per GPU")
+
     eval_batch_size: int = Field(ge=1, le=65_536, description="crops at once in validation")
     eval_samples: int = Field(ge=1, description="fixed validation crops, at most")
     eval_every: int = Field(ge=1, description="steps between validations")
+    best_metric: Literal["loss", "lsd", "lsd_hf", "lsd_lf", "lsd_hf_reached", "mel_distance", "si_sdr_lf_db"] = Field(
+        description="which validation score makes best.pt"
+    )
+    patience: int | None = Field(default=None, ge=1, description="stop after so many validations without a new best")
     checkpoint_every: int = Field(ge=1, description="steps between checkpoints")
+    checkpoint_minutes: float | None = Field(default=None, gt=0, description="minutes between checkpoints, too")
     keep_last: int = Field(ge=1, description="checkpoints kept beside the best")
+    keep_best: int = Field(ge=1, description="best checkpoints kept; best.pt is the first")
     log_every: int = Field(ge=1, description="steps between lines of metrics.jsonl")
+    eval_clips: int = Field(ge=0, le=64, description="validation crops whose audio and spectrograms TensorBoard shows")
+    wandb: str | None = Field(default=None, description="project of Weights & Biases to log to, too (null: none)")
     resume: Literal["auto", "never"] = Field(description="auto: go on from the run's newest checkpoint, if any")
+
+    @property
+    def folders(self) -> tuple[Location, ...]:
+        return self.shards if isinstance(self.shards, tuple) else (self.shards,)
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """Of each term of the loss, by its name."""
+        return {
+            "l1": self.l1_weight,
+            "stft": self.stft_weight,
+            "log_stft": self.log_stft_weight,
+            "mel": self.mel_weight,
+            "adversarial": self.adversarial_weight,
+            "features": self.feature_weight,
+        }
+
+
+class StatusSettings(Settings):
+    """Where a training stands: step, losses, speed, time left, validation, checkpoints. From its files alone."""
+
+    run: Path = Field(description="folder of the training")
 
 
 class ModelSettings(Settings):

@@ -1,47 +1,94 @@
-"""Validation during training: losses and spectral distances on fixed crops of unseen groups."""
+"""Validation during training: losses and distances on fixed crops of unseen groups, with the EMA's weights."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
 
-from trainer.data import Batch
-from trainer.losses import base_losses
-from trainer.metrics import log_spectral_distances
+from shards.index import Index
+from shards.order import rank_slice
+from trainer.data import Batch, fixed_batches
+from trainer.distributed import Process
+from trainer.losses import reconstruction, weighted
+from trainer.scores import score
 from trainer.settings import TrainSettings
 
-DISTANCES = ("lsd", "lsd_hf", "lsd_lf")
-VALIDATION_NAMES = ("loss", "l1", "stft", *DISTANCES)
-
-
-def crop_losses(model: nn.Module, batch: Batch, settings: TrainSettings) -> tuple[Tensor, dict[str, Tensor]]:
-    """The decoded crops (B, samples) and the recipe's losses, one value per crop."""
-    wav_BN = batch.select(model(batch.tokens_BT7))
-    weights = (settings.l1_weight, settings.stft_weight, settings.n_ffts)
-    return wav_BN, base_losses(wav_BN, batch.target_BN, batch.valid_B, *weights)
+METRICS = ("lsd", "lsd_reached", "mel", "si_sdr", "level", "high_band")
+DISTANCES = {  # name in logs → name in `just eval`
+    "lsd": "lsd",
+    "lsd_hf": "lsd_hf",
+    "lsd_hf_reached": "lsd_hf_reached",
+    "lsd_lf": "lsd_lf",
+    "mel_distance": "mel",
+    "si_sdr_lf_db": "si_sdr_lf_db",
+    "level_db": "level_db",
+    "high_band_error_db": "high_band_error_db",
+}
+HIGHER_IS_BETTER = {"si_sdr_lf_db"}
 
 
 @torch.no_grad()
-def validation_sums(
-    model: nn.Module, batches: Iterable[Batch], settings: TrainSettings, device: torch.device
-) -> Tensor:
-    """The sum over all crops of each of VALIDATION_NAMES, float64."""
-    sums = torch.zeros(len(VALIDATION_NAMES), dtype=torch.float64, device=device)
+def validate(
+    model: nn.Module, indexes: tuple[Index, ...], length: int, settings: TrainSettings, process: Process
+) -> dict[str, float]:
+    """Mean of each loss and distance over `eval_samples` crops of `length` coarse tokens; the same on every process.
+
+    Draws on no random state but its own. A crop that a distance says nothing of does not count in its mean.
+    """
+    with torch.random.fork_rng(devices=[process.device] if process.device.type == "cuda" else []):
+        torch.manual_seed(settings.seed)
+        sums = validation_sums(model, validation_batches(indexes, length, settings, process), settings)
+    totals, counts = process.sum(sums.to(process.device)).tolist()
+    names = validation_names(settings)
+    return {
+        name: total / count if count else math.nan for name, total, count in zip(names, totals, counts, strict=True)
+    }
+
+
+def validation_batches(
+    indexes: tuple[Index, ...], length: int, settings: TrainSettings, process: Process
+) -> Iterator[Batch]:
+    """This process's share; folders give equal parts of the crops."""
+    for number, index in enumerate(indexes):
+        samples = len(rank_slice(settings.eval_samples, number, len(indexes)))
+        for batch in fixed_batches(
+            index, samples, settings.eval_batch_size, length, settings.seed, process.rank, process.world_size
+        ):
+            yield batch.to(process.device)
+
+
+def validation_names(settings: TrainSettings) -> list[str]:
+    terms = [name for name in ("l1", "stft", "log_stft", "mel") if settings.weights[name]]
+    return ["loss", *terms, *DISTANCES]
+
+
+def validation_sums(model: nn.Module, batches: Iterable[Batch], settings: TrainSettings) -> Tensor:
+    """(2, names), float64: the sum over all crops of each of `validation_names`, and how many crops have a value."""
+    names = validation_names(settings)
+    sums = torch.zeros(2, len(names), dtype=torch.float64)
     for batch in batches:
-        batch = batch.to(device)
-        wav_BN, losses = crop_losses(model, batch, settings)
-        distances = crop_distances(wav_BN, batch)
-        rows = [losses[name] if name in losses else distances[name] for name in VALIDATION_NAMES]
-        sums += torch.stack([row.double().sum() for row in rows])
+        wav_BN = batch.select(model(batch.tokens_BT7))
+        values = crop_losses(wav_BN, batch, settings) | crop_distances(wav_BN, batch)
+        rows_NB = torch.stack([values[name].double().cpu() for name in names])
+        defined_NB = ~rows_NB.isnan() | ~wav_BN.isfinite().all(dim=1).cpu()  # what is not finite shall spoil the mean
+        sums = sums + torch.stack([rows_NB.where(defined_NB, 0).sum(dim=1), defined_NB.sum(dim=1)])
     return sums
 
 
+def crop_losses(wav_BN: Tensor, batch: Batch, settings: TrainSettings) -> dict[str, Tensor]:
+    """The recipe's terms without its discriminators, and their weighted sum `loss`; one value per crop."""
+    terms = reconstruction(wav_BN, batch.target_BN, batch.valid_B, settings.weights, settings.n_ffts)
+    return {"loss": weighted(terms, settings.weights), **terms}
+
+
 def crop_distances(wav_BN: Tensor, batch: Batch) -> dict[str, Tensor]:
-    """Log-spectral distances of each crop's real samples, shape B each."""
-    rows = [
-        log_spectral_distances(wav_N[:valid], target_N[:valid])
-        for wav_N, target_N, valid in zip(wav_BN, batch.target_BN, batch.valid_B.tolist(), strict=True)
-    ]
-    return {name: torch.tensor([row[name] for row in rows], device=wav_BN.device) for name in DISTANCES}
+    """DISTANCES of each crop's real samples, shape B each; NaN where one would have no meaning."""
+    rows = []
+    for wav_N, target_N, valid in zip(wav_BN.cpu(), batch.target_BN.cpu(), batch.valid_B.tolist(), strict=True):
+        found = score(wav_N[:valid].float().numpy(), target_N[:valid].float().numpy(), METRICS)
+        rows.append([found[name] for name in DISTANCES.values()])
+    values_BN = torch.tensor([[math.nan if value is None else value for value in row] for row in rows])
+    return dict(zip(DISTANCES, values_BN.unbind(dim=1), strict=True))

@@ -1,0 +1,92 @@
+"""Does the trainer's memory grow with the corpus? Resident size with indexes of a thousand to a million segments.
+
+Usage: python -m benchmarks.index_memory. Each size has a process of its own, which loads the index, makes the order and
+looks up 200 global batches of 32 in the second epoch, as a worker that reads ahead does (without reading the tars).
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+
+from benchmarks.harness import report
+from shards.contract import INDEX_NAME, INDEX_SCHEMA, OK, sample_key
+from shards.index import load
+from shards.order import Order
+from shards.storage import locate
+from shards.stream import Stage, Stream
+from shards.writer import write_table
+
+SIZES = (1_000, 10_000, 100_000, 1_000_000)
+PER_SHARD = 1000
+BATCH = 32
+
+
+def write_index(folder: Path, rows: int) -> None:
+    numbers = np.arange(rows)
+    shards, places = numbers // PER_SHARD, numbers % PER_SHARD
+    columns = {
+        "split": ["train"] * rows,
+        "shard": shards.astype(np.int32),
+        "key": [sample_key(*pair) for pair in zip(shards.tolist(), places.tolist(), strict=True)],
+        "recording": [f"speaker_{number % 997}/recording_{number}.flac" for number in range(rows)],
+        "status": [OK] * rows,
+        "offset": places * 400_000,
+        "length": np.full(rows, 400_000),
+        "crc32": numbers.astype(np.uint32),
+        "n_coarse": np.full(rows, 47, np.int32),
+        "n_samples": np.full(rows, 47 * 4096, np.int32),
+    }
+    arrays = [
+        pa.array(columns[field.name], field.type) if field.name in columns else pa.nulls(rows, field.type)
+        for field in INDEX_SCHEMA
+    ]
+    table = pa.Table.from_arrays(arrays, schema=INDEX_SCHEMA)
+    metadata = {"format_version": 1, "fingerprint": {"teacher": "none"}}
+    write_table(folder / INDEX_NAME, table, metadata, PER_SHARD)  # row groups as `compact` writes them
+
+
+def measure(folder: str) -> dict[str, float]:
+    began = time.perf_counter()
+    index = load(locate(folder), "train")
+    loaded = time.perf_counter()
+    order = Order(index.counts, 0, 1, 16)
+    stream = Stream((order,), (1,), (Stage(0, 47, BATCH),), 0)
+    first = stream.steps(1)
+    for step in range(first, first + 200):
+        for place in stream.batch(step):
+            {name: index.table[name][place.sample].as_py() for name in ("shard", "key", "offset", "length", "crc32")}
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return {
+        "load s": loaded - began,
+        "ms per batch": (time.perf_counter() - loaded) / 200 * 1000,
+        "resident MiB": int(status["VmRSS"].split()[0]) / 1024,
+        "peak MiB": int(status["VmHWM"].split()[0]) / 1024,  # of this process; getrusage's may be its parent's
+    }
+
+
+def main() -> None:
+    if len(sys.argv) > 1:
+        print(json.dumps(measure(sys.argv[1])))
+        return
+    rows = []
+    with tempfile.TemporaryDirectory() as temporary:
+        for size in SIZES:
+            folder = Path(temporary) / str(size)
+            write_index(folder, size)
+            command = [sys.executable, "-m", "benchmarks.index_memory", str(folder)]
+            found = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
+            index_mib = (folder / INDEX_NAME).stat().st_size / 2**20
+            rows.append({"segments": size, "index MiB": index_mib, **json.loads(found)})
+    report("index_memory", rows, per_shard=PER_SHARD, batch=BATCH)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,125 @@
+"""Which recipe gives the best 48 kHz voice? Stand-in SNAC, real speech, `teacher=recording`, voices held out.
+
+Usage: python -m benchmarks.quality SPEECH OUT [minutes=30] [steps=20000] [recipes=base,mel] [compile=true]
+SPEECH/{letters,toys,channels}/LANGUAGE/… holds recordings; languages that the stand-in never heard are judged.
+
+Recipes take turns of a few minutes, each at its own checkpoint, so the table means something after half an hour and
+more after hours: the same command goes on until every recipe has `steps`. It ends when `minutes` are over, and may be
+killed at any moment. The codec is small and rough and so are the discriminators: figures compare recipes, and say
+nothing of snac_24khz. Adversarial training begins from the running mean of `mel` at ADVERSARIAL_FROM.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+
+from benchmarks.harness import report
+from benchmarks.learning import SNAC, command, write_manifest
+from trainer import checkpoint
+
+TURN_STEPS = 100
+ADVERSARIAL_FROM = 200  # steps of `mel`
+METRICS = "lsd,lsd_reached,mel,si_sdr,level,high_band,visqol"
+CLIPS = 96
+COMMON = {
+    "pretrained_model": SNAC, "gpu": "cpu", "resume": "auto", "batch_size": 6, "segment_length": 0.51,
+    "learning_rate": 3e-4, "rate_schedule": "constant", "warmup_steps": 20, "ema_decay": 0.99, "phase1_steps": 0,
+    "eval_samples": 24, "eval_batch_size": 4, "eval_every": 1000, "eval_clips": 0, "keep_last": 100_000,
+    "checkpoint_every": TURN_STEPS, "num_workers": 1, "log_every": 10, "seed": 0,
+}  # fmt: skip
+MEL = {"l1_weight": 0.0, "stft_weight": 0.0, "mel_weight": 15.0}
+SMALL_DISCRIMINATORS = {  # of the stand-in's size: 0.5 M parameters, where the config's have 42 M
+    "adversarial_weight": 1.0, "feature_weight": 2.0, "discriminator_start": 50, "mpd_channels": 4, "mrd_channels": 6,
+    "discriminator_learning_rate": 3e-4,
+}  # fmt: skip
+RECIPES: dict[str, dict[str, Any]] = {
+    "base": {},
+    "base_log": {"log_stft_weight": 0.1},
+    "base_mel": {"mel_weight": 1.0},
+    "mel": MEL,
+    "adversarial": {**MEL, **SMALL_DISCRIMINATORS},
+    "adversarial_balanced": {**MEL, **SMALL_DISCRIMINATORS, "balance_losses": True},
+}
+
+
+def prepare(speech: Path, out: Path) -> Path:
+    """Shards of the recordings; of the split those that clip are left out, with their reasons."""
+    manifest, work = out / "manifest.csv", out / "work"
+    out.mkdir(parents=True, exist_ok=True)
+    if not manifest.exists():
+        write_manifest(speech, manifest)
+    command(
+        "pipeline", "shard-codes", f"audio={manifest}", f"work={work}", f"pretrained_model={SNAC}", "gpu=cpu",
+        "min_seconds=0.4", "segments_per_shard=128",
+    )  # fmt: skip
+    command("pipeline", "shard-targets", f"work={work}", "teacher=recording", "gpu=cpu", "max_failed_fraction=0.2")
+    return work / "shards"
+
+
+def step_of(run: Path) -> int:
+    path = checkpoint.newest(run)
+    return 0 if path is None else int(path.stem.split("_")[1])
+
+
+def turn(name: str, out: Path, shards: Path, steps: int, more: dict[str, Any]) -> bool:
+    """Trains one recipe for TURN_STEPS. False when it may not yet begin, or has come to its end."""
+    run, begun = out / name, step_of(out / name)
+    settings = {**COMMON, **RECIPES[name], **more}
+    if name.startswith("adversarial"):
+        start = checkpoint.step_path(out / "mel", ADVERSARIAL_FROM)
+        if not start.exists():
+            return False
+        settings["init_from"] = start
+    if begun >= steps:
+        return False
+    goal = min(begun + TURN_STEPS, steps)
+    words = [
+        f"{key}={value if isinstance(value, str | Path) else json.dumps(value)}" for key, value in settings.items()
+    ]
+    command("trainer", "train", f"shards={shards}", f"run={run}", f"max_steps={goal}", *words)
+    for path in sorted(checkpoint.folder(run).glob("step_*.pt"))[:-1]:
+        if name != "mel" or path != checkpoint.step_path(run, ADVERSARIAL_FROM):
+            checkpoint.remove(path)
+    return True
+
+
+def judge(out: Path, shards: Path, names: list[str]) -> None:
+    """The running mean of each recipe's newest weights, on whole unseen clips; prints and writes the table."""
+    trained = {name: checkpoint.newest(out / name) for name in names}
+    models = {name: path for name, path in trained.items() if path}
+    shutil.rmtree(out / "eval", ignore_errors=True)
+    command(
+        "trainer", "eval", *(f"models.{name}={path}" for name, path in models.items()), f"shards={shards}",
+        f"out={out / 'eval'}", f"samples={CLIPS}", f"metrics={METRICS}", "keep_audio=4",
+    )  # fmt: skip
+    rows = pq.read_table(out / "eval" / "summary.parquet").to_pylist()
+    steps = {name: step_of(out / name) for name in models}
+    settings = {name: {**COMMON, **RECIPES[name]} for name in models}
+    report("quality", rows, steps=steps, settings=settings, clips=CLIPS)
+
+
+def main() -> None:
+    speech, out = Path(sys.argv[1]), Path(sys.argv[2])
+    options = dict(word.split("=", 1) for word in sys.argv[3:])
+    until = time.monotonic() + 60 * float(options.pop("minutes", 30))
+    steps = int(options.pop("steps", 20_000))
+    names = options.pop("recipes", ",".join(RECIPES)).split(",")
+    shards = prepare(speech, out)
+    moving = True
+    while moving and time.monotonic() < until:
+        moving = False
+        for name in names:
+            if time.monotonic() < until:
+                moving = turn(name, out, shards, steps, options) or moving
+    judge(out, shards, names)
+
+
+if __name__ == "__main__":
+    main()

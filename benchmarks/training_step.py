@@ -1,0 +1,124 @@
+"""How fast is a training step? Stock classes in plain float32 against this trainer's, on one batch.
+
+Usage: python -m benchmarks.training_step [gpu=0] [crops=2] [seconds=1.0] [rounds=5]
+The decoder has the true size (13.0 M parameters, random weights); losses are the base recipe's. The floor is
+arithmetic: 31 GFLOP per audio second, forward and backward, at what a matrix product of this device reaches.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable
+
+import torch
+from snac import SNAC
+
+from benchmarks.harness import interleaved, report
+from codec.snac import device_of
+from configs.loader import load_settings
+from shards.contract import COARSE_48K, CODEBOOK_SIZE, CONTEXT_COARSE, TARGET_RATE, TOKENS, coarse_tokens
+from trainer.data import Batch
+from trainer.decoder import CodesToLatent, CropDecoder, trainable, warm_start
+from trainer.distributed import Process
+from trainer.learner import Learner
+from trainer.losses import reconstruction, weighted
+from trainer.settings import BETAS, TrainSettings
+
+GFLOP_PER_SECOND_OF_AUDIO = 31
+SNAC_24KHZ = {
+    "sampling_rate": 24_000, "encoder_dim": 48, "encoder_rates": [2, 4, 8, 8], "decoder_dim": 1024,
+    "decoder_rates": [8, 8, 4, 2], "attn_window_size": None, "codebook_size": 4096, "codebook_dim": 8,
+    "vq_strides": [4, 2, 1], "noise": True, "depthwise": True,
+}  # fmt: skip
+
+
+def random_batch(crops: int, length: int) -> Batch:
+    generator = torch.Generator().manual_seed(0)
+    shape = (crops, length + 2 * CONTEXT_COARSE, TOKENS)
+    return Batch(
+        keys=[str(number) for number in range(crops)],
+        tokens_BT7=torch.randint(CODEBOOK_SIZE, shape, generator=generator),
+        before_B=torch.full((crops,), CONTEXT_COARSE),
+        target_BN=0.1 * torch.randn(crops, length * COARSE_48K, generator=generator),
+        valid_B=torch.full((crops,), length * COARSE_48K),
+    )
+
+
+def plain(snac: SNAC, batch: Batch, settings: TrainSettings, device: torch.device) -> Callable[[], None]:
+    """What one would write first: stock modules, float32, AdamW as it comes."""
+    decoder = warm_start(snac, "zero", 0)
+    trainable(decoder, 2, "zero")
+    model = CropDecoder(CodesToLatent(snac), decoder).to(device)
+    optimizer = torch.optim.AdamW(decoder.parameters(), settings.learning_rate, BETAS)
+    on_device = batch.to(device)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        wav_BN = on_device.select(model(on_device.tokens_BT7))
+        terms = reconstruction(wav_BN, on_device.target_BN, on_device.valid_B, settings.weights, settings.n_ffts)
+        weighted(terms, settings.weights).mean().backward()
+        torch.nn.utils.clip_grad_norm_(decoder.parameters(), settings.gradient_clip)
+        optimizer.step()
+        _wait(device)
+
+    return step
+
+
+def ours(snac: SNAC, batch: Batch, device: torch.device, *changes: str) -> Callable[[], None]:
+    settings = load_settings(TrainSettings, "decoder_48khz.json", changes)
+    learner = Learner(CodesToLatent(snac), warm_start(snac, "zero", 0), settings, Process(0, 1, device), print)
+    learner.enter_phase(2)
+
+    def step() -> None:
+        learner.step(batch, 0, len(batch), 1.0)
+        _wait(device)
+
+    return step
+
+
+def gflops(device: torch.device, dtype: torch.dtype) -> float:
+    """GFLOP per second of a large matrix product."""
+    size = 8192 if device.type == "cuda" else 2048
+    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    seconds = interleaved({"product": lambda: (a @ b, _wait(device))}, rounds=5)["product"]
+    return 2 * size**3 / seconds / 1e9
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def main() -> None:
+    options = dict(word.split("=", 1) for word in sys.argv[1:])
+    device = device_of(options.get("gpu", "cpu"))
+    crops, length = int(options.get("crops", 2)), coarse_tokens(float(options.get("seconds", 1.0)))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        snac = SNAC(**SNAC_24KHZ).eval().requires_grad_(False)
+    batch, settings = random_batch(crops, length), load_settings(TrainSettings, "decoder_48khz.json", [])
+    ways = {
+        "stock classes, fp32": plain(snac, batch, settings, device),
+        "ours, fp32": ours(snac, batch, device, "precision=fp32", "compile=false"),
+        "ours, fp32, compiled": ours(snac, batch, device, "precision=fp32", "compile=true"),
+        "ours, bf16": ours(snac, batch, device, "precision=bf16", "compile=false"),
+        "ours, bf16, compiled": ours(snac, batch, device, "precision=bf16", "compile=true"),
+    }
+    if device.type == "cpu":  # bfloat16 is emulated on most
+        ways = {name: way for name, way in ways.items() if "bf16" not in name}
+    began = time.perf_counter()
+    medians = interleaved(ways, rounds=int(options.get("rounds", 5)), warm_up=2)
+    audio = crops * length * COARSE_48K / TARGET_RATE
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    floor = audio * GFLOP_PER_SECOND_OF_AUDIO / gflops(device, dtype)
+    first = next(iter(medians.values()))
+    rows = [
+        {"way": name, "seconds": seconds, "audio s/s": audio / seconds, "times stock": first / seconds}
+        for name, seconds in [*medians.items(), (f"floor, {dtype}", floor)]
+    ]
+    report("training_step", rows, crops=crops, coarse=length, seconds_in_all=time.perf_counter() - began)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,107 @@
+"""Whole shards of remote folders in a local folder of bounded size, fetched ahead in the order of reading.
+
+Any number of processes on a machine share the folder: a shard is fetched by one of them and appears when it is whole.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import os
+import threading
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO
+
+from shards.errors import UserError
+from shards.storage import Location, Url
+
+
+def default_cache() -> ShardCache:
+    """8 GiB below the user's cache folder; a folder is made when the first remote shard is read."""
+    return ShardCache(Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "snac48" / "shards", 8 << 30)
+
+
+@dataclass
+class ShardCache:
+    """`wanted` are the shards that are read now or next, in that order; they are never given up for others."""
+
+    folder: Path
+    limit_bytes: int
+    wanted: tuple[Url, ...] = ()
+    _thread: threading.Thread | None = field(default=None, repr=False)
+
+    def open(self, shard: Location) -> IO[bytes]:
+        """Its bytes on this machine; waits while they are fetched. A Path is here already."""
+        if isinstance(shard, Path):
+            return shard.open("rb")
+        path = self._path(shard)
+        with self._lock(path, wait=True):
+            while True:
+                with suppress(FileNotFoundError):  # not fetched, or given up by another process just now
+                    file = path.open("rb")
+                    os.utime(file.fileno())  # the least recently read goes first
+                    return file
+                self._fetch(shard, path)
+
+    def discard(self, shard: Location) -> None:
+        """Forgets a copy that is not what it should be."""
+        if isinstance(shard, Url):
+            self._path(shard).unlink(missing_ok=True)
+
+    def prefetch(self, shards: Iterable[Location]) -> None:
+        """Fetches in the background what is not here yet; what another process fetches is left to it."""
+        self.wanted = tuple(shard for shard in shards if isinstance(shard, Url))
+        if self.wanted and (self._thread is None or not self._thread.is_alive()):
+            self._thread = threading.Thread(target=self._fetch_wanted, daemon=True)
+            self._thread.start()
+
+    def _fetch_wanted(self) -> None:
+        for shard in self.wanted:
+            path = self._path(shard)
+            with suppress(UserError, OSError), self._lock(path, wait=False):  # what is wrong, `open` will say
+                if not path.exists():
+                    self._fetch(shard, path)
+
+    def _fetch(self, shard: Url, path: Path) -> None:
+        self._make_room(shard.stat().st_size)
+        shard.fetch(path)
+
+    def _make_room(self, size: int) -> None:
+        """Raises UserError when the shards that are needed at once take more than the limit."""
+        kept = {self._path(shard) for shard in self.wanted}
+        files = sorted(self._files())
+        total = size + sum(bytes_ for _, bytes_, _ in files)
+        for _, bytes_, path in files:
+            if total <= self.limit_bytes:
+                return
+            if path not in kept:
+                path.unlink(missing_ok=True)
+                total -= bytes_
+        if total > self.limit_bytes:
+            raise UserError(
+                f"the shards that are read at once take {total / 2**30:.2f} GiB, cache_gib allows "
+                f"{self.limit_bytes / 2**30:.2f}: allow more, or take fewer window_shards"
+            )
+
+    def _files(self) -> Iterator[tuple[int, int, Path]]:
+        """When it was read last, bytes, and where."""
+        for path in self.folder.glob("*.tar"):
+            with suppress(FileNotFoundError):  # given up by another process
+                stat = path.stat()
+                yield stat.st_mtime_ns, stat.st_size, path
+
+    def _path(self, shard: Url) -> Path:
+        """Flat, and readable where it may be: `train-000012-` and a hash of the whole URL."""
+        digest = hashlib.sha256(shard.text.encode()).hexdigest()[:16]
+        return self.folder / f"{shard.parent.name}-{shard.stem}-{digest}.tar"
+
+    @contextmanager
+    def _lock(self, path: Path, wait: bool) -> Iterator[None]:
+        """Held by one process or thread per shard. Raises BlockingIOError where it is held and `wait` is false."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with path.with_suffix(".lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            yield

@@ -1,0 +1,155 @@
+"""Remote shards are fetched whole, once, ahead of their time, into a folder that keeps its bound."""
+
+from __future__ import annotations
+
+import multiprocessing
+import shutil
+from pathlib import Path
+
+import pytest
+
+from shards.cache import ShardCache
+from shards.errors import ShardError, UserError
+from shards.index import load
+from shards.order import Order
+from shards.reader import read_sample
+from shards.storage import Location, Url
+from shards.stream import Stage, Stream
+from tests.test_stream import STREAMS
+from tests.training_helpers import assert_same_state, small_training
+from trainer.data import training_batches
+
+MANY = 1 << 30
+
+
+def remote(folder: Path) -> Url:
+    return Url(f"file://{folder}")
+
+
+def shard_of(folder: Path, name: str, size: int = 1000) -> Url:
+    folder.mkdir(exist_ok=True)
+    (folder / f"{name}.tar").write_bytes(name.encode() * size)
+    return remote(folder) / f"{name}.tar"
+
+
+def read(cache: ShardCache, shard: Location) -> bytes:
+    with cache.open(shard) as file:
+        return file.read()
+
+
+def held(cache: ShardCache) -> list[str]:
+    return sorted(path.read_bytes()[:1].decode() for path in cache.folder.glob("*.tar"))
+
+
+def count_fetches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    fetched: list[str] = []
+    original = Url.fetch
+
+    def fetch(self: Url, path: Path) -> None:
+        fetched.append(self.name)
+        original(self, path)
+
+    monkeypatch.setattr(Url, "fetch", fetch)
+    return fetched
+
+
+def test_a_shard_is_fetched_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache, fetched = ShardCache(tmp_path / "cache", MANY), count_fetches(monkeypatch)
+    shard = shard_of(tmp_path / "far", "a")
+    for _ in range(3):
+        assert read(cache, shard) == b"a" * 1000
+    assert fetched == ["a.tar"]
+    assert read(cache, tmp_path / "far" / "a.tar") == b"a" * 1000
+    assert held(cache) == ["a"]
+
+
+def test_the_least_recently_read_goes_and_what_is_wanted_stays(tmp_path: Path) -> None:
+    cache = ShardCache(tmp_path / "cache", 3000)
+    a, b, c, d = (shard_of(tmp_path / "far", name) for name in "abcd")
+    for shard in (a, b, c, a):
+        read(cache, shard)
+    assert held(cache) == ["a", "b", "c"]
+    read(cache, d)
+    assert held(cache) == ["a", "c", "d"]
+    cache.wanted = (a, c, b)
+    read(cache, b)
+    assert held(cache) == ["a", "b", "c"]
+    with pytest.raises(UserError, match=r"cache_gib allows .*: allow more, or take fewer window_shards"):
+        read(cache, d)
+    assert held(cache) == ["a", "b", "c"]
+
+
+def test_what_is_wanted_is_there_before_it_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache, fetched = ShardCache(tmp_path / "cache", MANY), count_fetches(monkeypatch)
+    shards: list[Location] = [shard_of(tmp_path / "far", name) for name in "cab"]
+    cache.prefetch([*shards, tmp_path / "local.tar"])
+    assert cache._thread is not None
+    cache._thread.join()
+    assert fetched == ["c.tar", "a.tar", "b.tar"]
+    read(cache, shards[1])
+    assert len(fetched) == 3
+
+
+def fetch_all(cache: ShardCache, shards: list[Url]) -> None:
+    for shard in shards:
+        assert len(set(read(cache, shard))) == 1
+
+
+def test_processes_share_the_folder(tmp_path: Path) -> None:
+    """Both read all shards through a folder that holds two of them."""
+    shards = [shard_of(tmp_path / "far", name, 100_000) for name in "abcdef"] * 5
+    cache = ShardCache(tmp_path / "cache", 200_000)
+    context = multiprocessing.get_context("fork")
+    both = [context.Process(target=fetch_all, args=(cache, order)) for order in (shards, shards[::-1])]
+    for process in both:
+        process.start()
+    for process in both:
+        process.join(60)
+        assert process.exitcode == 0
+
+
+@pytest.mark.parametrize("stream", STREAMS)
+def test_every_shard_is_announced_before_it_is_read(stream: Stream) -> None:
+    def shard_of(folder: int, sample: int) -> int:
+        counts = stream.orders[folder].counts
+        return next(shard for shard in range(len(counts)) if sample < sum(counts[: shard + 1]))
+
+    announced: list[set[tuple[int, int]]] = []
+    for step in range(12):
+        announced.append(set(stream.shards_from(step)))
+        for place in stream.batch(step)[:2]:
+            assert (place.folder, shard_of(place.folder, place.sample)) in announced[step]
+    order = Order((4,) * 9, 1, 1, 2)
+    ahead = order.shards_from(0)
+    assert len(ahead) == 4
+    assert {shard_of_sample // 4 for shard_of_sample in map(order.sample_at, range(16))} == set(ahead)
+
+
+def test_training_from_a_url_is_training_from_a_folder(work: Path, tmp_path: Path) -> None:
+    here = small_training(work, tmp_path / "here", max_steps=3)
+    there = small_training(
+        work, tmp_path / "there", max_steps=3, shards=str(remote(work / "shards")), cache=str(tmp_path / "cache"),
+        num_workers=1,
+    )  # fmt: skip
+    assert_same_state(here, there)
+    assert list((tmp_path / "cache").glob("train-*.tar"))
+
+
+def test_a_copy_that_was_damaged_is_fetched_again(work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    index = load(remote(work / "shards"), "train", ShardCache(tmp_path / "cache", MANY))
+    expected, fetched = read_sample(index, 0), count_fetches(monkeypatch)
+    (copy,) = (tmp_path / "cache").glob("*.tar")
+    copy.write_bytes(bytes(copy.stat().st_size))
+    assert read_sample(index, 0) == expected
+    assert len(fetched) == 1
+
+
+def test_a_missing_shard_is_named(work: Path, tmp_path: Path) -> None:
+    far = tmp_path / "far"
+    shutil.copytree(work / "shards", far)
+    index = load(remote(far), "train", ShardCache(tmp_path / "cache", MANY))
+    for tar in (far / "train").glob("*.tar"):
+        tar.unlink()
+    stream = Stream((Order(index.counts, 0, 1, 2),), (1,), (Stage(0, 3, 2),), 0)
+    with pytest.raises(ShardError, match=r"far/train/00000\d.tar: 00000\d-0000\d: .*no such object"):
+        next(training_batches((index,), stream, range(2), 0, 0, 1))

@@ -1,0 +1,274 @@
+"""What is kept, when, and what stands when something goes wrong: signals, full disks, patience, shards that change."""
+
+from __future__ import annotations
+
+import errno
+import json
+import math
+import os
+import shutil
+import signal
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from snac import SNAC
+
+from shards.errors import ShardError, UserError
+from tests.helpers import TINY_SNAC
+from tests.training_helpers import (
+    ADVERSARIAL,
+    CPU,
+    as_logged,
+    assert_same_state,
+    call,
+    largest_difference,
+    last_state,
+    logged_steps,
+    small_training,
+    train_settings,
+    train_words,
+)
+from trainer import checkpoint, losses
+from trainer.ema import Ema
+from trainer.learner import Learner
+from trainer.loop import Trainer
+
+
+def steps_kept(run: Path) -> list[int]:
+    return sorted(int(path.stem.split("_")[1]) for path in checkpoint.folder(run).glob("step_*.pt"))
+
+
+def at_step(step: int, action: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Does `action` while this step is computed."""
+    original = Learner.step
+
+    def stepping(self: Learner, batch: Any, number: int, *rest: Any) -> dict[str, float]:
+        if number == step:
+            action()
+        return original(self, batch, number, *rest)
+
+    monkeypatch.setattr(Learner, "step", stepping)
+
+
+def test_sigusr1_saves_within_the_step_and_goes_on(work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    at_step(2, lambda: os.kill(os.getpid(), signal.SIGUSR1), monkeypatch)
+    small_training(work, tmp_path / "run", checkpoint_every=99, keep_last=9)
+    assert steps_kept(tmp_path / "run") == [3, 6]
+    assert signal.getsignal(signal.SIGUSR1) == signal.SIG_DFL
+
+
+def test_sigterm_saves_within_the_step_and_leaves(work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    at_step(2, lambda: os.kill(os.getpid(), signal.SIGTERM), monkeypatch)
+    assert not Trainer(train_settings(work, tmp_path / "run", checkpoint_every=99), CPU).run()
+    assert steps_kept(tmp_path / "run") == [3]
+
+
+def test_a_full_disk_keeps_the_last_good_checkpoint(
+    work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, write = tmp_path / "run", Path.write_bytes
+
+    def full(self: Path, data: Any) -> int:
+        if self.name.startswith("step_000000004.pt"):
+            write(self, bytes(data)[:1000])
+            raise OSError(errno.ENOSPC, "No space left on device", str(self))
+        return write(self, data)
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    code, output = call("train", *train_words(work, run))
+    assert code == 1
+    errors = [line for line in output.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1
+    assert errors[0].startswith("error: No space left on device: ")
+    assert steps_kept(run) == [2]
+    assert not list(run.rglob("*.tmp"))
+    monkeypatch.undo()
+    assert_same_state(small_training(work, run), small_training(work, tmp_path / "whole"))
+
+
+def scripted(values: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Validation finds these losses one after the other, whatever training does."""
+    following = iter(values)
+    monkeypatch.setattr("trainer.loop.validate", lambda *_: {"loss": next(following), "si_sdr_lf_db": 0.0})
+
+
+def test_the_best_few_are_kept(work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    scripted([9, 3, 5, 1, 7, 2, 8], monkeypatch)
+    run = tmp_path / "run"
+    small_training(work, run, eval_every=1, keep_best=3, ema_decay=0.5)
+    kept = sorted(path.name for path in checkpoint.folder(run).glob("best*.pt"))
+    assert kept == ["best.pt", "best_000000001.pt", "best_000000003.pt", "best_000000005.pt"]
+    best, third = (checkpoint.load(checkpoint.folder(run) / name) for name in ("best.pt", "best_000000003.pt"))
+    assert largest_difference(best["decoder"], third["decoder"]) == 0
+    assert best["validation"]["loss"] == 1
+
+
+def test_patience(work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two validations without a new best, of which one came before an interruption."""
+    scripted([9, 3, 4, 5, 6, 1], monkeypatch)
+    run = tmp_path / "run"
+    small_training(work, run, eval_every=1, max_steps=2, patience=2)
+    assert last_state(run)["validations_since_best"] == 1
+    stopped = small_training(work, run, eval_every=1, max_steps=50, patience=2)
+    assert stopped["step"] == 3
+    assert "stopped at step 3: 2 validations without a new best" in (run / "training.log").read_text()
+
+
+def test_checkpoints_by_the_clock(work: Path, tmp_path: Path) -> None:
+    small_training(work, tmp_path / "run", checkpoint_every=99, checkpoint_minutes=1e-9, keep_last=9)
+    assert steps_kept(tmp_path / "run") == [1, 2, 3, 4, 5, 6]
+
+
+def test_what_a_checkpoint_is_can_be_read_without_torch(work: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    small_training(work, run)
+    summary = json.loads(checkpoint.step_path(run, 6).with_suffix(".json").read_text())
+    assert summary["step"] == 6
+    assert summary["settings"] == json.loads((run / "settings.json").read_text())
+    assert summary["snac"] == TINY_SNAC
+    assert summary["data"]["teacher"] == "recording"
+    best = json.loads((checkpoint.folder(run) / "best.json").read_text())
+    assert {"loss", "lsd_hf"} <= best["validation"].keys()
+
+
+# Shards that are not what the index says: nothing is learned from them, and once mended the run goes on
+
+
+def flipped(tar: Path, row: Mapping[str, Any]) -> None:
+    whole = bytearray(tar.read_bytes())
+    whole[row["offset"] + row["length"] // 2] ^= 1
+    tar.write_bytes(whole)
+
+
+def replaced(tar: Path, row: Mapping[str, Any]) -> None:
+    """By a shard that another run wrote under the same name."""
+    other = tar.with_name("other")
+    other.write_bytes(tar.read_bytes()[:512] + tar.read_bytes())
+    other.replace(tar)
+
+
+def removed(tar: Path, row: Mapping[str, Any]) -> None:
+    tar.unlink()
+
+
+@pytest.mark.parametrize(("damage", "workers"), [(flipped, 0), (replaced, 1), (removed, 1)])
+def test_a_shard_that_changes_under_way_stops_before_the_step_and_is_named(
+    damage: Any, workers: int, work: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(work / "shards", tmp_path / "shards")
+    run = tmp_path / "run"
+    small_training(tmp_path, run, max_steps=2, eval_every=1)
+    begun = Trainer(train_settings(tmp_path, run, max_steps=3, num_workers=workers, eval_every=1), CPU)
+    place, index = begun.stream.batch(2)[0], begun.corpus.training[0]
+    row = index.table.slice(place.sample, 1).to_pylist()[0]
+    tar = tmp_path / "shards" / "train" / f"{row['shard']:06d}.tar"
+    good = tar.read_bytes()
+    damage(tar, row)
+    with pytest.raises(ShardError) as caught:
+        begun.run()
+    assert str(caught.value).startswith(f"{tar}: {row['key']}: ")
+    assert (begun.step, steps_kept(run)) == (2, [2])
+    tar.write_bytes(good)
+    mended = small_training(tmp_path, run, max_steps=3, eval_every=1)
+    assert_same_state(mended, small_training(work, tmp_path / "whole", max_steps=3, eval_every=1))
+
+
+def test_a_loss_that_is_not_finite_stops_before_either_optimizer(
+    work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The discriminators meet the bad target first."""
+    training = Trainer(train_settings(work, tmp_path / "run", **ADVERSARIAL, eval_every=99), CPU)
+    before = {name: value.clone() for name, value in training.learner.decoder.state_dict().items()}
+    nets = training.learner.adversary
+    assert nets
+    begun = {name: value.clone() for name, value in nets.discriminators.state_dict().items()}
+    monkeypatch.setattr("trainer.adversary.PEAK", float("nan"))
+    with pytest.raises(UserError, match=r"step 0: \{'discriminator': nan.*stopped before the optimizer step\. Keys"):
+        training.run()
+    assert largest_difference(training.learner.decoder.state_dict(), before) == 0
+    assert largest_difference(nets.discriminators.state_dict(), begun) == 0
+
+
+# The running mean of weights, and beginning from one
+
+
+def test_ema_is_the_running_mean(snac: SNAC) -> None:
+    source = torch.nn.Linear(3, 2).double()
+    ema = Ema(source, 0.7)
+    expected = source.weight.detach().clone()
+    for update in range(40):
+        with torch.no_grad():
+            source.weight.copy_(torch.randn(2, 3, generator=torch.Generator().manual_seed(update)).double())
+        ema.update()
+        decay = min(0.7, (1 + update) / (10 + update))
+        expected = decay * expected + (1 - decay) * source.weight.detach()
+    torch.testing.assert_close(ema.model.weight, expected)
+    follows = Ema(source, 0.0)
+    follows.update()
+    assert torch.equal(follows.model.weight, source.weight)
+
+
+def test_the_mean_is_validated_kept_and_loaded(work: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    state = small_training(work, run, ema_decay=0.9, eval_every=6, learning_rate=1e-2)
+    assert largest_difference(state["ema"], state["decoder"]) > 1e-4
+    at_end = {**checkpoint.load(checkpoint.folder(run) / checkpoint.BEST)}
+    if at_end["step"] == 6:
+        assert largest_difference(at_end["decoder"], state["ema"]) == 0
+    loaded = checkpoint.load_codec(checkpoint.step_path(run, 6))
+    assert largest_difference(loaded.decoder.state_dict(), state["ema"]) == 0
+
+
+def test_a_run_begins_from_anothers_mean(work: Path, tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    expected = small_training(work, base, ema_decay=0.9, eval_every=3)
+    source = checkpoint.step_path(base, 6)
+    recipe = {**ADVERSARIAL, "init_from": str(source), "phase1_steps": 0, "max_steps": 2}
+    training = Trainer(train_settings(work, tmp_path / "run", **recipe), CPU)
+    assert largest_difference(training.learner.decoder.state_dict(), expected["ema"]) == 0
+    assert training.run()
+    shutil.rmtree(base)
+    resumed = small_training(work, tmp_path / "run", **recipe | {"max_steps": 4})
+    assert resumed["step"] == 4
+    log = (tmp_path / "run" / "training.log").read_text()
+    assert f"begins from {source}, step 6" in log
+    code, output = call("train", *train_words(work, tmp_path / "other", **recipe))
+    assert code == 1
+    assert f"model={source}: no checkpoint there" in output
+
+
+def test_only_the_discriminators_learn_at_first(work: Path, tmp_path: Path) -> None:
+    recipe = {**ADVERSARIAL, "discriminator_start": 2, "phase1_steps": 0, "eval_every": 99}
+    first = Trainer(train_settings(work, tmp_path / "none", **recipe, max_steps=2), CPU)
+    begun = {name: value.clone() for name, value in first.learner.decoder.state_dict().items()}
+    first.run()
+    assert largest_difference(first.learner.decoder.state_dict(), begun) == 0
+    lines = [line for line in as_logged(tmp_path / "none") if line["kind"] == "train"]
+    assert all({"discriminator", "discriminator_grad_norm"} <= line.keys() and "loss" not in line for line in lines)
+    state = small_training(work, tmp_path / "some", **recipe, max_steps=3)
+    assert largest_difference(state["decoder"], begun) > 0
+    line = [line for line in as_logged(tmp_path / "some") if line["kind"] == "train"][-1]
+    weights = {"l1": 1, "stft": 1, "mel": 15, "adversarial": 1, "features": 2}
+    assert line["loss"] == pytest.approx(sum(weight * line[name] for name, weight in weights.items()), rel=1e-5)
+    assert losses.MEL_SCALES[-1] == (2048, 320)
+
+
+def test_folders_are_mixed_and_named(work: Path, tmp_path: Path) -> None:
+    shutil.copytree(work / "shards", tmp_path / "more")
+    folders = [str(work / "shards"), str(tmp_path / "more")]
+    mixed = {"shards": folders, "shard_weights": [1, 3], "eval_samples": 4, "batch_size": 4}
+    run = tmp_path / "run"
+    training = Trainer(train_settings(work, run, **mixed, max_steps=2), CPU)
+    assert [place.folder for place in training.stream.batch(0)].count(1) == 3
+    assert training.stream.steps(1) == math.ceil(2 * len(training.corpus.training[0]) / 4)
+    assert training.run()
+    assert logged_steps(run, "validation") == [0, 2]
+    for change, message in (
+        ({"shard_weights": [1, 2]}, r"shard_weights is \[1, 3\], now \[1, 2\]"),
+        ({"shard_weights": [1]}, r"shard_weights=\[1\] for 2 folders of shards"),
+    ):
+        with pytest.raises(UserError, match=message):
+            Trainer(train_settings(work, run, **mixed | change), CPU)

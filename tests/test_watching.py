@@ -1,0 +1,152 @@
+"""What a run shows while it runs and after it died: boards, the progress line, and status from files alone."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from shards.contract import COARSE_48K
+from shards.errors import UserError
+from shards.files import exclusive
+from tests.helpers import ROOT
+from tests.training_helpers import ADVERSARIAL, call, logged_steps, metrics, small_training
+from trainer.boards import WeightsAndBiases, spectrogram
+from trainer.status import report
+
+PAGE = ROOT / "docs" / "training.md"
+
+
+@pytest.fixture(scope="module")
+def finished(work: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An adversarial training in two parts, with two clips on the board. Read only."""
+    run = tmp_path_factory.mktemp("watched") / "run"
+    recipe = {**ADVERSARIAL, "balance_losses": True, "eval_clips": 2}
+    small_training(work, run, **recipe, max_steps=3)
+    small_training(work, run, **recipe)
+    return run
+
+
+def board(run: Path) -> Any:
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    events = accumulator.EventAccumulator(str(run / "tensorboard"), size_guidance={"audio": 0, "images": 0})
+    return events.Reload()
+
+
+def test_tensorboard_has_scalars_audio_and_pictures(finished: Path) -> None:
+    events = board(finished)
+    losses = {event.step: event.value for event in events.Scalars("train/loss")}
+    logged = {line["step"]: line["loss"] for line in metrics(finished) if line["kind"] == "train" and "loss" in line}
+    assert losses == pytest.approx(logged)
+    assert [event.step for event in events.Scalars("validation/lsd_hf_reached")] == [0, 3, 6]
+    audio = events.Tags()["audio"]
+    keys = {tag.split("/")[0] for tag in audio}
+    assert len(keys) == 2
+    assert {tag.split("/")[1] for tag in audio} == {"stock + sinc", "decoded", "target"}
+    key = min(keys)
+    assert [clip.step for clip in events.Audio(f"{key}/decoded")] == [0, 3, 6]
+    assert [clip.step for clip in events.Audio(f"{key}/target")] == [0], "what does not change is shown once"
+    assert events.Audio(f"{key}/decoded")[0].sample_rate == 48_000
+    assert events.Audio(f"{key}/decoded")[0].length_frames == COARSE_48K
+    pictures = events.Images(f"{key}/stock + sinc, decoded, target")
+    assert [picture.step for picture in pictures] == [0, 3, 6]
+    assert pictures[0].height == 1025
+
+
+def test_a_spectrogram_shows_a_tone_where_it_is() -> None:
+    tone = 1e-3 * torch.sin(2 * torch.pi * 18_000 * torch.arange(24_000) / 48_000)
+    picture = spectrogram(tone)
+    brightness = picture.astype(np.int64).sum(axis=(1, 2))
+    assert picture.dtype == np.uint8
+    assert abs(brightness.argmax() - 1024 * (1 - 18_000 / 24_000)) <= 1
+    assert brightness[512:].max() < brightness.max() / 5
+
+
+def test_every_logged_value_is_explained(finished: Path) -> None:
+    explained = PAGE.read_text()
+    for line in metrics(finished):
+        for name in line:
+            name = "gradient_…" if name.startswith("gradient_") else name
+            assert f"| `{name}` |" in explained, name
+
+
+def test_status_after_the_end(finished: Path) -> None:
+    code, output = call("status", f"run={finished}")
+    assert code == 0
+    first, second, *rest = output.splitlines()
+    assert first.startswith(f"{finished}: not running, last logged 0:")
+    last = [line for line in metrics(finished) if line["kind"] == "train"][-1]
+    assert second.startswith(f"step 6 of 6, phase 2: discriminator {last['discriminator']:.4g}, ")
+    assert f"loss {last['loss']:.4g}" in second
+    assert any(line.startswith("validation at step 6: loss ") for line in rest)
+    assert any(line.startswith("best.pt: step ") and "lsd_hf" in line for line in rest)
+    assert any(line == "step_000000006.pt: step 6" for line in rest)
+    assert not any("left" in line for line in rest)
+
+
+def test_status_of_a_run_under_way_or_cut_off(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "settings.json").write_text("{}")
+    with exclusive(run):
+        assert list(report(run)) == [f"{run}: running, nothing logged yet"]
+        (run / "progress.json").write_text('{"total_steps": 100}')
+        line = {"kind": "train", "step": 40, "phase": 1, "loss": 0.5, "seconds_per_step": 2.0}
+        (run / "metrics.jsonl").write_text(json.dumps(line) + '\n{"kind": "train", "step": 41, "lo')
+        first, second, third = report(run)
+    assert first.startswith(f"{run}: running, last logged")
+    assert second == "step 40 of 100, phase 1: loss 0.5, seconds_per_step 2"
+    assert third == "at this speed 0:02:00 of training are left"
+    assert next(report(run)).startswith(f"{run}: not running")
+    code, output = call("status", f"run={tmp_path / 'nothing'}")
+    assert code == 1
+    assert "is not the folder of a training" in output
+
+
+def test_status_needs_no_torch(finished: Path) -> None:
+    program = (
+        "import sys\nfor name in ('torch', 'numpy', 'pyarrow'): sys.modules[name] = None\n"
+        "from trainer.__main__ import main\nmain(sys.argv[1:])"
+    )
+    words = [sys.executable, "-c", program, "status", f"run={finished}"]
+    ended = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert "step 6 of 6" in ended.stdout
+
+
+class FakeWandb:
+    def __init__(self) -> None:
+        self.given: dict[str, Any] = {}
+        self.logged: list[dict[str, float]] = []
+        self.finished = False
+
+    def init(self, **given: Any) -> FakeWandb:
+        self.given = given
+        return self
+
+    def log(self, values: dict[str, float]) -> None:
+        self.logged.append(values)
+
+    def finish(self) -> None:
+        self.finished = True
+
+
+def test_weights_and_biases_gets_the_same_scalars(work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake = FakeWandb()
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    small_training(work, tmp_path / "a", wandb="voices", max_steps=2)
+    assert (fake.given["project"], fake.given["id"], fake.given["resume"]) == ("voices", "a", "allow")
+    assert fake.given["config"]["batch_size"] == 2
+    assert [values["step"] for values in fake.logged if "train/loss" in values] == logged_steps(tmp_path / "a", "train")
+    assert fake.finished
+
+
+def test_without_wandb_it_says_how_to_have_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(UserError, match="wandb=voices needs the package wandb: `just extras` installs it"):
+        WeightsAndBiases("voices", tmp_path, {})

@@ -1,0 +1,62 @@
+"""The shards of a training: one folder or several, checked against each other and against the SNAC they came from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from shards.cache import ShardCache, default_cache
+from shards.errors import SettingsError, UserError
+from shards.index import Index, load
+from shards.order import Order
+from shards.stream import Stream
+from shards.writer import differences
+from trainer.schedule import stages
+from trainer.settings import TrainSettings
+
+
+@dataclass(frozen=True)
+class Corpus:
+    training: tuple[Index, ...]
+    validation: tuple[Index, ...]  # of the folders that have one
+    stream: Stream
+
+    @property
+    def provenance(self) -> dict[str, Any]:
+        """Where the data came from, for checkpoints: the first folder's fingerprint, all teachers and indexes."""
+        return {
+            "index_sha256": ", ".join(index.sha256 for index in self.training),
+            **self.training[0].fingerprint,
+            "teacher": " + ".join(dict.fromkeys(index.fingerprint["teacher"] for index in self.training)),
+        }
+
+
+def open_corpus(settings: TrainSettings, snac_sha256: dict[str, str]) -> Corpus:
+    """Raises UserError for shards without usable segments, or with codes of another SNAC."""
+    cache = ShardCache(settings.cache or default_cache().folder, int(settings.cache_gib * 2**30))
+    training = tuple(load(folder, "train", cache) for folder in settings.folders)
+    validation = tuple(load(folder, "validation", cache) for folder in settings.folders)
+    for folder, index in zip(settings.folders, training, strict=True):
+        if not len(index):
+            raise UserError(f"{folder} has no usable segment in the split {index.split}")
+        changed = differences(index.fingerprint["snac_sha256"], snac_sha256)
+        if changed:
+            raise UserError(
+                f"{folder} holds codes of another SNAC than pretrained_model={settings.pretrained_model} ({changed})"
+            )
+    with_voices = tuple(index for index in validation if len(index))
+    if not with_voices:
+        raise UserError(f"{', '.join(map(str, settings.folders))} has no usable segment in the split validation")
+    orders = tuple(Order(index.counts, settings.seed, 1, settings.window_shards) for index in training)
+    stream = Stream(orders, _weights(settings, training), stages(settings), settings.seed)
+    return Corpus(training, with_voices, stream)
+
+
+def _weights(settings: TrainSettings, training: tuple[Index, ...]) -> tuple[int, ...]:
+    """As given; else by size, in whole multiples of the smallest folder."""
+    if settings.shard_weights is None:
+        smallest = min(len(index) for index in training)
+        return tuple(round(len(index) / smallest) for index in training)
+    if len(settings.shard_weights) != len(training):
+        raise SettingsError(f"shard_weights={list(settings.shard_weights)} for {len(training)} folders of shards")
+    return settings.shard_weights

@@ -1,0 +1,40 @@
+"""What changes with the step, as pure functions of it: phases, lengths of crops, the learning rate."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+from shards.contract import coarse_tokens
+from shards.errors import SettingsError
+from shards.stream import Stage
+from trainer.settings import TrainSettings
+
+
+def stages(settings: TrainSettings) -> tuple[Stage, ...]:
+    """`segment_schedule` as stages whose batches hold the audio of `batch_size` crops of `segment_length`.
+
+    To the nearest crop: 32 crops of 47 coarse tokens (4 s) become 125 of 12 (1 s), 1504 tokens against 1500.
+    """
+    audio = settings.batch_size * coarse_tokens(settings.segment_length)
+    planned = settings.segment_schedule or ((0, settings.segment_length),)
+    if planned[0][0] != 0 or any(a[0] >= b[0] for a, b in itertools.pairwise(planned)):
+        raise SettingsError(f"segment_schedule={list(planned)}: steps should begin with 0 and rise")
+    lengths = [(step, coarse_tokens(seconds)) for step, seconds in planned]
+    return tuple(Stage(step, length, max(round(audio / length), 1)) for step, length in lengths)
+
+
+def rate_factor(step: int, phase_start: int, total_steps: int, settings: TrainSettings) -> float:
+    """What the learning rates are multiplied by at `step`.
+
+    Half a cosine from 1 at the beginning of training to `final_rate` at its end (SGDR, arXiv 1608.03983, without
+    restarts); each phase begins with `warmup_steps` in which the rate rises linearly, for its new parameters' sake.
+    """
+    factor = 1.0
+    if settings.rate_schedule == "cosine":
+        factor = settings.final_rate + (1 - settings.final_rate) * (1 + math.cos(math.pi * step / total_steps)) / 2
+    return factor * min((step - phase_start + 1) / (settings.warmup_steps + 1), 1.0)
+
+
+def segment_text(stages_: tuple[Stage, ...]) -> str:
+    return ", then ".join(f"{stage.batch} × {stage.length} coarse tokens" for stage in stages_)

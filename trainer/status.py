@@ -1,0 +1,112 @@
+"""`just status run=…`: where a training stands, from its files alone; while it runs and after it died."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import time
+from collections.abc import Iterator
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import click
+
+from shards.errors import UserError
+from trainer.settings import StatusSettings
+
+TAIL_BYTES = 1 << 20  # of metrics.jsonl: some thousand lines
+LOG_LINES = 3
+QUIET = {"kind", "step", "phase"}  # not shown among the values of a line
+
+
+def status(settings: StatusSettings) -> None:
+    run = settings.run
+    if not (run / "settings.json").exists():
+        raise UserError(f"run={run} is not the folder of a training: it has no settings.json")
+    for line in report(run):
+        click.echo(line)
+
+
+def report(run: Path) -> Iterator[str]:
+    lines = list(tail(run / "metrics.jsonl"))
+    training = [line for line in lines if line["kind"] == "train"]
+    validations = [line for line in lines if line["kind"] == "validation"]
+    yield f"{run}: {'running' if is_running(run) else 'not running'}{_age(run)}"
+    if training:
+        last = training[-1]
+        yield f"step {last['step']}{_total(run)}, phase {last['phase']}: {_values(last)}"
+        yield from _time_left(run, last)
+    for line in validations[-1:]:
+        yield f"validation at step {line['step']}: {_values(line)}"
+    yield from _checkpoints(run)
+    log = run / "training.log"
+    if log.exists():
+        yield from (f"  {line}" for line in log.read_text().splitlines()[-LOG_LINES:])
+
+
+def is_running(run: Path) -> bool:
+    """A training holds a lock on its folder for as long as it lives, on this machine."""
+    path = run / ".lock"
+    if not path.exists():
+        return False
+    with path.open("r") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
+
+
+def tail(path: Path) -> Iterator[dict[str, Any]]:
+    """The last lines of a file of JSON lines; one that is being written, or that a kill cut off, is left out."""
+    if not path.exists():
+        return
+    with path.open("rb") as file:
+        size = file.seek(0, 2)
+        file.seek(max(size - TAIL_BYTES, 0))
+        for line in file.read().splitlines():
+            try:
+                entry = json.loads(line)
+            except ValueError:
+                continue
+            if isinstance(entry, dict):
+                yield entry
+
+
+def _age(run: Path) -> str:
+    path = run / "metrics.jsonl"
+    if not path.exists():
+        return ", nothing logged yet"
+    return f", last logged {timedelta(seconds=round(max(time.time() - path.stat().st_mtime, 0)))} ago"
+
+
+def _total(run: Path) -> str:
+    total = _read(run / "progress.json").get("total_steps")
+    return f" of {total}" if total else ""
+
+
+def _time_left(run: Path, last: dict[str, Any]) -> Iterator[str]:
+    total, seconds = _read(run / "progress.json").get("total_steps"), last.get("seconds_per_step")
+    if total and seconds and last["step"] < total:
+        yield f"at this speed {timedelta(seconds=round((total - last['step']) * seconds))} of training are left"
+
+
+def _checkpoints(run: Path) -> Iterator[str]:
+    for path in sorted((run / "checkpoints").glob("*.json")):
+        state = _read(path)
+        scores = f": {_values(state['validation'])}" if "validation" in state else ""
+        yield f"{path.with_suffix('.pt').name}: step {state.get('step')}{scores}"
+
+
+def _values(line: dict[str, Any]) -> str:
+    numbers = {name: value for name, value in line.items() if name not in QUIET and isinstance(value, int | float)}
+    return ", ".join(f"{name} {value:.4g}" for name, value in numbers.items())
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        found: dict[str, Any] = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+    return found
