@@ -59,7 +59,9 @@ class DecodeSettings(ModelSettings):
     input: Path = Field(description="recording, or .npy with T + 2T + 4T tokens")
     output: Path | None = Field(default=None, description="WAV to write (null: INPUT.48k.wav)")
     gpu: Gpu = Field(description="number of the GPU, or cpu")
-    window_seconds: float = Field(ge=1, le=600, description="longest stretch decoded at once")
+    window_seconds: float = Field(ge=1, le=600, description="longest stretch encoded, or decoded on a GPU, at once")
+    stream: bool = Field(description="frame by frame, as a speech model gives them; reports latency and speed")
+    lookahead_frames: int = Field(ge=0, le=3, description="with stream: frames waited for; 3 is exact, fewer are sooner")
 
 
 class ExportSettings(ModelSettings):

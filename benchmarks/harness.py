@@ -1,0 +1,76 @@
+"""What every benchmark shares: interleaved medians, the machine's name, a table, and JSON under results/.
+
+Machines are noisy, so only ratios within one run are compared: the ways take turns, and each gives its median.
+A module of this folder is one question: `python -m benchmarks.NAME` prints its table and writes results/NAME.json
+(NAME.gpu.json on a GPU).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from shards.files import replacing
+
+RESULTS = Path(__file__).parent / "results"
+PACKAGES = ("torch", "torchaudio", "snac", "transformers", "numpy", "webdataset", "soundfile", "pyarrow")
+
+
+def interleaved(ways: Mapping[str, Callable[[], object]], rounds: int, warm_up: int = 1) -> dict[str, float]:
+    """Median seconds of each way over `rounds` turns. A way returns only when its work is done (synchronize a GPU)."""
+    for way in ways.values():
+        for _ in range(warm_up):
+            way()
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    for _ in range(rounds):
+        for name, way in ways.items():
+            began = time.perf_counter()
+            way()
+            seconds[name].append(time.perf_counter() - began)
+    return {name: statistics.median(found) for name, found in seconds.items()}
+
+
+def machine() -> dict[str, Any]:
+    """Hardware and versions, for the result's file."""
+    import torch
+
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {
+        "cpu": _cpu_model(),
+        "cores": os.cpu_count(),
+        "torch_threads": torch.get_num_threads(),
+        "gpu": gpu,
+        "python": platform.python_version(),
+        **{package: version(package) for package in PACKAGES},
+    }
+
+
+def report(name: str, rows: Sequence[Mapping[str, Any]], **context: Any) -> Path:
+    """Prints `rows` as a table; writes them with the machine and `context` (settings, what was assumed) as JSON."""
+    columns = list(dict.fromkeys(column for row in rows for column in row))
+    cells = [columns, *([_cell(row.get(column)) for column in columns] for row in rows)]
+    widths = [max(len(line[place]) for line in cells) for place in range(len(columns))]
+    for line in cells:
+        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
+    hardware = machine()
+    path = RESULTS / f"{name}{'.gpu' if hardware['gpu'] else ''}.json"
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps({"rows": list(rows), **context, "machine": hardware}, indent=2) + "\n")
+    print(f"written: {path}")
+    return path
+
+
+def _cell(value: Any) -> str:
+    return "" if value is None else f"{value:,.4g}" if isinstance(value, float) else str(value)
+
+
+def _cpu_model() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown")
