@@ -34,6 +34,18 @@ decode *args: _env
 export *args: _env
     @{{ python }} -m trainer export "$@"
 
+# decoder and encoder as ONNX, with the ecosystem's names
+export-onnx *args: _env
+    @{{ python }} -m trainer export-onnx "$@"
+
+# a static page that decodes codes in the browser
+web *args: _env
+    @{{ python }} -m trainer web "$@"
+
+# an export to the Hugging Face hub: just push model=DIR repo=USER/NAME dry_run=true
+push *args: _env
+    @{{ python }} -m trainer push "$@"
+
 # spectral distances on unseen voices: stock + sinc, warm start, trained
 eval *args: _env
     @{{ python }} -m trainer eval "$@"

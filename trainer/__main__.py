@@ -14,6 +14,9 @@ def main() -> None:
 add_command(main, "train", settings.TrainSettings, "decoder_48khz.json", "trainer.loop:train")
 add_command(main, "decode", settings.DecodeSettings, "decode.json", "trainer.decode:decode")
 add_command(main, "export", settings.ExportSettings, "export.json", "trainer.export:export")
+add_command(main, "export-onnx", settings.ExportOnnxSettings, "export_onnx.json", "trainer.export_onnx:export_onnx")
+add_command(main, "web", settings.WebSettings, "web.json", "trainer.web:web")
+add_command(main, "push", settings.PushSettings, "push.json", "trainer.push:push")
 add_command(main, "eval", settings.EvalSettings, "eval.json", "trainer.evaluate:evaluate")
 
 if __name__ == "__main__":

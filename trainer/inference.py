@@ -29,10 +29,12 @@ HEAD_COLUMNS = 8  # the head's 7 taps as one matrix product, which is quicker wi
 class PlainSnake(nn.Module):
     """Snake without TorchScript, so that exporters see its operations."""
 
+    inverse: Tensor
+
     def __init__(self, stock: Snake1d) -> None:
         super().__init__()
         self.alpha = nn.Parameter(stock.alpha.detach().clone())
-        self.inverse = nn.Parameter((self.alpha.detach() + 1e-9).reciprocal())
+        self.register_buffer("inverse", (self.alpha.detach() + 1e-9).reciprocal(), persistent=False)
 
     def forward(self, x_BCN: Tensor) -> Tensor:
         return x_BCN + self.inverse * torch.sin(self.alpha * x_BCN).square()

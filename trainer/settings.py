@@ -68,6 +68,30 @@ class ExportSettings(ModelSettings):
     """Write a directory that the stock `snac` package loads and whose decode(codes) returns 48 kHz audio."""
 
     out: Path = Field(description="directory to make")
+    fold: bool = Field(description="decoder_only.safetensors with weight norm folded into the kernels")
+    license: str | None = Field(default=None, description="licence of the new decoder's weights, for the model card")
+
+
+class ExportOnnxSettings(ModelSettings):
+    """Write decoder and encoder as ONNX with dynamic batch and length; the decoder in half precision too."""
+
+    out: Path = Field(description="directory to make")
+
+
+class WebSettings(ModelSettings):
+    """Write a static page that decodes a codes file to 48 kHz on its visitor's machine."""
+
+    out: Path = Field(description="directory to make")
+    package: Path | None = Field(default=None, description="onnxruntime-web's .tgz (null: npm fetches it)")
+
+
+class PushSettings(Settings):
+    """Upload an exported directory to the Hugging Face hub, in one commit."""
+
+    model: Path = Field(description="directory made by `just export` or `just export-onnx`")
+    repo: str = Field(pattern=r"^[\w.-]+/[\w.-]+$", description="repository on the hub: USER/NAME")
+    private: bool = Field(description="whether a repository that is made now is private")
+    dry_run: bool = Field(description="only print what would be uploaded")
 
 
 class EvalSettings(ModelSettings):
