@@ -42,6 +42,18 @@ decode *args: _env
 export *args: _env
     @{{ python }} -m trainer export "$@"
 
+# decoder and encoder as ONNX, with the ecosystem's names
+export-onnx *args: _env
+    @{{ python }} -m trainer export-onnx "$@"
+
+# a static page that decodes codes in the browser
+web *args: _env
+    @{{ python }} -m trainer web "$@"
+
+# an export to the Hugging Face hub: just push model=DIR repo=USER/NAME dry_run=true
+push *args: _env
+    @{{ python }} -m trainer push "$@"
+
 # judge decoders and other systems on unseen voices, with intervals: just eval models=RUN shards=SHARDS
 eval *args: _env
     @{{ python }} -m trainer eval "$@"

@@ -19,6 +19,8 @@ from pipeline.codes import shard_codes
 from pipeline.targets import shard_targets
 from tests.helpers import TINY_SNAC, codes_settings, speechlike, targets_settings
 from tests.real_speech import unpack
+from trainer import checkpoint
+from trainer.decoder import warm_start
 
 torch.set_num_threads(1)
 
@@ -57,3 +59,12 @@ def work(recordings: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     shard_codes(codes_settings(recordings, folder))
     shard_targets(targets_settings(folder))
     return folder
+
+
+@pytest.fixture(scope="session")
+def untrained(snac: SNAC, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint of the stand-in's warm start: the least that export and decode take."""
+    path = tmp_path_factory.mktemp("untrained") / "untrained.pt"
+    frozen = {"snac": TINY_SNAC, "snac_sha256": load_snac(TINY_SNAC)[1].sha256}
+    checkpoint.save(path, {"decoder": warm_start(snac, "zero", 0).state_dict(), **frozen})
+    return path

@@ -11,26 +11,18 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
-from snac import SNAC
 
-from codec.snac import load_snac
 from shards.contract import flatten_codes
 from tests.helpers import TINY_SNAC
 from tests.training_helpers import call
-from trainer import checkpoint
-from trainer.decoder import warm_start
 
 CODES = np.random.default_rng(0).integers(0, 4096, (3, 7)).astype(np.int16)
 GOOD = flatten_codes(CODES)
 
 
-@pytest.fixture(scope="module")
-def model(snac: SNAC, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The least that `just decode` takes: an untrained decoder and the name of its SNAC."""
-    path = tmp_path_factory.mktemp("model") / "untrained.pt"
-    frozen = {"snac": TINY_SNAC, "snac_sha256": load_snac(TINY_SNAC)[1].sha256}
-    checkpoint.save(path, {"decoder": warm_start(snac, "zero", 0).state_dict(), **frozen})
-    return path
+@pytest.fixture
+def model(untrained: Path) -> Path:
+    return untrained
 
 
 def npy(array: npt.NDArray[Any]) -> bytes:

@@ -20,7 +20,7 @@ import torch
 from snac import SNAC
 
 from codec.snac import snac_levels
-from shards.contract import COARSE_48K, CONTEXT_COARSE
+from shards.contract import COARSE_48K
 from shards.errors import UserError
 from tests.helpers import ROOT, TINY_SNAC, speechlike
 from tests.training_helpers import call, small_training
@@ -28,6 +28,8 @@ from trainer import checkpoint
 from trainer.checkpoint import load_codec
 from trainer.decode import decode_stream, write_wav
 from trainer.decoder import RATES_48K
+from trainer.inference import StepDecoder
+from trainer.streaming import EXACT
 
 STOCK_ONLY = """
 import sys
@@ -71,6 +73,11 @@ def whole(model: Path, codes_T7: npt.NDArray[np.int16]) -> npt.NDArray[np.float3
             0, 0
         ].numpy()
     return wav
+
+
+def step_decoder(model: Path) -> StepDecoder:
+    codec = load_codec(model)
+    return StepDecoder(codec.snac, codec.decoder)
 
 
 def test_the_stock_package_loads_and_decodes_it(run: Path, exported: Path, tmp_path: Path) -> None:
@@ -141,11 +148,10 @@ def test_an_export_never_overwrites(run: Path, tmp_path: Path) -> None:
 def test_windows_and_pieces_change_nothing(run: Path, coarse: int) -> None:
     """Windows of 6 coarse tokens over 1 to 3 windows, tokens arriving in pieces of random size, some empty."""
     codes_T7, random = random_codes(coarse, coarse), np.random.default_rng(coarse)
-    expected, codec = whole(run, codes_T7), load_codec(run)
+    expected, model = whole(run, codes_T7), step_decoder(run)
     for _ in range(3):
         cuts = np.sort(random.integers(0, coarse + 1, random.integers(0, 6)))
-        blocks = list(decode_stream(codec, iter(np.split(codes_T7, cuts)), 6))
-        assert max(len(block) for block in blocks) <= 6 * COARSE_48K
+        blocks = list(decode_stream(model, iter(np.split(codes_T7, cuts)), 6))
         assert len(np.concatenate(blocks)) == coarse * COARSE_48K
         np.testing.assert_allclose(np.concatenate(blocks), expected, atol=1e-5)
 
@@ -159,9 +165,9 @@ def test_audio_leaves_before_the_tokens_end(run: Path) -> None:
             taken += 1
             yield row[None]
 
-    first = next(decode_stream(load_codec(run), tokens(), 4))
-    assert len(first) == 4 * COARSE_48K
-    assert taken == 4 + CONTEXT_COARSE
+    first = next(block for block in decode_stream(step_decoder(run), tokens(), 1) if len(block))
+    assert taken == EXACT
+    assert len(first) == EXACT * COARSE_48K - 9551
 
 
 @pytest.mark.parametrize(

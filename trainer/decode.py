@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import time
 import wave
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -13,21 +14,27 @@ from tqdm import tqdm
 
 from codec.audio import AudioError, Recording, Resampler, probe
 from codec.snac import coarse_length, device_of, encode, windows
-from shards.contract import COARSE_48K, CODEC_RATE, CONTEXT_COARSE, TARGET_RATE, coarse_tokens, load_codes
+from shards.contract import COARSE_48K, CODEC_RATE, TARGET_RATE, coarse_tokens, load_codes
 from shards.errors import ShardError, UserError
 from shards.files import replacing
+from trainer import kernels
 from trainer.checkpoint import Codec48k, load_codec
-from trainer.decoder import CodesToLatent, CropDecoder
+from trainer.inference import StepDecoder, draws_noise
 from trainer.settings import DecodeSettings
+from trainer.streaming import EXACT, Samples, StreamingDecoder, to_int16
+
+__all__ = ["StreamingDecoder", "decode", "decode_stream", "write_wav"]
 
 Tokens = npt.NDArray[np.int16]
-Samples = npt.NDArray[np.float32]
+STEP_COARSE = 4  # on a CPU: weights are read once for so many tokens, and signals still fit in the cache
 
 
 def decode(settings: DecodeSettings) -> None:
     """Raises UserError for an input that is neither, with what was found."""
     if not settings.input.is_file():
         raise UserError(f"input={settings.input}: no such file")
+    if settings.lookahead_frames < EXACT and not settings.stream:
+        raise UserError(f"lookahead_frames={settings.lookahead_frames} is for stream=true; without it all is known")
     output = settings.output or settings.input.with_suffix(".48k.wav")
     if output.exists():
         raise UserError(f"output={output} exists: choose another file or delete it")
@@ -39,17 +46,32 @@ def decode(settings: DecodeSettings) -> None:
     try:
         if settings.input.suffix == ".npy":
             codes_T7 = load_codes(settings.input.read_bytes())
-            length, pieces = len(codes_T7) * COARSE_48K, iter([codes_T7])
+            length, pieces = len(codes_T7) * COARSE_48K, in_pieces(codes_T7, window_coarse)
         else:
             recording = Recording(settings.input, probe(settings.input))
             length, pieces = recording.length(TARGET_RATE), encode_stream(codec, recording, window_coarse)
-        blocks = decode_stream(codec, pieces, window_coarse)
-        write_wav(output, blocks, length)
+        with torch.inference_mode():
+            model = StepDecoder(codec.snac, codec.decoder)
+        if settings.stream:
+            blocks = Clocked(model, settings.lookahead_frames)
+            write_wav(output, blocks.run(pieces), length)
+            tqdm.write(blocks.summary())
+        else:
+            step_coarse = STEP_COARSE if device.type == "cpu" else window_coarse
+            write_wav(output, decode_stream(model, pieces, step_coarse), length)
     except (AudioError, ShardError) as error:
         raise UserError(f"input={settings.input}: {error}") from error
+    if draws_noise(codec.decoder):
+        tqdm.write("the decoder's noise blocks were left out: they would make each decode differ")
     tqdm.write(
-        f"{output}: {length} samples at {TARGET_RATE} Hz ({length / TARGET_RATE:.2f} s); codes by {codec.snac_name}"
+        f"{output}: {length} samples at {TARGET_RATE} Hz ({length / TARGET_RATE:.2f} s); codes by {codec.snac_name}; "
+        f"decoded step by step, weight norm folded, {kernels.description(device)}"
     )
+
+
+def in_pieces(codes_T7: Tokens, window_coarse: int) -> Iterator[Tokens]:
+    for start in range(0, len(codes_T7), window_coarse):
+        yield codes_T7[start : start + window_coarse]
 
 
 def encode_stream(codec: Codec48k, recording: Recording, window_coarse: int) -> Iterator[Tokens]:
@@ -59,32 +81,48 @@ def encode_stream(codec: Codec48k, recording: Recording, window_coarse: int) -> 
         yield encode(codec.snac, [window], resampler.read(*window.samples)[None])[0]
 
 
-@torch.inference_mode()
-def decode_stream(codec: Codec48k, pieces: Iterator[Tokens], window_coarse: int) -> Iterator[Samples]:
-    """Tokens in pieces of any length → 48 kHz audio in pieces; together equal to decoding the whole.
+def decode_stream(model: StepDecoder, pieces: Iterator[Tokens], step_coarse: int) -> Iterator[Samples]:
+    """Tokens in pieces of any length → 48 kHz audio in pieces; together equal to decoding the whole."""
+    stream = StreamingDecoder(model, step_coarse=step_coarse)
+    for piece in pieces:
+        yield stream.push(piece)[0]
+    yield stream.finish()[0]
 
-    Each window is decoded with CONTEXT_COARSE tokens of its neighbours, which cover the decoder's receptive field.
-    """
-    device = next(codec.decoder.parameters()).device
-    model = CropDecoder(CodesToLatent(codec.snac), codec.decoder).to(device)
-    held = np.zeros((0, 7), np.int16)  # tokens from `before` context tokens on
-    before, ended = 0, False
-    while not ended:
-        while not ended and len(held) < before + window_coarse + CONTEXT_COARSE:
-            piece = next(pieces, None)
-            ended = piece is None
-            held = held if piece is None else np.concatenate([held, piece])
-        own = len(held) - before if ended else window_coarse
-        for start in range(before, before + own, window_coarse):
-            stop = min(start + window_coarse, before + own)
-            left, right = max(start - CONTEXT_COARSE, 0), min(stop + CONTEXT_COARSE, len(held))
-            tokens_BT7 = torch.from_numpy(held[left:right].astype(np.int64))[None].to(device)
-            wav = model(tokens_BT7)[0, (start - left) * COARSE_48K :][: (stop - start) * COARSE_48K]
-            if not wav.isfinite().all():
-                raise UserError("the decoder's output is not finite: its weights are damaged; take another checkpoint")
-            yield wav.float().cpu().numpy()
-        drop = max(before + own - CONTEXT_COARSE, 0)
-        held, before = held[drop:], before + own - drop
+
+class Clocked:
+    """Tokens one frame at a time, as a speech model gives them, and how long the decoder takes for each."""
+
+    def __init__(self, model: StepDecoder, lookahead_frames: int) -> None:
+        self.stream = StreamingDecoder(model, lookahead_frames=lookahead_frames)
+        self.frames, self.seconds = 0, 0.0
+        self.first: tuple[int, float] | None = None  # frames and seconds of computing until the first samples
+
+    def run(self, pieces: Iterator[Tokens]) -> Iterator[Samples]:
+        for piece in pieces:
+            for frame_17 in piece[:, None]:
+                self.frames += 1
+                yield self._timed(lambda tokens=frame_17: self.stream.push(tokens)[0])
+        yield self._timed(lambda: self.stream.finish()[0])
+
+    def _timed(self, decode_more: Callable[[], Samples]) -> Samples:
+        began = time.perf_counter()
+        block = decode_more()
+        self.seconds += time.perf_counter() - began
+        if len(block) and self.first is None:
+            self.first = self.frames, self.seconds
+        return block
+
+    def summary(self) -> str:
+        assert self.first is not None, "a stream of at least one frame has samples"
+        frames, computing = self.first
+        waiting = frames * COARSE_48K / TARGET_RATE
+        duration = self.frames * COARSE_48K / TARGET_RATE
+        exact = "exact" if self.stream.lookahead == EXACT else "not exact"
+        return (
+            f"lookahead_frames={self.stream.lookahead} ({exact}): first audio after {frames} frames and "
+            f"{computing:.3f} s of computing ({waiting + computing:.3f} s where tokens come in real time); "
+            f"real-time factor {self.seconds / duration:.3f}"
+        )
 
 
 def write_wav(path: Path, blocks: Iterator[Samples], length: int) -> None:
@@ -98,7 +136,7 @@ def write_wav(path: Path, blocks: Iterator[Samples], length: int) -> None:
             wav.setparams((1, 2, TARGET_RATE, length, "NONE", "not compressed"))
             for block in blocks:
                 kept = block[:left]
-                wav.writeframes(np.clip(np.round(kept * 32768), -32768, 32767).astype("<i2").tobytes())
+                wav.writeframes(to_int16(kept).tobytes())
                 left -= len(kept)
                 bar.update(len(kept) / TARGET_RATE)
         if left:

@@ -1,39 +1,34 @@
-"""`just export`: a directory that the unmodified `snac` package loads; its decode(codes) returns 48 kHz audio."""
+"""`just export`: a directory that the unmodified `snac` package loads; its decode(codes) returns 48 kHz audio.
+
+    config.json, pytorch_model.bin   what the stock package reads; encoder and quantizer are the original's
+    model.safetensors                the same weights without pickle
+    decoder_only.safetensors         what turns tokens into audio: the decoder, codebooks and their projections, under
+                                     the stock names; with `fold`, weight norm is folded into the kernels
+    README.md, provenance.json       the model card, and where weights, codes and targets came from
+"""
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import click
+import safetensors.torch
+import torch
 from snac import SNAC
+from torch import Tensor
+from torch.nn.utils import parametrize
 
 from shards.errors import UserError
 from shards.files import replacing
+from trainer.card import write_card
 from trainer.checkpoint import PROVENANCE, Codec48k, load_codec, save
 from trainer.decoder import RATES_48K
 from trainer.settings import ExportSettings
 
-CARD = """\
-# A 48 kHz decoder for SNAC 24 kHz tokens
-
-Encoder and quantizer are those of {snac}, unchanged; the decoder has rates {rates} and returns 48 kHz audio.
-
-```python
-from snac import SNAC
-
-codec = SNAC.from_pretrained("{name}").eval()
-wav_48k = codec.decode(codes)  # codes as the 24 kHz model gives them; 4096 samples for each coarse token
-```
-
-`encode` still takes 24 kHz audio. `forward` trims to the 24 kHz length, so call `encode` and `decode` instead.
-
-- Codes by: {snac}
-- Targets by: {teacher}
-- Trained for {step} steps; validation on unseen groups: {validation}
-- Settings: `{provenance}`
-"""
+DECODING = ("decoder.", "quantizer.")  # what names of weights begin with that decoding needs
 
 
 def export(settings: ExportSettings) -> None:
@@ -43,33 +38,45 @@ def export(settings: ExportSettings) -> None:
     codec = load_codec(settings.model, settings.pretrained_model)
     settings.out.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=settings.out.parent, prefix=f".{settings.out.name}.") as temporary:
-        write_export(codec, Path(temporary) / "export", settings.out.name)
-        (Path(temporary) / "export").rename(settings.out)
+        folder = Path(temporary) / "export"
+        write_export(codec, folder, settings.fold)
+        write_card(codec, folder / "README.md", settings.out.name, settings.fold, settings.license)
+        folder.rename(settings.out)
     click.echo(f"{settings.out}: SNAC.from_pretrained loads it; codes by {codec.snac_name}")
 
 
-def write_export(codec: Codec48k, folder: Path, name: str) -> None:
+def write_export(codec: Codec48k, folder: Path, fold: bool) -> None:
     config = {**codec.config, "decoder_rates": RATES_48K}
     whole = SNAC(**config)
     whole.encoder.load_state_dict(codec.snac.encoder.state_dict())
     whole.quantizer.load_state_dict(codec.snac.quantizer.state_dict())
     whole.decoder.load_state_dict(codec.decoder.state_dict())
-    provenance = codec.provenance
-    card = CARD.format(
-        snac=codec.snac_name,
-        rates=RATES_48K,
-        name=name,
-        teacher=provenance.get("data", {}).get("teacher", "unknown"),
-        step=provenance.get("step", "unknown"),
-        validation=json.dumps(provenance.get("validation", "none")),
-        provenance=PROVENANCE,
-    )
     texts = {
         "config.json": json.dumps(config, indent=2),
-        PROVENANCE: json.dumps(provenance, indent=2, sort_keys=True),
-        "README.md": card,
+        PROVENANCE: json.dumps(codec.provenance, indent=2, sort_keys=True),
     }
     for file, text in texts.items():
         with replacing(folder / file) as temporary:
             temporary.write_text(text)
-    save(folder / "pytorch_model.bin", whole.state_dict())
+    state = copy.copy(whole.state_dict())
+    save(folder / "pytorch_model.bin", state)
+    save_safetensors(folder / "model.safetensors", state)
+    save_safetensors(folder / "decoder_only.safetensors", decoding_weights(whole, fold), weight_norm=not fold)
+
+
+@torch.no_grad()
+def decoding_weights(whole: SNAC, fold: bool) -> dict[str, Tensor]:
+    """Folding changes `whole` itself."""
+    if fold:
+        for module in whole.modules():
+            if parametrize.is_parametrized(module, "weight"):
+                parametrize.remove_parametrizations(module, "weight")
+    state: dict[str, Tensor] = whole.state_dict()
+    return {name: value for name, value in state.items() if name.startswith(DECODING) and ".in_proj." not in name}
+
+
+def save_safetensors(path: Path, state: dict[str, Tensor], weight_norm: bool = True) -> None:
+    metadata = {"format": "pt", "weight_norm": "kept" if weight_norm else "folded"}
+    tensors = {name: value.contiguous() for name, value in state.items()}
+    with replacing(path) as temporary:
+        temporary.write_bytes(safetensors.torch.save(tensors, metadata))

@@ -139,13 +139,39 @@ class DecodeSettings(ModelSettings):
     input: Path = Field(description="recording, or .npy with T + 2T + 4T tokens")
     output: Path | None = Field(default=None, description="WAV to write (null: INPUT.48k.wav)")
     gpu: Gpu = Field(description="number of the GPU, or cpu")
-    window_seconds: float = Field(ge=1, le=600, description="longest stretch decoded at once")
+    window_seconds: float = Field(ge=1, le=600, description="longest stretch encoded, or decoded on a GPU, at once")
+    stream: bool = Field(description="frame by frame, as a speech model gives them; reports latency and speed")
+    lookahead_frames: int = Field(ge=0, le=3, description="with stream: frames waited for; 3 is exact, fewer are sooner")
 
 
 class ExportSettings(ModelSettings):
     """Write a directory that the stock `snac` package loads and whose decode(codes) returns 48 kHz audio."""
 
     out: Path = Field(description="directory to make")
+    fold: bool = Field(description="decoder_only.safetensors with weight norm folded into the kernels")
+    license: str | None = Field(default=None, description="licence of the new decoder's weights, for the model card")
+
+
+class ExportOnnxSettings(ModelSettings):
+    """Write decoder and encoder as ONNX with dynamic batch and length; the decoder in half precision too."""
+
+    out: Path = Field(description="directory to make")
+
+
+class WebSettings(ModelSettings):
+    """Write a static page that decodes a codes file to 48 kHz on its visitor's machine."""
+
+    out: Path = Field(description="directory to make")
+    package: Path | None = Field(default=None, description="onnxruntime-web's .tgz (null: npm fetches it)")
+
+
+class PushSettings(Settings):
+    """Upload an exported directory to the Hugging Face hub, in one commit."""
+
+    model: Path = Field(description="directory made by `just export` or `just export-onnx`")
+    repo: str = Field(pattern=r"^[\w.-]+/[\w.-]+$", description="repository on the hub: USER/NAME")
+    private: bool = Field(description="whether a repository that is made now is private")
+    dry_run: bool = Field(description="only print what would be uploaded")
 
 
 def _split(value: Any) -> Any:

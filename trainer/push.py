@@ -1,0 +1,52 @@
+"""`just push`: an exported directory to the Hugging Face hub, as one commit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from shards.errors import UserError
+from shards.files import file_sha256
+from trainer.checkpoint import PROVENANCE
+from trainer.settings import PushSettings
+
+MODELS = ("pytorch_model.bin", "decoder_model.onnx")  # one of them is in every export
+
+
+def push(settings: PushSettings) -> None:
+    """Prints each file with size and sha256. Raises UserError for a folder that is no export, or what the hub says."""
+    files = exported_files(settings.model)
+    for path in files:
+        name = path.relative_to(settings.model)
+        click.echo(f"{path.stat().st_size:>12,} B  {file_sha256(path)[:12]}  {name}")
+    visibility = "private" if settings.private else "public"
+    where = f"https://huggingface.co/{settings.repo} ({visibility} if it is made now)"
+    if settings.dry_run:
+        click.echo(f"dry run: {len(files)} files would go to {where}; nothing was sent")
+        return
+    _upload(settings, [path.relative_to(settings.model).as_posix() for path in files])
+    click.echo(f"{len(files)} files are at {where}")
+
+
+def exported_files(folder: Path) -> list[Path]:
+    if not (folder / PROVENANCE).is_file() or not any((folder / model).is_file() for model in MODELS):
+        raise UserError(f"model={folder}: expected a directory made by `just export` or `just export-onnx`")
+    return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
+def _upload(settings: PushSettings, names: list[str]) -> None:
+    from huggingface_hub import HfApi
+
+    api = HfApi()
+    try:
+        api.create_repo(settings.repo, private=settings.private, exist_ok=True)
+        api.upload_folder(
+            repo_id=settings.repo,
+            folder_path=settings.model,
+            allow_patterns=names,
+            commit_message="A 48 kHz decoder for SNAC 24 kHz tokens",
+        )
+    except Exception as error:  # the hub's client raises its own, requests' and the system's errors
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"repo={settings.repo}: {reason}; `hf auth login` signs you in") from error
