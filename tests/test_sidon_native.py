@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +22,7 @@ from pipeline.sidon_decoder import load_decoder
 from pipeline.sidon_encoder import load_encoder
 from shards.errors import UserError
 from tests import sidon_native_standin as upstream
+from tests.helpers import ROOT
 
 
 @pytest.fixture(scope="module")
@@ -87,6 +92,23 @@ def test_the_decoder_is_dacs_to_the_last_sample(tmp_path: Path) -> None:
             assert expected.shape == (960 * n - 26,)
             assert difference_db(found[member, : len(expected)], expected) < -100
             assert not found[member, len(expected) :].any()
+
+
+def test_the_decoder_is_the_published_package_s(tmp_path: Path) -> None:
+    site = Path(os.environ.get("DAC_REFERENCE", ROOT / ".reference"))
+    if not (site / "dac").exists():
+        pytest.skip("its dependencies exclude ours: uv pip install --no-deps --target .reference descript-audio-codec")
+    (tmp_path / "sizes.json").write_text(json.dumps([16, 64, upstream.RATES]))
+    words = [sys.executable, "-m", "tests.dac_reference", str(site), str(tmp_path)]
+    subprocess.run(words, cwd=ROOT, check=True)
+    pair = torch.load(tmp_path / "pair.pt", weights_only=True)
+    decoder = load_decoder(tmp_path / "decoder_state_dict.pt")
+    plain = upstream.PlainDac(16, 64, upstream.RATES).eval()
+    plain.load_state_dict(torch.load(tmp_path / "decoder_state_dict.pt", weights_only=True))
+    with torch.inference_mode():
+        found = decoder(pair["hidden"], [25, 25])[:, : 960 * 25 - 26]
+        assert difference_db(found, pair["output"][:, 0]) < -110
+        assert difference_db(plain(pair["hidden"]), pair["output"]) < -110  # the tests' own reference is one
 
 
 def test_batched_is_single(native: Native) -> None:
