@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import Wav2Vec2BertConfig, Wav2Vec2BertModel
 
-from pipeline.sidon import FRAME, PADDING, Native, Sidon
+from pipeline.sidon import FRAME, PADDING, Native, Sidon, bf16_error_db
 from pipeline.sidon_decoder import load_decoder
 from pipeline.sidon_encoder import load_encoder
 from shards.errors import UserError
@@ -127,6 +128,15 @@ def test_bf16_stays_near_fp32(folder: Path, native: Native) -> None:
     device, given = torch.device("cpu"), windows(40, 25)
     for found, expected in zip(Sidon(half, device).restore(given), Sidon(native, device).restore(given), strict=True):
         assert -100 < difference_db(found, expected) < -25  # random weights; what the real ones lose, doctor measures
+
+
+def test_auto_takes_bf16_only_where_it_stays_near(native: Native, monkeypatch: pytest.MonkeyPatch) -> None:
+    sidon = Sidon(native, torch.device("cpu"))
+    with monkeypatch.context() as patch:
+        patch.setattr(native, "precision", "fp32")
+        assert -100 < bf16_error_db(native, sidon) < -20
+        patch.setattr(native, "_precision", nullcontext)
+        assert bf16_error_db(native, sidon) == -200
 
 
 def test_the_true_sizes_fit(tmp_path: Path) -> None:
