@@ -125,12 +125,14 @@ def run(speech: Path, number: int, seed: int = 0) -> tuple[list[dict[str, Any]],
         "not found, and rejected": sum(result["rejected"] for result in missed),
         "not found, and let through": sum(not result["rejected"] for result in missed),
     }
+    through = [result for result in missed if not result["rejected"]]
     rows = [{"what": name, "segments": n, "share": n / len(drawn)} for name, n in counts.items()]
     context = {
         "segments": len(drawn),
         "seconds": round(sum(len(source) for _, source in drawn) / TARGET_RATE),
         "reasons": Counter(row["reason"] for row in good if "reason" in row),
         "limits": LIMITS.model_dump(include={*JudgeSettings.model_fields}),
+        "errors let through": sorted(round(abs(result["lag_error"]), 1) for result in through),
         "tolerances": {"lag_samples": LAG_TOLERANCE, "level_db": LEVEL_TOLERANCE_DB},
     }
     return rows, context

@@ -53,8 +53,8 @@ def resolve(name: str, files: tuple[str, ...], pins: Path = PINS, must_be_pinned
         expected = entry["files"].get(file) if entry else digest
         if expected is None:
             raise UserError(
-                f"{paths[file]}: no sha256 of it is known, so it is not trusted; it has {digest}. "
-                f"If you know that this is the published file, write that for {name}, {file} in {pins}"
+                f"{paths[file]}: sha256 is {digest}, but {pins} knows none for it, so it is not trusted. "
+                f"If you know that this is the published file, write it there for {name}, {file}"
             )
         if digest != expected:
             raise UserError(

@@ -13,6 +13,7 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 END = object()
+CLOSE_SECONDS = 5.0
 POLL_SECONDS = 0.1  # after which a thread that nobody listens to any more notices it
 
 
@@ -23,7 +24,8 @@ class Ahead(Iterator[Item]):
         self._queue: queue.Queue[object] = queue.Queue(size)
         self._closed = threading.Event()
         self._error: BaseException | None = None
-        threading.Thread(target=self._run, args=(items,), daemon=True).start()
+        self._thread = threading.Thread(target=self._run, args=(items,), daemon=True)
+        self._thread.start()
 
     def _run(self, items: Iterable[Item]) -> None:
         try:
@@ -53,7 +55,9 @@ class Ahead(Iterator[Item]):
         return item  # type: ignore[return-value]
 
     def close(self) -> None:
+        """Ends the thread after what it has in hand: none should still compute while the process ends."""
         self._closed.set()
+        self._thread.join(CLOSE_SECONDS)
 
 
 def chained_ahead(sources: Iterable[Iterable[Item]], threads: int, size: int) -> Iterator[Item]:

@@ -32,6 +32,7 @@ PADDING = 160  # input samples on each side, so that a window of n frames gives 
 HIGH_PASS_HZ = 50.0
 NATIVE_FILES = ("adapter_config.json", "adapter_model.safetensors", "decoder_state_dict.pt")
 BASE_FILES = ("config.json", "model.safetensors")
+BF16_LIMIT_DB = -40.0  # of what bfloat16 may lose where it is not asked for by name
 SAMPLES_LOST = 26  # of 960 T, by the odd strides of DAC's decoder
 
 
@@ -86,7 +87,7 @@ class Native:
         paths = {**below.paths, **adapter.paths}
         self.encoder: nn.Module = load_encoder(*(paths[file] for file in (*BASE_FILES, *NATIVE_FILES[:2]))).to(device)
         self.decoder: nn.Module = load_decoder(paths[NATIVE_FILES[2]]).to(device)
-        self.precision = precision
+        self.precision: str = precision
         self._device_type = device.type
 
     def encode(self, features_BTF: Tensor, frames: list[int]) -> Tensor:
@@ -159,8 +160,23 @@ def load_sidon(settings: SidonSettings, device: torch.device) -> Sidon:
     """The backend, weights and precision that `settings` ask for. Raises UserError for files that are not trusted."""
     if settings.sidon_backend == "torchscript":
         return Sidon(TorchScript(settings.sidon, settings.weights, device), device, settings.delay_samples)
-    precision = settings.sidon_precision
-    if precision == "auto":
-        precision = "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
-    native = Native(settings.sidon_raw, settings.sidon_base, settings.weights, device, precision)
-    return Sidon(native, device, settings.delay_samples)
+    asked = settings.sidon_precision
+    native = Native(
+        settings.sidon_raw, settings.sidon_base, settings.weights, device, "fp32" if asked == "auto" else asked
+    )
+    sidon = Sidon(native, device, settings.delay_samples)
+    if asked == "auto" and device.type == "cuda" and torch.cuda.is_bf16_supported():
+        native.precision = "bf16" if bf16_error_db(native, sidon) <= BF16_LIMIT_DB else "fp32"
+    return sidon
+
+
+def bf16_error_db(native: Native, sidon: Sidon) -> float:
+    """How far bfloat16 is from float32, in dB of the output, on seconds of noise that rises and falls like speech."""
+    time = np.arange(2 * INPUT_RATE + 2 * PADDING) / INPUT_RATE
+    noise = np.random.default_rng(0).standard_normal(len(time))
+    made = (0.2 * noise * np.sin(np.pi * 4 * time) ** 2).astype(np.float32)
+    outputs = {}
+    for native.precision in ("fp32", "bf16"):
+        outputs[native.precision] = sidon.restore([made])[0].astype(np.float64)
+    apart, power = outputs["bf16"] - outputs["fp32"], outputs["fp32"]
+    return float(10 * np.log10(np.square(apart).sum() / max(np.square(power).sum(), 1e-20) + 1e-20))

@@ -17,7 +17,9 @@ def test_a_file_without_a_known_hash_is_not_trusted(tmp_path: Path) -> None:
     digest = file_sha256(tmp_path / "model.bin")
     pins = tmp_path / "pins.json"
     pins.write_text(json.dumps({str(tmp_path): {"revision": None, "files": {"model.bin": None}}}))
-    with pytest.raises(UserError, match=rf"no sha256 of it is known.*{digest}.*write that for .*pins\.json"):
+    with pytest.raises(
+        UserError, match=rf"sha256 is {digest}, but .*pins\.json knows none.*write it there for .*model\.bin"
+    ):
         resolve(str(tmp_path), ("model.bin",), pins)
     pins.write_text(pins.read_text().replace("null}}", f'"{digest}"}}}}'))
     assert resolve(str(tmp_path), ("model.bin",), pins, must_be_pinned=True).sha256 == {"model.bin": digest}

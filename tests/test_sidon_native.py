@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import os
 import shutil
+import subprocess
+import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +18,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import Wav2Vec2BertConfig, Wav2Vec2BertModel
 
-from pipeline.sidon import FRAME, PADDING, Native, Sidon
+from pipeline.sidon import FRAME, PADDING, Native, Sidon, bf16_error_db
 from pipeline.sidon_decoder import load_decoder
 from pipeline.sidon_encoder import load_encoder
 from shards.errors import UserError
 from tests import sidon_native_standin as upstream
+from tests.helpers import ROOT
 
 
 @pytest.fixture(scope="module")
@@ -89,6 +95,23 @@ def test_the_decoder_is_dacs_to_the_last_sample(tmp_path: Path) -> None:
             assert not found[member, len(expected) :].any()
 
 
+def test_the_decoder_is_the_published_package_s(tmp_path: Path) -> None:
+    site = Path(os.environ.get("DAC_REFERENCE", ROOT / ".reference"))
+    if not (site / "dac").exists():
+        pytest.skip("its dependencies exclude ours: uv pip install --no-deps --target .reference descript-audio-codec")
+    (tmp_path / "sizes.json").write_text(json.dumps([16, 64, upstream.RATES]))
+    words = [sys.executable, "-m", "tests.dac_reference", str(site), str(tmp_path)]
+    subprocess.run(words, cwd=ROOT, check=True)
+    pair = torch.load(tmp_path / "pair.pt", weights_only=True)
+    decoder = load_decoder(tmp_path / "decoder_state_dict.pt")
+    plain = upstream.PlainDac(16, 64, upstream.RATES).eval()
+    plain.load_state_dict(torch.load(tmp_path / "decoder_state_dict.pt", weights_only=True))
+    with torch.inference_mode():
+        found = decoder(pair["hidden"], [25, 25])[:, : 960 * 25 - 26]
+        assert difference_db(found, pair["output"][:, 0]) < -110
+        assert difference_db(plain(pair["hidden"]), pair["output"]) < -110  # the tests' own reference is one
+
+
 def test_batched_is_single(native: Native) -> None:
     sidon = Sidon(native, torch.device("cpu"))
     given = windows(50, 31, 3, 44)
@@ -105,6 +128,15 @@ def test_bf16_stays_near_fp32(folder: Path, native: Native) -> None:
     device, given = torch.device("cpu"), windows(40, 25)
     for found, expected in zip(Sidon(half, device).restore(given), Sidon(native, device).restore(given), strict=True):
         assert -100 < difference_db(found, expected) < -25  # random weights; what the real ones lose, doctor measures
+
+
+def test_auto_takes_bf16_only_where_it_stays_near(native: Native, monkeypatch: pytest.MonkeyPatch) -> None:
+    sidon = Sidon(native, torch.device("cpu"))
+    with monkeypatch.context() as patch:
+        patch.setattr(native, "precision", "fp32")
+        assert -100 < bf16_error_db(native, sidon) < -20
+        patch.setattr(native, "_precision", nullcontext)
+        assert bf16_error_db(native, sidon) == -200
 
 
 def test_the_true_sizes_fit(tmp_path: Path) -> None:

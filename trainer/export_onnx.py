@@ -188,7 +188,9 @@ def parity(codec: Codec48k, folder: Path) -> dict[str, Any]:
     (half,) = session(folder / DECODER_FP16).run(None, tokens)
     audio = 0.1 * random.standard_normal((2, 1, 12 * COARSE_24K)).astype(np.float32)
     codes = session(folder / ENCODER).run(None, {"input_values": audio})
-    differ = [int((a != b.numpy()).sum()) for a, b in zip(codes, codec.snac.encode(torch.from_numpy(audio)), strict=True)]
+    differ = [
+        int((a != b.numpy()).sum()) for a, b in zip(codes, codec.snac.encode(torch.from_numpy(audio)), strict=True)
+    ]
     difference = float(np.abs(wav - expected).max())
     if not difference <= LARGEST_ERROR:
         raise UserError(f"ONNX Runtime's output differs from torch's by {difference:.1e}, more than {LARGEST_ERROR}")

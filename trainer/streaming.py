@@ -111,7 +111,9 @@ def checked(tokens: npt.ArrayLike | Tensor, streams: int) -> Tensor:
     if shaped.dim() != 3 or shaped.shape[0] != streams or shaped.shape[2] != TOKENS:
         raise UserError(f"tokens have the shape {tuple(found.shape)}, expected ({streams}, T, {TOKENS})")
     if shaped.numel() and not 0 <= int(shaped.min()) <= int(shaped.max()) < CODEBOOK_SIZE:
-        raise UserError(f"tokens run from {int(shaped.min())} to {int(shaped.max())}, expected 0 to {CODEBOOK_SIZE - 1}")
+        raise UserError(
+            f"tokens run from {int(shaped.min())} to {int(shaped.max())}, expected 0 to {CODEBOOK_SIZE - 1}"
+        )
     return shaped.long()
 
 

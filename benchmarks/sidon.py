@@ -1,0 +1,236 @@
+"""How fast is stage 2, and what stands between it and its floor? With random weights of the true size.
+
+Usage: python -m benchmarks.sidon SPEECH [SECONDS], a folder of recordings. Each part is given in audio seconds per
+second, beside the plain way (stock packages, fp32, one recording after the other) and a floor measured in the same run.
+"""
+
+from __future__ import annotations
+
+import io
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import soundfile
+import torch
+import torchaudio.functional as F
+from snac.layers import Decoder
+from torch import Tensor
+from transformers import SeamlessM4TFeatureExtractor, Wav2Vec2BertConfig, Wav2Vec2BertModel
+
+from benchmarks.harness import interleaved, report
+from codec.audio import AudioError, Recording, Resampler, probe
+from configs.loader import load_settings
+from pipeline.judging import judge
+from pipeline.plan import whole_recording
+from pipeline.settings import TargetsSettings
+from pipeline.sidon import FRAME, HIGH_PASS_HZ, INPUT_RATE, PADDING, Native, Sidon, high_passed
+from pipeline.sidon_decoder import DacDecoder
+from pipeline.sidon_encoder import use_relative_key_sdpa
+from pipeline.sidon_features import FRAME_LENGTH, HOP, N_FFT, features
+from pipeline.sources import find
+from pipeline.targets import flac_bytes
+from pipeline.teachers import Taught, Teacher
+from shards.contract import TARGET_RATE
+
+Samples = npt.NDArray[np.float32]
+
+CONFIG = Wav2Vec2BertConfig(num_hidden_layers=8, layerdrop=0.0)
+CHANNELS, RATES = 1536, [8, 5, 4, 3, 2]
+ENCODER_GFLOP, DECODER_GFLOP = 20.0, 66.0  # per second of audio, by arithmetic
+MODELS = {"encoder", "decoder", "whole"}  # that take so long on a CPU that once is enough
+HOST = load_settings(TargetsSettings, "shard_targets.json", [])
+
+
+class RandomNative(Native):
+    """The native form with random weights of the true size."""
+
+    def __init__(self, device: torch.device, precision: str) -> None:
+        torch.manual_seed(0)
+        self.weights, self.precision, self._device_type = (), precision, device.type
+        encoder = Wav2Vec2BertModel(CONFIG).eval().requires_grad_(False)
+        use_relative_key_sdpa(encoder)
+        self.encoder = encoder.to(device)
+        decoder = Decoder(CONFIG.hidden_size, CHANNELS, RATES, noise=False, depthwise=False, attn_window_size=None)
+        self.decoder = DacDecoder(decoder, RATES).to(device)
+
+
+class Plain:
+    """What one would write with the stock packages: fp32, eager, one recording after the other."""
+
+    def __init__(self, device: torch.device) -> None:
+        torch.manual_seed(0)
+        self.device = device
+        self.features = SeamlessM4TFeatureExtractor(feature_size=80, num_mel_bins=80, stride=2)
+        self.encoder = Wav2Vec2BertModel._from_config(CONFIG, attn_implementation="eager").eval().to(device)
+        decoder = Decoder(CONFIG.hidden_size, CHANNELS, RATES, noise=False, depthwise=False, attn_window_size=None)
+        self.decoder = decoder.eval().to(device)
+
+    @torch.inference_mode()
+    def restore(self, path: Path, seconds: int) -> bytes:
+        wav = _plain_read(path, seconds)
+        wav = F.highpass_biquad(wav * 0.9 / wav.abs().max(), INPUT_RATE, HIGH_PASS_HZ)
+        given = self.features(np.pad(wav.numpy(), PADDING), sampling_rate=INPUT_RATE, return_tensors="pt")
+        hidden = self.encoder(given["input_features"].to(self.device)).last_hidden_state
+        restored = self.decoder(hidden.transpose(1, 2))[0, 0].float().cpu().numpy()
+        return flac_bytes(restored, 16)
+
+
+@dataclass(frozen=True)
+class Bench:
+    """Recordings of about the same length, and both ways through them."""
+
+    paths: list[Path]
+    seconds: int  # of each that is used
+    device: torch.device
+    sidon: Sidon
+    plain: Plain
+
+    @property
+    def audio(self) -> float:
+        return self.seconds * len(self.paths)
+
+    def done(self, value: object) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+
+def chosen(speech: Path, number: int, seconds: int) -> list[Path]:
+    paths = []
+    for source in find(speech, None)[0]:
+        try:
+            header = probe(Path(source.path))
+        except AudioError:
+            continue
+        if header.frames >= seconds * header.rate and header.rate >= 44_100:
+            paths.append(Path(source.path))
+        if len(paths) == number:
+            break
+    return paths
+
+
+def parts(bench: Bench) -> list[dict[str, Any]]:
+    """Each part alone, beside the plain way and a floor of the same run."""
+    length = bench.seconds * INPUT_RATE // FRAME * FRAME + 2 * PADDING
+    windows = [high_passed(_read(path, INPUT_RATE, length)) for path in bench.paths]
+    sources = [_read(path, TARGET_RATE, bench.seconds * TARGET_RATE) for path in bench.paths]
+    frames = [len(window) // FRAME for window in windows]
+    with torch.inference_mode():
+        wav_BN = torch.from_numpy(np.stack(windows)).to(bench.device)
+        given_BTF = bench.sidon._features(windows)
+        hidden_BTC = bench.sidon.model.encode(given_BTF, frames)
+        gflops = matmul_gflops(bench)
+        return [
+            _row(bench, "reading", lambda: [_read(p, INPUT_RATE, length) for p in bench.paths],
+                 lambda: [_plain_read(p, bench.seconds) for p in bench.paths],
+                 lambda: [soundfile.read(p, frames=bench.seconds * 48_000) for p in bench.paths], "decoding alone"),
+            _row(bench, "features", lambda: features(wav_BN, [length] * len(windows)),
+                 lambda: [bench.plain.features(w, sampling_rate=INPUT_RATE) for w in windows],
+                 partial(_spectra, wav_BN), "its float64 spectra alone"),
+            _row(bench, "encoder", lambda: bench.sidon.model.encode(given_BTF, frames),
+                 lambda: [bench.plain.encoder(row[None]) for row in given_BTF],
+                 gflops / ENCODER_GFLOP, "a matrix product at the same precision"),
+            _row(bench, "decoder", lambda: bench.sidon.model.decode(hidden_BTC, frames),
+                 lambda: [bench.plain.decoder(row[None].float().transpose(1, 2)) for row in hidden_BTC],
+                 gflops / DECODER_GFLOP, "a matrix product at the same precision"),
+            _row(bench, "judging", lambda: [judge(s, s, HOST) for s in sources]),
+            _row(bench, "FLAC", lambda: [flac_bytes(s, 16) for s in sources], None,
+                 lambda: [_plain_flac(s) for s in sources], "libsndfile alone"),
+        ]  # fmt: skip
+
+
+def _read(path: Path, rate: int, samples: int) -> Samples:
+    return Resampler(Recording(path, probe(path)), rate).read(0, samples)
+
+
+def _plain_read(path: Path, seconds: int) -> Tensor:
+    rate = soundfile.info(path).samplerate
+    audio = soundfile.read(path, dtype="float32", always_2d=True, frames=seconds * rate)[0]
+    return F.resample(torch.from_numpy(audio.mean(axis=1)), rate, INPUT_RATE)
+
+
+def _plain_flac(samples: Samples) -> bytes:
+    buffer = io.BytesIO()
+    soundfile.write(buffer, samples, TARGET_RATE, format="FLAC")
+    return buffer.getvalue()
+
+
+def _spectra(wav_BN: Tensor) -> Tensor:
+    return torch.fft.rfft(wav_BN.double().unfold(1, FRAME_LENGTH, HOP), N_FFT)
+
+
+def matmul_gflops(bench: Bench) -> float:
+    """What one large matrix product reaches here, in the precision of the model."""
+    dtype = torch.bfloat16 if bench.sidon.precision == "bf16" else torch.float32
+    size = 8192 if bench.device.type == "cuda" else 2048
+    matrix = torch.randn(size, size, device=bench.device, dtype=dtype)
+    seconds = interleaved({"matmul": lambda: bench.done(matrix @ matrix)}, rounds=5)["matmul"]
+    return 2 * size**3 / seconds / 1e9
+
+
+def _row(
+    bench: Bench,
+    what: str,
+    ours: Callable[[], object],
+    plain: Callable[[], object] | None = None,
+    floor: Callable[[], object] | float | None = None,
+    floor_is: str = "",
+) -> dict[str, Any]:
+    ways: dict[str, Callable[[], object]] = {"ours": ours}
+    if plain:
+        ways["plain"] = plain
+    if callable(floor):
+        ways["floor"] = floor
+    timed = {name: partial(_finished, bench, way) for name, way in ways.items()}
+    rounds, warm_up = (1, 0) if what in MODELS and bench.device.type == "cpu" else (5, 1)
+    rates = {name: bench.audio / seconds for name, seconds in interleaved(timed, rounds, warm_up).items()}
+    limit = rates.get("floor", floor if isinstance(floor, float) else None)
+    return {
+        "part": what,
+        "audio_s_per_s": rates["ours"],
+        "plain": rates.get("plain"),
+        "ratio": rates["ours"] / rates["plain"] if plain else None,
+        "floor": limit,
+        "share_of_floor": rates["ours"] / limit if isinstance(limit, float) else None,
+        "floor_is": floor_is,
+    }
+
+
+def _finished(bench: Bench, way: Callable[[], object]) -> None:
+    bench.done(way())
+
+
+def whole(bench: Bench) -> dict[str, Any]:
+    """From files to judged FLAC, as a shard is made, against one recording after the other."""
+    settings = HOST.model_copy(update={"gpu": "cpu" if bench.device.type == "cpu" else bench.device.index or 0})
+    teacher = Teacher(settings, bench.sidon)
+    rows = [{**whole_recording(path), "n_samples": bench.seconds * TARGET_RATE} for path in bench.paths]
+
+    def ours() -> None:
+        for taught in teacher.segments([[row] for row in rows]):
+            assert isinstance(taught, Taught)
+            judge(taught.target, taught.source, settings)
+            flac_bytes(taught.target, 16)
+
+    return _row(bench, "whole", ours, lambda: [bench.plain.restore(path, bench.seconds) for path in bench.paths])
+
+
+def main() -> None:
+    speech, seconds = Path(sys.argv[1]), int(sys.argv[2]) if len(sys.argv) > 2 else 2
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    number = 64 if device.type == "cuda" else 2
+    precision = "bf16" if device.type == "cuda" else "fp32"
+    sidon = Sidon(RandomNative(device, precision), device)
+    bench = Bench(chosen(speech, number, seconds), seconds, device, sidon, Plain(device))
+    rows = [*parts(bench), whole(bench)]
+    context = {"recordings": len(bench.paths), "seconds_each": seconds, "precision": precision}
+    report("sidon", rows, **context, weights="random, of the true size")
+
+
+if __name__ == "__main__":
+    main()
