@@ -96,7 +96,7 @@ class Url:
         return Stat(int(self._patiently(lambda files, path: files.info(path)["size"])))
 
     def read_bytes(self, start: int = 0, stop: int | None = None) -> bytes:
-        data: bytes = self._patiently(lambda files, path: files.cat_file(path, start or None, stop))
+        data: bytes = self._patiently(lambda files, path: files.cat_file(path, start=start or None, end=stop))
         return data
 
     def open(self, mode: str = "rb") -> IO[bytes]:
