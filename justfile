@@ -70,6 +70,10 @@ inspect *args: _env
 verify *args: _env
     @{{ python }} -m pipeline verify "$@"
 
+# finished shards and index → a dataset repository of the hub
+push-shards *args: _env
+    @{{ python }} -m pipeline push-shards "$@"
+
 # download and verify the pinned SNAC and SIDON files
 prefetch *args: _env
     @{{ python }} -m pipeline prefetch "$@"

@@ -18,6 +18,7 @@ add_command(main, "workflow", settings.WorkflowSettings, "workflow.json", "pipel
 add_command(main, "inspect", settings.InspectSettings, "inspect.json", "pipeline.inspect:inspect")
 add_command(main, "verify", settings.VerifySettings, "verify.json", "pipeline.verify:verify")
 add_command(main, "prefetch", settings.PrefetchSettings, "prefetch.json", "pipeline.prefetch:prefetch")
+add_command(main, "push-shards", settings.PushShardsSettings, "push_shards.json", "pipeline.push:push_shards")
 
 if __name__ == "__main__":
     main(prog_name="just")

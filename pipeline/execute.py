@@ -103,7 +103,7 @@ def run(stage: Stage) -> bool:
     settings, plan = stage.settings, stage.plan
     mine = selected(len(plan.shards), settings)
     clean(stage.folder, [plan.shards[number] for number in mine])
-    waiting = [number for number, done in zip(mine, _done(stage, mine), strict=True) if not done]
+    waiting = left_to_do(stage, mine)
     with alone(settings, stage.folder):
         settings.write(stage.folder / "settings.json")  # now that no other run's shards stand there
     progress = Progress(stage.doing, plan, mine, waiting)
@@ -115,7 +115,7 @@ def run(stage: Stage) -> bool:
     progress.check()
     summarize([stage.table(number) for number in mine], settings.max_failed_fraction, f"{stage.doing}: {stage.folder}")
     others = [number for number in range(len(plan.shards)) if number not in set(mine)]
-    missing = len(others) - sum(_done(stage, others))
+    missing = len(left_to_do(stage, others))
     if missing:
         tqdm.write(f"slice {settings.slice_index} of {settings.slice_count} is done; {missing} shards are others'")
     return not missing
@@ -136,9 +136,10 @@ def selected(shards: int, settings: ExecutionSettings) -> range:
     return range(settings.slice_index, shards, settings.slice_count or 1)
 
 
-def _done(stage: Stage, numbers: Sequence[int]) -> list[bool]:
+def left_to_do(stage: Stage, numbers: Sequence[int]) -> list[int]:
+    """Those that are not done. Raises ShardError where another run's shard stands."""
     with ThreadPoolExecutor(LOOKING_THREADS) as pool:
-        return list(pool.map(stage.done, numbers))
+        return [number for number, done in zip(numbers, pool.map(stage.done, numbers), strict=True) if not done]
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import posixpath
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ import pyarrow.parquet as pq
 
 from shards.contract import SPLITS
 from shards.errors import UserError
-from shards.storage import Location, Url
+from shards.storage import Location
 
 MANIFESTS = (".parquet", ".csv", ".jsonl", ".ndjson")
 COLUMNS = {
@@ -42,6 +43,7 @@ def read_manifest(path: Location) -> tuple[dict[str, list[Any]], Counter[str]]:
     names, nothing = given["path"], [None] * len(table)
     start = [value or 0.0 for value in given.get("start", nothing)]
     end = given.get("end", nothing)
+    folder = str(path.parent)
     frames, rate, problem = _stated(given.get("frames", nothing), given.get("rate", nothing))
     for row, (a, b) in enumerate(zip(start, end, strict=True)):
         if not (0 <= a < (math.inf if b is None else b)):
@@ -49,7 +51,7 @@ def read_manifest(path: Location) -> tuple[dict[str, list[Any]], Counter[str]]:
     columns: dict[str, list[Any]] = {
         "recording": [id or _id(*rest) for id, *rest in zip(given.get("id", nothing), names, start, end, strict=True)],
         "name": names,
-        "path": [_absolute(path.parent, name) for name in names],
+        "path": [name if "://" in name else posixpath.join(folder, name) for name in names],
         "group": given.get("speaker", nothing),
         "split": [split or None for split in given.get("split", nothing)],
         **{"start": start, "end": end, "frames": frames, "rate": rate, "problem": problem},
@@ -90,12 +92,6 @@ def _stated(
 
 def _id(name: str, start: float, end: float | None) -> str:
     return f"{name}#{start:g}-{end if end is not None else ''}" if start or end else name
-
-
-def _absolute(folder: Location, name: str) -> str:
-    if "://" in name:
-        return name
-    return f"{folder}/{name}" if isinstance(folder, Url) else str(folder / name)
 
 
 def _read(path: Location) -> pa.Table:

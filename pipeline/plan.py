@@ -38,13 +38,13 @@ from shards.contract import (
     coarse_tokens,
 )
 from shards.errors import UserError
-from shards.files import exclusive, replacing
+from shards.files import exclusive, file_sha256, replacing
 from shards.storage import Location, Url
 from shards.writer import differences, encode_metadata, naming, parquet_source, read_metadata, read_table
 
 PLAN_NAME = "plan.parquet"
 PLANNED_BY = ("audio", "segment_length", "min_seconds", "segments_per_shard", "validation_fraction", "seed")
-METADATA = {"settings", "shards", "seconds", "rows_sha256"}
+METADATA = {"settings", "shards", "seconds", "rows_sha256", "listed_sha256"}
 
 Int64 = npt.NDArray[np.int64]
 
@@ -65,6 +65,7 @@ class Plan:
         self.seconds: list[float] = metadata["seconds"]
         self.rows_sha256: list[str] = metadata["rows_sha256"]
         self.settings: dict[str, Any] = metadata["settings"]
+        self.listed_sha256: str | None = metadata["listed_sha256"]
 
     def table(self, number: int) -> pa.Table:
         """The rows of the shard that is `number` in `shards`."""
@@ -100,13 +101,17 @@ def make_plan(settings: CodesSettings) -> Plan:
     path = settings.work / PLAN_NAME
     with _planning(settings):
         asked = settings.model_dump(mode="json", include={*PLANNED_BY, "group_pattern"})
+        listed = file_sha256(settings.audio) if settings.audio.is_file() else None
+        metadata = {"settings": asked, "listed_sha256": listed}
         if not path.exists():
-            _write(path, [], _new_shards(_found(settings), settings, {}, {}), asked)
+            _write(path, [], _new_shards(_found(settings), settings, {}, {}), metadata)
             return Plan(path)
         plan = Plan(path)
         changed = differences(plan.settings, asked)
         if changed:
             raise UserError(f"{path} was made with other settings ({changed}): use another work= or delete it")
+        if listed is not None and listed == plan.listed_sha256:
+            return plan
         new = _unknown(plan, path, settings)
         if not len(new):
             return plan
@@ -116,7 +121,7 @@ def make_plan(settings: CodesSettings) -> Plan:
                 f"{path} was made: extend=true puts them into new shards; without them, take another work="
             )
         groups, numbers = _known(plan, path)
-        _write(path, [plan], _new_shards(new, settings, groups, numbers), asked)
+        _write(path, [plan], _new_shards(new, settings, groups, numbers), metadata)
         return Plan(path)
 
 
@@ -283,7 +288,7 @@ def _divided_up(numbers: Int64, by: Int64 | int) -> Int64:
     return -(-numbers // by)
 
 
-def _write(path: Location, plans: list[Plan], shards: Iterable[Shard], asked: dict[str, Any]) -> None:
+def _write(path: Location, plans: list[Plan], shards: Iterable[Shard], metadata: dict[str, Any]) -> None:
     """The shards of `plans`, then `shards`, into one file."""
     names, seconds, digests = list[tuple[str, int]](), list[float](), list[str]()
     with replacing(path) as temporary, pq.ParquetWriter(temporary, PLAN_SCHEMA, compression="zstd") as writer:
@@ -298,5 +303,5 @@ def _write(path: Location, plans: list[Plan], shards: Iterable[Shard], asked: di
             seconds.append(pc.sum(shard.rows["n_samples"]).as_py() / TARGET_RATE)
             digests.append(rows_sha256(shard.rows))
             writer.write_table(shard.rows)
-        metadata = {"settings": asked, "shards": names, "seconds": seconds, "rows_sha256": digests}
-        writer.add_key_value_metadata(encode_metadata(metadata))
+        of_shards = {"shards": names, "seconds": seconds, "rows_sha256": digests}
+        writer.add_key_value_metadata(encode_metadata({**metadata, **of_shards}))

@@ -149,6 +149,15 @@ class VerifySettings(Settings):
     shards: Path = Field(description="folder with index.parquet")
 
 
+class PushShardsSettings(Settings):
+    """Upload finished shards and their index to a dataset repository of the Hugging Face hub; the index goes last."""
+
+    shards: Path = Field(description="folder with index.parquet")
+    repo: str = Field(pattern=r"^[\w.-]+/[\w.-]+$", description="OWNER/NAME on the hub; made if there is none")
+    private: bool = Field(default=True, description="of a repository that is made now")
+    dry_run: bool = Field(default=False, description="only print what would go")
+
+
 class PrefetchSettings(Settings):
     """Download the pinned SNAC and SIDON files and verify their sha256; offline use works afterwards."""
 

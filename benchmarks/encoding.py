@@ -1,0 +1,114 @@
+"""Stage 1 against the plain way: one recording after the other through the stock package, on the same files.
+
+Usage: python -m benchmarks.encoding SPEECH [gpu]. SNAC's true size (19.8 M) with random weights: speed does not depend
+on their values. Both ways read, resample and encode; the tokens must be the same, token for token. The floor is the
+encoder alone, on one long window that is read already.
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from snac import SNAC
+
+from benchmarks.harness import interleaved, report
+from codec.audio import Resampler
+from codec.encoder import prepared
+from codec.snac import device_of
+from configs.loader import load_settings
+from pipeline.codes import encode_shard, open_recording
+from pipeline.plan import make_plan
+from pipeline.settings import CodesSettings
+from pipeline.sources import EXTENSIONS
+from shards.contract import CODEC_RATE, OK, TARGET_RATE, flatten_codes
+
+CONFIG: dict[str, Any] = {
+    "sampling_rate": CODEC_RATE, "encoder_dim": 48, "encoder_rates": [2, 4, 8, 8], "decoder_dim": 1024,
+    "decoder_rates": [8, 8, 4, 2], "attn_window_size": None, "codebook_size": 4096, "codebook_dim": 8,
+    "vq_strides": [4, 2, 1], "noise": True, "depthwise": True,
+}  # fmt: skip
+RECORDINGS, ROUNDS = 24, 3
+FLOOR_SECONDS = 20
+
+
+def true_size() -> SNAC:
+    torch.manual_seed(0)
+    return SNAC(**CONFIG).eval().requires_grad_(False)
+
+
+def plan_rows(speech: Path, folder: Path) -> tuple[list[dict[str, Any]], CodesSettings]:
+    """The segments of some recordings, spread over the collection; each recording whole in these rows."""
+    files = sorted(path for path in speech.rglob("*") if path.suffix.lower() in EXTENSIONS)
+    chosen = files[:: max(len(files) // RECORDINGS, 1)][:RECORDINGS]
+    lines = [f"{path.resolve()},speaker {number % 2}" for number, path in enumerate(chosen)]
+    (folder / "list.csv").write_text("\n".join(["path,speaker", *lines]) + "\n")
+    given = [f"audio={folder / 'list.csv'}", f"work={folder / 'work'}", "min_seconds=0", "validation_fraction=0.5"]
+    settings = load_settings(CodesSettings, "shard_codes.json", given)
+    plan = make_plan(settings)
+    return [row for number in range(len(plan.shards)) for row in plan.rows(number)], settings
+
+
+@torch.inference_mode()
+def one_by_one(rows: list[dict[str, Any]], model: SNAC, device: torch.device) -> dict[str, list[np.ndarray[Any, Any]]]:
+    """Recording → the three levels of its tokens, flat."""
+    tokens = {}
+    for row in {row["recording"]: row for row in rows if row["status"] == OK}.values():
+        recording = open_recording(row)
+        audio = Resampler(recording, CODEC_RATE).read(0, recording.length(CODEC_RATE))
+        levels = model.encode(torch.from_numpy(audio)[None, None].to(device))
+        tokens[row["recording"]] = [level[0].cpu().numpy().astype(np.int16) for level in levels]
+    return tokens
+
+
+def check(rows: list[dict[str, Any]], expected: dict[str, list[Any]], found: list[dict[str, Any]]) -> int:
+    """Raises AssertionError unless every token is the stock package's; returns how many were compared."""
+    compared = 0
+    for row, codes in zip(rows, found, strict=True):
+        if codes["status"] == OK:
+            start = row["start_coarse"] - codes["context_before"]
+            stop = row["start_coarse"] + row["n_coarse"] + codes["context_after"]
+            whole = expected[row["recording"]]
+            cut = [level[n * start : n * stop].reshape(-1, n) for n, level in zip((1, 2, 4), whole, strict=True)]
+            flat = flatten_codes(np.concatenate(cut, axis=1))
+            assert np.array_equal(flat, codes["codes"]), row["recording"]
+            compared += flat.size
+    return compared
+
+
+def main(speech: Path, gpu: str) -> None:
+    device = device_of(gpu)
+    stock, ours = true_size().to(device), prepared(true_size().to(device))
+    with tempfile.TemporaryDirectory() as folder:
+        rows, settings = plan_rows(speech, Path(folder))
+        tokens = check(rows, one_by_one(rows, stock, device), encode_shard(rows, ours, settings))
+        window = torch.randn(1, 1, FLOOR_SECONDS * CODEC_RATE, device=device) * 0.1
+
+        def floor(model: SNAC) -> None:
+            with torch.inference_mode():
+                [level.cpu() for level in model.encode(window)]
+
+        seconds = interleaved(
+            {
+                "one by one, stock": lambda: one_by_one(rows, stock, device),
+                "stage 1": lambda: encode_shard(rows, ours, settings),
+                "stock encoder alone": lambda: floor(stock),
+                "our encoder alone": lambda: floor(ours),
+            },
+            ROUNDS,
+        )
+    audio = sum(row["n_samples"] for row in rows) / TARGET_RATE
+    table = []
+    for name, took in seconds.items():
+        length = FLOOR_SECONDS if "alone" in name else audio
+        plain = seconds["stock encoder alone" if "alone" in name else "one by one, stock"]
+        table.append({"way": name, "seconds": took, "times real time": length / took, "times stock": plain / took})
+    report("encoding", table, audio_seconds=audio, recordings=RECORDINGS, tokens_compared=tokens, rounds=ROUNDS)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2] if len(sys.argv) > 2 else "cpu")

@@ -1,0 +1,171 @@
+"""`just push-shards`: finished shards to a dataset repository of the Hugging Face hub, complete or not at all.
+
+Tars and sidecars go first, in commits of some gigabytes; a run that is interrupted goes on where it stopped. The index,
+without which readers see no shard, goes in the last commit, with the dataset card.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow.compute as pc
+from tqdm import tqdm
+
+from pipeline.settings import PushShardsSettings
+from shards.contract import INDEX_NAME, OK, SPLITS, TARGET_RATE
+from shards.errors import ShardError, UserError
+from shards.files import file_sha256
+from shards.index import shard_list, unlisted
+from shards.writer import read_metadata, read_table
+
+COMMIT_FILES, COMMIT_BYTES = 100, 5 << 30
+CARD_NAME = "README.md"
+
+
+@dataclass(frozen=True)
+class Upload:
+    path: Path
+    name: str  # in the repository
+    size: int
+    sha256: str
+
+
+def push_shards(settings: PushShardsSettings) -> None:
+    """Raises UserError when shards are not finished, when the repository holds others, or when the hub fails."""
+    uploads = finished(settings.shards)
+    index = settings.shards / INDEX_NAME
+    card = dataset_card(settings.shards, settings.repo)
+    if settings.dry_run:
+        for upload in uploads:
+            tqdm.write(f"{upload.size:>13,d}  {upload.name}")
+        tqdm.write(f"{index.stat().st_size:>13,d}  {INDEX_NAME}\n{len(card.encode()):>13,d}  {CARD_NAME}\n\n{card}")
+        total = sum(upload.size for upload in uploads) + index.stat().st_size
+        tqdm.write(f"dry run: {len(uploads) + 2} files, {total / 1e9:.3f} GB would go to {settings.repo}")
+        return
+    from huggingface_hub import HfApi
+
+    api = HfApi()
+    try:
+        api.create_repo(settings.repo, repo_type="dataset", private=settings.private, exist_ok=True)
+        _upload(api, settings.repo, _missing(api, settings.repo, uploads))
+        _commit(api, settings.repo, [(INDEX_NAME, index), (CARD_NAME, card.encode())], "Index and dataset card")
+    except UserError:
+        raise
+    except Exception as error:  # the hub's client raises its own, its transport's and the system's kinds
+        reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"
+        raise UserError(
+            f"{settings.repo}: {reason}. Readers see no new shard until the index is there; the same command goes on"
+        ) from error
+    tqdm.write(f"{settings.repo}: {len(uploads)} files, then {INDEX_NAME} and {CARD_NAME}")
+
+
+def finished(folder: Path) -> list[Upload]:
+    """Tar and sidecar of every shard in the index. Raises ShardError for what is missing or not in it."""
+    if not (folder / INDEX_NAME).exists():
+        raise ShardError(f"{folder / INDEX_NAME} is missing: run `just shard-targets` to its end")
+    shards = shard_list(folder)
+    for problem in unlisted(folder, shards):
+        raise ShardError(f"{problem}: run `just shard-targets` to its end")
+    uploads = []
+    for split, shard in shards:
+        tar = folder / split / f"{shard:06d}.tar"
+        sidecar = tar.with_suffix(".parquet")
+        made = read_metadata(sidecar)
+        if not tar.exists() or tar.stat().st_size != made["tar_bytes"]:
+            raise ShardError(f"{tar} is not what its sidecar says: `just verify shards={folder}` lists what is damaged")
+        uploads.append(Upload(tar, f"{split}/{tar.name}", made["tar_bytes"], made["tar_sha256"]))
+        name = f"{split}/{sidecar.name}"
+        uploads.append(Upload(sidecar, name, sidecar.stat().st_size, file_sha256(sidecar)))
+    return uploads
+
+
+def _missing(api: Any, repo: str, uploads: Iterable[Upload]) -> list[Upload]:
+    """What the repository lacks. Raises UserError where it holds other bytes under the same name."""
+    there = {file.path: file for file in api.list_repo_tree(repo, repo_type="dataset", recursive=True)}
+    missing = []
+    for upload in uploads:
+        if upload.name not in there:
+            missing.append(upload)
+        elif (found := there[upload.name]).lfs and found.lfs.sha256 != upload.sha256:
+            raise UserError(f"{repo} holds another {upload.name}: shards are never overwritten; take another repo=")
+    return missing
+
+
+def _upload(api: Any, repo: str, missing: list[Upload]) -> None:
+    total = sum(upload.size for upload in missing)
+    with tqdm(total=total, desc="uploading", unit="B", unit_scale=True, disable=None) as bar:
+        for batch in _batches(missing):
+            names = f"{batch[0].name} … {batch[-1].name}"
+            _commit(api, repo, [(upload.name, upload.path) for upload in batch], f"Shards {names}")
+            bar.update(sum(upload.size for upload in batch))
+
+
+def _batches(uploads: Iterable[Upload]) -> Iterator[list[Upload]]:
+    batch: list[Upload] = []
+    for upload in uploads:
+        if len(batch) == COMMIT_FILES or (batch and sum(u.size for u in batch) + upload.size > COMMIT_BYTES):
+            yield batch
+            batch = []
+        batch.append(upload)
+    if batch:
+        yield batch
+
+
+def _commit(api: Any, repo: str, files: Iterable[tuple[str, Path | bytes]], message: str) -> None:
+    from huggingface_hub import CommitOperationAdd
+
+    operations = [CommitOperationAdd(name, path_or_fileobj=content) for name, content in files]
+    api.create_commit(repo, operations, commit_message=message, repo_type="dataset")
+
+
+def dataset_card(folder: Path, repo: str) -> str:
+    """What the shards hold, in figures of their own index."""
+    index = read_table(folder / INDEX_NAME, columns=["split", "status", "n_samples", "group"])
+    made_from = read_metadata(folder / INDEX_NAME)["fingerprint"]
+    usable = index.filter(pc.field("status") == OK)
+    lines = []
+    for split in SPLITS:
+        rows = usable.filter(pc.field("split") == split)
+        hours = (pc.sum(rows["n_samples"]).as_py() or 0) / TARGET_RATE / 3600
+        lines.append(f"| {split} | {len(rows)} | {hours:.2f} | {len(rows['group'].unique())} |")
+    statuses = ", ".join(f"{n} {name}" for name, n in Counter(index["status"].to_pylist()).most_common())
+    return CARD.format(
+        repo=repo, table="\n".join(lines), statuses=statuses, teacher=made_from["teacher"], snac=made_from["snac"]
+    )
+
+
+CARD = """---
+tags:
+- audio
+- snac
+- webdataset
+---
+# SNAC 24 kHz tokens beside their 48 kHz targets
+
+Each sample holds a stretch of speech as the tokens of the SNAC 24 kHz codec and, beside them, as 48 kHz audio.
+
+- codes by: {snac}
+- targets by: {teacher}
+- segments attempted: {statuses}; each has a row in `index.parquet`, with the reason where it has no sample
+
+| split | segments | hours | speakers or folders |
+|-|-|-|-|
+{table}
+
+`index.parquet` lists the shards; a tar that it does not list belongs to an upload that has not ended. Plain
+`webdataset`, `pyarrow` and `soundfile` read everything:
+
+```python
+import webdataset
+
+url = "https://huggingface.co/datasets/{repo}/resolve/main/train/000000.tar"
+for sample in webdataset.WebDataset(url, shardshuffle=False):
+    print(sample["__key__"], sorted(name for name in sample if not name.startswith("__")))
+```
+
+The licence of the recordings is that of their source; state it here before you publish.
+"""

@@ -1,0 +1,114 @@
+"""Shards reach the hub complete or not at all: the index goes last, and a push that failed goes on."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import huggingface_hub
+import pytest
+
+from pipeline import push
+from shards.index import shard_list
+from tests.command_helpers import in_process, refused
+
+
+@dataclass
+class FakeHub:
+    """What of `huggingface_hub.HfApi` is used, in memory; every commit is all or nothing."""
+
+    files: dict[str, bytes] = field(default_factory=dict)
+    commits: list[list[str]] = field(default_factory=list)
+    fail_at: int | None = None
+    private: bool | None = None
+
+    def create_repo(self, repo: str, *, repo_type: str, private: bool, exist_ok: bool) -> None:
+        assert (repo, repo_type, exist_ok) == ("me/corpus", "dataset", True)
+        self.private = private
+
+    def list_repo_tree(self, repo: str, *, repo_type: str, recursive: bool) -> list[Any]:
+        assert recursive
+        digests = {name: hashlib.sha256(data).hexdigest() for name, data in self.files.items()}
+        return [SimpleNamespace(path=name, lfs=SimpleNamespace(sha256=digest)) for name, digest in digests.items()]
+
+    def create_commit(self, repo: str, operations: list[Any], *, commit_message: str, repo_type: str) -> None:
+        if len(self.commits) == self.fail_at:
+            raise ConnectionError("planted")
+        for operation in operations:
+            with operation.as_file() as file:
+                self.files[operation.path_in_repo] = file.read()
+        self.commits.append([operation.path_in_repo for operation in operations])
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> FakeHub:
+    fake = FakeHub()
+    monkeypatch.setattr(huggingface_hub, "HfApi", lambda: fake)
+    monkeypatch.setattr(push, "COMMIT_FILES", 3)
+    return fake
+
+
+@pytest.fixture
+def shards(work: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(work / "shards", tmp_path / "shards"))
+
+
+def words(shards: Path, *more: str) -> list[str]:
+    return ["push-shards", f"shards={shards}", "repo=me/corpus", *more]
+
+
+def test_everything_arrives_and_the_index_last(hub: FakeHub, shards: Path) -> None:
+    assert in_process(words(shards)).exit_code == 0
+    names = [f"{split}/{shard:06d}.{kind}" for split, shard in shard_list(shards) for kind in ("tar", "parquet")]
+    assert hub.files.keys() == {*names, "index.parquet", "README.md"}
+    assert all(hub.files[name] == (shards / name).read_bytes() for name in [*names, "index.parquet"])
+    assert hub.commits[-1] == ["index.parquet", "README.md"]
+    assert [name for commit in hub.commits[:-1] for name in commit] == names
+    assert hub.private is True
+    card = hub.files["README.md"].decode()
+    assert "codes by: stand-in or custom weights snac_tiny_24khz" in card
+    assert "targets by: recording" in card
+    assert "| validation |" in card
+
+
+@pytest.mark.parametrize("fail_at", [0, 1, 2])
+def test_a_push_that_fails_goes_on(fail_at: int, hub: FakeHub, shards: Path) -> None:
+    hub.fail_at = fail_at
+    refused(words(shards), "me/corpus: ConnectionError: planted. Readers see no new shard until the index is there")
+    assert "index.parquet" not in hub.files
+    sent = [name for commit in hub.commits for name in commit]
+    hub.fail_at = None
+    assert in_process(words(shards)).exit_code == 0
+    again = [name for commit in hub.commits for name in commit]
+    assert len(again) == len(set(again)) > len(sent), "nothing is sent twice"
+    assert "index.parquet" in hub.files
+
+
+def test_a_dry_run_sends_nothing(hub: FakeHub, shards: Path) -> None:
+    result = in_process(words(shards, "dry_run=true"))
+    assert result.exit_code == 0
+    assert not hub.commits
+    assert hub.private is None
+    for name in ("train/000000.tar", "index.parquet", "README.md", "would go to me/corpus"):
+        assert name in result.output
+
+
+def test_others_shards_are_not_overwritten(hub: FakeHub, shards: Path) -> None:
+    hub.files["train/000000.tar"] = b"another run's"
+    refused(words(shards), "me/corpus holds another train/000000.tar: shards are never overwritten")
+    assert not hub.commits
+
+
+def test_unfinished_or_damaged_shards_stay_here(hub: FakeHub, shards: Path) -> None:
+    tar = shards / "train" / "000000.tar"
+    tar.write_bytes(tar.read_bytes()[:-1])
+    refused(words(shards), "000000.tar is not what its sidecar says")
+    shutil.copy(tar, shards / "train" / "000077.tar")
+    refused(words(shards), "not in the index")
+    (shards / "index.parquet").unlink()
+    refused(words(shards), "run `just shard-targets` to its end")
+    assert not hub.commits
