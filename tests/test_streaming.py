@@ -19,7 +19,7 @@ from trainer import kernels, orpheus
 from trainer.decode import StreamingDecoder
 from trainer.decoder import silence_noise, warm_start
 from trainer.inference import StepDecoder
-from trainer.streaming import EXACT, Samples, to_int16
+from trainer.streaming import Samples, to_int16
 
 DELAY = 9551
 

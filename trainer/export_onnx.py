@@ -26,7 +26,7 @@ import torch
 from snac import SNAC
 from torch import Tensor, nn
 
-from shards.contract import CODEBOOK_SIZE, COARSE_24K, TOKENS_PER_COARSE
+from shards.contract import COARSE_24K, CODEBOOK_SIZE, TOKENS_PER_COARSE
 from shards.errors import UserError
 from shards.files import replacing
 from trainer.checkpoint import PROVENANCE, Codec48k, load_codec

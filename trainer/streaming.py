@@ -17,7 +17,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from shards.contract import CODEBOOK_SIZE, COARSE_48K, LATENT_PER_COARSE, TOKENS_PER_COARSE
+from shards.contract import COARSE_48K, CODEBOOK_SIZE, LATENT_PER_COARSE, TOKENS_PER_COARSE
 from shards.errors import UserError
 from trainer.inference import StepDecoder, StepState
 
