@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import scipy.stats
@@ -26,9 +27,9 @@ from tests.helpers import TINY_SNAC
 from tests.training_helpers import call
 from trainer import checkpoint, clips
 from trainer.decoder import warm_start
-from trainer.scores import METRICS, columns_of
+from trainer.scores import METRICS, columns_of, schema
 from trainer.settings import MetricName
-from trainer.summary import interval
+from trainer.summary import interval, summarise
 from trainer.systems import Stock, decode_clip, decoded_systems
 
 QUICK = ["metrics=lsd,level,bandwidth", "num_workers=0", "gpu=cpu", f"pretrained_model={TINY_SNAC}"]
@@ -94,6 +95,19 @@ def test_differences_are_taken_clip_by_clip(judged: Path) -> None:
     assert row["difference_low"] <= row["difference"] <= row["difference_high"]
     stock = [row for row in rows_of(judged, "summary.parquet") if row["system"] == "stock"]
     assert {row["difference"] for row in stock} == {None}
+
+
+def test_a_system_may_lack_a_clip_and_a_metric_a_value() -> None:
+    """Pairs are clips that both have, whatever their order."""
+    rows = [{"clip": clip, "system": "stock", "status": OK, "level_db": float(clip)} for clip in "123"]
+    rows += [{"clip": "3", "system": "other", "status": OK, "level_db": 13.0}]
+    rows += [{"clip": "2", "system": "other", "status": OK, "level_db": None}]
+    rows += [{"clip": "1", "system": "other", "status": OK, "level_db": 10.0}]
+    rows += [{"clip": "4", "status": FAILED, "reason": "broken"}]
+    stock, other = summarise(pa.Table.from_pylist(rows, schema(["level"])), "stock", 100, 0).to_pylist()
+    assert (stock["clips"], stock["mean"], stock["pairs"]) == (3, 2.0, None)
+    assert (other["clips"], other["mean"], other["pairs"], other["difference"]) == (2, 11.5, 2, 9.5)
+    assert (other["difference_low"], other["difference_high"]) == (9.0, 10.0)
 
 
 def test_intervals_are_scipys() -> None:

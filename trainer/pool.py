@@ -6,7 +6,10 @@ import multiprocessing
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from typing import TypeVar
+
+from shards.errors import UserError
 
 Job = TypeVar("Job")
 Result = TypeVar("Result")
@@ -15,7 +18,7 @@ Result = TypeVar("Result")
 def ordered(work: Callable[[Job], Result], jobs: Iterator[Job], processes: int) -> Iterator[Result]:
     """work(job) for each job, in order; at most two jobs per process are under way. 0 processes: here.
 
-    Each process computes on one thread, so that results do not depend on their number.
+    Each process computes on one thread, so that results do not depend on their number. Raises UserError when one dies.
     """
     if not processes:
         yield from map(work, jobs)
@@ -29,6 +32,8 @@ def ordered(work: Callable[[Job], Result], jobs: Iterator[Job], processes: int) 
                     yield waiting.popleft().result()
             while waiting:
                 yield waiting.popleft().result()
+        except BrokenProcessPool as error:
+            raise UserError("a process died: memory may be short; num_workers= sets their number") from error
         finally:
             pool.shutdown(cancel_futures=True)
 

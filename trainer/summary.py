@@ -53,7 +53,8 @@ def summarise(clips: pa.Table, baseline: str, resamples: int, seed: int) -> pa.T
     usable = clips.filter(pc.field("status") == OK)
     systems = list(dict.fromkeys(usable["system"].to_pylist()))
     metrics = [name for name in clips.column_names if name in COLUMNS]
-    values = {system: _values(usable.filter(pc.field("system") == system), metrics) for system in systems}
+    places = {clip: place for place, clip in enumerate(dict.fromkeys(usable["clip"].to_pylist()))}
+    values = {system: _values(usable.filter(pc.field("system") == system), metrics, places) for system in systems}
     rows = []
     for system in systems:
         for metric in metrics:
@@ -70,9 +71,13 @@ def summarise(clips: pa.Table, baseline: str, resamples: int, seed: int) -> pa.T
     return pa.Table.from_pylist(rows, schema=SCHEMA)
 
 
-def _values(rows: pa.Table, metrics: Sequence[str]) -> dict[str, Floats]:
-    """Metric → a value for each clip, NaN where it is undefined; clips stand in one order for every system."""
-    return {name: rows[name].to_numpy(zero_copy_only=False).astype(np.float64) for name in metrics}
+def _values(rows: pa.Table, metrics: Sequence[str], places: Mapping[str, int]) -> dict[str, Floats]:
+    """Metric → a value for each clip in the order of `places`, NaN where it is undefined or the system has no clip."""
+    own = [places[clip] for clip in rows["clip"].to_pylist()]
+    values = {name: np.full(len(places), np.nan) for name in metrics}
+    for name in metrics:
+        values[name][own] = rows[name].to_numpy(zero_copy_only=False)
+    return values
 
 
 def lines(summary: pa.Table, labels: Sequence[tuple[str, str]]) -> Iterator[str]:

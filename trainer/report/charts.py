@@ -104,10 +104,10 @@ class Axis:
         return (np.asarray(values, dtype=np.float64) - self.low) / (self.high - self.low) * self.length
 
     def ticks(self) -> list[tuple[float, str]]:
-        """Three to six round values."""
+        """Three to nine round values."""
         span = self.high - self.low
         step = 10.0 ** math.floor(math.log10(span / 3))
-        step *= max(factor for factor in (1, 2, 5, 10) if span / (step * factor) >= 2.5 or factor == 1)
+        step *= max(factor for factor in (1, 2, 5, 10) if span / (step * factor) >= 3.5 or factor == 1)
         first, last = math.ceil(self.low / step - 1e-9), math.floor(self.high / step + 1e-9)
         return [(float(self.place(n * step)), f"{n * step:.6g}") for n in range(first, last + 1)]
 

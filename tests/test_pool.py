@@ -1,0 +1,43 @@
+"""Jobs in several processes: in order, few at a time, errors as they are."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from shards.errors import UserError
+from trainer.pool import ordered
+
+
+def square(number: int) -> int:
+    if number == 0:
+        time.sleep(0.3)  # the first is not ready first
+    if number == 100:
+        raise UserError("a hundred is too much")
+    if number == 101:
+        os._exit(1)
+    return number * number
+
+
+def numbers(count: int, taken: list[int]) -> Iterator[int]:
+    for number in range(count):
+        taken.append(number)
+        yield number
+
+
+@pytest.mark.parametrize("processes", [0, 2])
+def test_results_come_in_order_and_jobs_are_taken_as_they_are_needed(processes: int) -> None:
+    taken: list[int] = []
+    results = ordered(square, numbers(10, taken), processes)
+    assert next(results) == 0
+    assert len(taken) <= max(2 * processes, 1)
+    assert list(results) == [number * number for number in range(1, 10)]
+
+
+@pytest.mark.parametrize(("job", "message"), [(100, "a hundred is too much"), (101, "a process died: memory")])
+def test_errors_reach_the_caller(job: int, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        list(ordered(square, iter([1, job, 2]), 1))
