@@ -56,7 +56,7 @@ def calibrated(settings: TargetsSettings, plan: Plan, teacher: Teacher) -> Row:
     if teacher.sidon is None:
         return {}
     path = settings.work / FILE
-    kept = json.loads(path.read_text()) if path.exists() else {}
+    kept = json.loads(path.read_bytes()) if path.exists() else {}
     if kept.get("made_from") == teacher.provenance:
         result: Row = kept["result"]
     else:

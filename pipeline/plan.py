@@ -167,23 +167,6 @@ def _measure(source: Source) -> Measured:
         return Measured(source, problem=str(error))
 
 
-def whole_recording(path: Path) -> dict[str, Any]:
-    """A file as one row without a plan: what opening it takes, and its length. Raises AudioError."""
-    header = probe(path)
-    return {
-        "recording": str(path),
-        "path": str(path),
-        "first_frame": 0,
-        "frames": header.frames,
-        "rate": header.rate,
-        "channels": header.channels,
-        "file_frames": header.frames,
-        "file_bytes": path.stat().st_size,
-        "start_coarse": 0,
-        "n_samples": output_length(header.frames, header.rate, TARGET_RATE),
-    }
-
-
 def _write(
     path: Path, recordings: list[Measured], splits: dict[str, str], settings: CodesSettings, asked: dict[str, Any]
 ) -> None:
