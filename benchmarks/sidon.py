@@ -27,7 +27,6 @@ from benchmarks.harness import interleaved, report
 from codec.audio import AudioError, Recording, Resampler, probe
 from configs.loader import load_settings
 from pipeline.judging import judge
-from pipeline.plan import whole_recording
 from pipeline.settings import TargetsSettings
 from pipeline.sidon import FRAME, HIGH_PASS_HZ, INPUT_RATE, PADDING, Native, Sidon, high_passed
 from pipeline.sidon_decoder import DacDecoder
@@ -35,7 +34,7 @@ from pipeline.sidon_encoder import use_relative_key_sdpa
 from pipeline.sidon_features import FRAME_LENGTH, HOP, N_FFT, features
 from pipeline.sources import find
 from pipeline.targets import flac_bytes
-from pipeline.teachers import Taught, Teacher
+from pipeline.teachers import Taught, Teacher, whole_recording
 from shards.contract import TARGET_RATE
 
 Samples = npt.NDArray[np.float32]

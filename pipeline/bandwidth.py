@@ -57,9 +57,11 @@ class Spectrum:
         sums = np.concatenate([np.zeros((len(spectra), 1)), spectra.cumsum(axis=1)], axis=1)
         power = sums[:, self._last] - sums[:, self._first]
         level = np.clip(10 * np.log10(power + 1e-20) - FLOOR_DB, 0, LEVELS - 1).astype(int)
-        np.add.at(self._counts, (np.arange(level.shape[1]), level), 1)
+        cells = np.arange(level.shape[1]) * LEVELS + level
+        self._counts += np.bincount(cells.ravel(), minlength=self._counts.size).reshape(self._counts.shape)
+        logarithms = np.log(spectra + 1e-20)
         for mirror in self._mirrors:
-            mirror.add(spectra)
+            mirror.add(logarithms)
 
     def bandwidth_hz(self) -> float | None:
         """None where there is only silence."""
@@ -83,9 +85,9 @@ class Mirror:
         self._count = 0
         self._sums = np.zeros((5, len(below)))
 
-    def add(self, spectra: Spectra) -> None:
-        below, above = (_levels(spectra[:, bins]) for bins in (self._below, self._above))
-        self._count += len(spectra)
+    def add(self, logarithms: Spectra) -> None:
+        below, above = (_centred(logarithms[:, bins]) for bins in (self._below, self._above))
+        self._count += len(logarithms)
         products = (below, above, below * below, above * above, below * above)
         self._sums += np.stack([product.sum(axis=0) for product in products])
 
@@ -109,8 +111,7 @@ def mirrors(rate: int, old: int) -> Iterable[Mirror]:
             yield Mirror(old, below[inside], above[inside])
 
 
-def _levels(spectra: Spectra) -> Spectra:
-    levels = np.log(spectra + 1e-20)
+def _centred(levels: Spectra) -> Spectra:
     centred: Spectra = levels - levels.mean(axis=1, keepdims=True)
     return centred
 

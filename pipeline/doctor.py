@@ -25,12 +25,11 @@ from codec.snac import coarse_length, device_of, encode, load_snac, windows
 from codec.weights import SNAC_FILES, resolve
 from configs.loader import load_settings
 from pipeline.calibrate import measure, summary
-from pipeline.plan import whole_recording
 from pipeline.seams import differences_db, points
 from pipeline.settings import DoctorSettings, TargetsSettings
 from pipeline.sidon import INPUT_RATE, Sidon, load_sidon
 from pipeline.targets import flac_bytes
-from pipeline.teachers import Taught, Teacher
+from pipeline.teachers import Taught, Teacher, whole_recording
 from shards.contract import COARSE_24K, COARSE_48K, CODEC_RATE, TARGET_RATE
 from shards.errors import UserError
 

@@ -11,7 +11,6 @@ import json
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,7 +20,6 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from tqdm import tqdm
 
-from codec.audio import output_length, probe
 from pipeline.measure import measure
 from pipeline.settings import CodesSettings
 from pipeline.sources import find
@@ -212,24 +210,6 @@ def _new_shards(
         members = np.flatnonzero(chosen == place)
         members = members[np.argsort(hashes[members], kind="stable")]
         yield from _deal(recordings.take(pa.array(members)), split, numbers.get(split, 0), settings)
-
-
-def whole_recording(path: Path) -> dict[str, Any]:
-    """A file as one row without a plan: what opening it takes, and its length. Raises AudioError."""
-    header = probe(path)
-    return {
-        "recording": str(path),
-        "path": str(path),
-        "offset": None,
-        "first_frame": 0,
-        "frames": header.frames,
-        "rate": header.rate,
-        "channels": header.channels,
-        "file_frames": header.frames,
-        "file_bytes": path.stat().st_size,
-        "start_coarse": 0,
-        "n_samples": output_length(header.frames, header.rate, TARGET_RATE),
-    }
 
 
 def _deal(recordings: pa.Table, split: str, first: int, settings: CodesSettings) -> Iterator[Shard]:

@@ -11,13 +11,14 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain, groupby
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from tqdm import tqdm
 
-from codec.audio import AudioError, Recording, Resampler
+from codec.audio import AudioError, Recording, Resampler, output_length, probe
 from codec.snac import bucketed, device_of
 from pipeline.ahead import Ahead, chained_ahead
 from pipeline.bandwidth import Spectrum
@@ -212,6 +213,24 @@ class Teacher:
             return Taught(used, gain, mixed, source[HALF:-HALF], restored[HALF:-HALF])
         source, restored = pieces.read(start, stop)
         return Taught(used, gain, source) if used == RECORDING else Taught(used, gain, restored, source)
+
+
+def whole_recording(path: Path) -> dict[str, Any]:
+    """A file as one row without a plan: what opening it takes, and its length. Raises AudioError."""
+    header = probe(path)
+    return {
+        "recording": str(path),
+        "path": str(path),
+        "offset": None,
+        "first_frame": 0,
+        "frames": header.frames,
+        "rate": header.rate,
+        "channels": header.channels,
+        "file_frames": header.frames,
+        "file_bytes": path.stat().st_size,
+        "start_coarse": 0,
+        "n_samples": output_length(header.frames, header.rate, TARGET_RATE),
+    }
 
 
 class Pieces:

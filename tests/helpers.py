@@ -11,9 +11,8 @@ import numpy as np
 import numpy.typing as npt
 
 from configs.loader import load_settings
-from pipeline.plan import whole_recording
 from pipeline.settings import CodesSettings, TargetsSettings
-from pipeline.teachers import Taught, Teacher
+from pipeline.teachers import Taught, Teacher, whole_recording
 from shards.contract import COARSE_48K
 
 ROOT = Path(__file__).parent.parent
