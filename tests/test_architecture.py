@@ -170,7 +170,7 @@ def test_the_settings_work_without_anything_heavy() -> None:
     import_without("torch,pyarrow,transformers,numpy,soundfile,webdataset", modules_of("configs"))
 
 
-@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "shards/README.md"])
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "shards/README.md", "docs/scale.md"])
 def test_pages_are_finished_and_their_links_lead_somewhere(page: str) -> None:
     text = (ROOT / page).read_text()
     assert not re.findall(r"\b(?:TODO|FIXME|[A-Z]+_(?:TIME|TABLE|FIGURE))\b", text)
