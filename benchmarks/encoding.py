@@ -33,9 +33,9 @@ CONFIG: dict[str, Any] = {
     "decoder_rates": [8, 8, 4, 2], "attn_window_size": None, "codebook_size": 4096, "codebook_dim": 8,
     "vq_strides": [4, 2, 1], "noise": True, "depthwise": True,
 }  # fmt: skip
-RECORDINGS, ROUNDS = 10, 3
+RECORDINGS, ROUNDS = 3, 3
 SECONDS = (2, 8)  # of a recording
-FLOOR_SECONDS = 8
+FLOOR_SECONDS = 2
 
 
 def true_size() -> SNAC:
