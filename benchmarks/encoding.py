@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import soundfile
 import torch
 from snac import SNAC
 
@@ -32,8 +33,9 @@ CONFIG: dict[str, Any] = {
     "decoder_rates": [8, 8, 4, 2], "attn_window_size": None, "codebook_size": 4096, "codebook_dim": 8,
     "vq_strides": [4, 2, 1], "noise": True, "depthwise": True,
 }  # fmt: skip
-RECORDINGS, ROUNDS = 24, 3
-FLOOR_SECONDS = 20
+RECORDINGS, ROUNDS = 3, 3
+SECONDS = (2, 8)  # of a recording
+FLOOR_SECONDS = 2
 
 
 def true_size() -> SNAC:
@@ -44,7 +46,8 @@ def true_size() -> SNAC:
 def plan_rows(speech: Path, folder: Path) -> tuple[list[dict[str, Any]], CodesSettings]:
     """The segments of some recordings, spread over the collection; each recording whole in these rows."""
     files = sorted(path for path in speech.rglob("*") if path.suffix.lower() in EXTENSIONS)
-    chosen = files[:: max(len(files) // RECORDINGS, 1)][:RECORDINGS]
+    fitting = [path for path in files if SECONDS[0] <= soundfile.info(path).duration <= SECONDS[1]]
+    chosen = fitting[:: max(len(fitting) // RECORDINGS, 1)][:RECORDINGS]
     lines = [f"{path.resolve()},speaker {number % 2}" for number, path in enumerate(chosen)]
     (folder / "list.csv").write_text("\n".join(["path,speaker", *lines]) + "\n")
     given = [f"audio={folder / 'list.csv'}", f"work={folder / 'work'}", "min_seconds=0", "validation_fraction=0.5"]

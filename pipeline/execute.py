@@ -114,10 +114,18 @@ def run(stage: Stage) -> bool:
         progress.close()
     progress.check()
     summarize([stage.table(number) for number in mine], settings.max_failed_fraction, f"{stage.doing}: {stage.folder}")
-    others = [number for number in range(len(plan.shards)) if number not in set(mine)]
-    missing = len(left_to_do(stage, others))
+    return _others_are_done(stage, mine)
+
+
+def _others_are_done(stage: Stage, mine: range) -> bool:
+    """Says what of other slices is missing. Raises ShardError where another run's shard stands."""
+    others = [number for number in range(len(stage.plan.shards)) if number not in mine]
+    with ThreadPoolExecutor(LOOKING_THREADS) as pool:
+        found = list(pool.map(lambda number: stage.table(number).exists(), others))
+    missing = found.count(False) or len(left_to_do(stage, others))
     if missing:
-        tqdm.write(f"slice {settings.slice_index} of {settings.slice_count} is done; {missing} shards are others'")
+        index, count = stage.settings.slice_index, stage.settings.slice_count
+        tqdm.write(f"slice {index} of {count} is done; {missing} shards of other slices are missing")
     return not missing
 
 

@@ -7,10 +7,10 @@ recordings that it does not know: their shards follow those that stand, of which
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -78,16 +78,14 @@ class Plan:
 def rows_sha256(rows: pa.Table) -> str:
     """Identifies a shard's plan; where its files lie is no part of it."""
     digest = hashlib.sha256()
-    for name in sorted(rows.column_names):
+    for name in sorted(set(rows.column_names) - {"path"}):
         column = rows[name]
-        if name == "path":
-            continue
         digest.update(name.encode())
         if pa.types.is_string(column.type):
-            digest.update(json.dumps(column.to_pylist()).encode())
-        else:
-            digest.update(column.is_valid().to_numpy(zero_copy_only=False).tobytes())
-            digest.update(pc.fill_null(column, 0).to_numpy().astype("<i8").tobytes())
+            digest.update("".join(pc.fill_null(column, "").to_pylist()).encode())
+            column = pc.binary_length(column)
+        digest.update(column.is_valid().to_numpy(zero_copy_only=False).tobytes())
+        digest.update(pc.fill_null(column, 0).to_numpy().astype("<i8").tobytes())
     return digest.hexdigest()
 
 
@@ -264,6 +262,12 @@ class Segments:
         return table
 
 
+def _writer(path: Path) -> pq.ParquetWriter:
+    return pq.ParquetWriter(
+        path, PLAN_SCHEMA, compression="zstd", use_dictionary=["split", "group", "status", "reason"]
+    )
+
+
 def _divided_up(numbers: Int64, by: Int64 | int) -> Int64:
     return -(-numbers // by)
 
@@ -271,7 +275,7 @@ def _divided_up(numbers: Int64, by: Int64 | int) -> Int64:
 def _write(path: Location, plans: list[Plan], shards: Iterable[Shard], metadata: dict[str, Any]) -> None:
     """The shards of `plans`, then `shards`, into one file."""
     names, seconds, digests = list[tuple[str, int]](), list[float](), list[str]()
-    with replacing(path) as temporary, pq.ParquetWriter(temporary, PLAN_SCHEMA, compression="zstd") as writer:
+    with replacing(path) as temporary, _writer(temporary) as writer:
         for plan in plans:
             names += plan.shards
             seconds += plan.seconds

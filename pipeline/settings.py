@@ -172,9 +172,7 @@ class WorkflowSettings(Settings):
     work: Path = Field(description="folder for plan, codes and shards")
     run: Path = Field(description="folder for checkpoints, logs and settings of the training")
     pretrained_model: str = Field(description="SNAC 24 kHz: hub name or local directory")
-    gpu: Gpu | Annotated[str, Field(pattern=r"^\d+(,\d+)+$")] = Field(
-        description="number of the GPU, several for training (0,1), or cpu"
-    )
+    gpu: Gpus = Field(description="number of the GPU, several (0,1), or cpu")
     codes: dict[str, Any] = Field(default={}, description="further settings of shard-codes, as codes.KEY=VALUE")
     targets: dict[str, Any] = Field(default={}, description="further settings of shard-targets, as targets.KEY=VALUE")
     train: dict[str, Any] = Field(default={}, description="further settings of train, as train.KEY=VALUE")

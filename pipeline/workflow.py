@@ -15,14 +15,14 @@ from pipeline.settings import WorkflowSettings
 def workflow(settings: WorkflowSettings) -> None:
     """Checks all settings, then runs. Leaves with the exit code of the first command that fails."""
     work, model = settings.work, settings.pretrained_model
-    first_gpu = str(settings.gpu).split(",")[0]
-    codes = {"audio": settings.audio, "work": work, "pretrained_model": model, "gpu": first_gpu, **settings.codes}
-    targets = {"work": work, "gpu": first_gpu, **settings.targets}
+    gpu = settings.gpu
+    codes = {"audio": settings.audio, "work": work, "pretrained_model": model, "gpu": gpu, **settings.codes}
+    targets = {"work": work, "gpu": gpu, **settings.targets}
     train = {
         "shards": work / "shards",
         "run": settings.run,
         "pretrained_model": model,
-        "gpu": settings.gpu,
+        "gpu": gpu,
         "resume": "auto",
     }
     commands = (

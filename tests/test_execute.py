@@ -249,6 +249,8 @@ def test_slices_touch_their_own_shards_only(recordings: Path, tmp_path: Path) ->
     shards = Plan(work / PLAN_NAME).shards
     found = {(path.parent.name, int(path.stem)) for path in (work / "codes").glob("*/*.parquet")}
     assert found == set(shards[1::3])
+    shard_targets(targets_settings(work, *slice_words(1, 3)))  # the codes of others are not its concern
+    assert {(path.parent.name, int(path.stem)) for path in (work / "shards").glob("*/*.tar")} == set(shards[1::3])
 
 
 def test_slices_at_the_same_time(recordings: Path, whole: Path, tmp_path: Path) -> None:
