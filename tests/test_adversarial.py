@@ -52,6 +52,7 @@ def convolved(conv: nn.Module, x_CHW: Floats) -> Floats:
     """A 2-D convolution with its stride and zero padding, kernel position by kernel position."""
     assert isinstance(conv, nn.Conv2d)
     assert conv.bias is not None
+    assert not isinstance(conv.padding, str)
     weight, (ph, pw), (sh, sw) = conv.weight.detach().numpy(), conv.padding, conv.stride
     padded = np.pad(x_CHW, ((0, 0), (int(ph), int(ph)), (int(pw), int(pw))))
     height = (padded.shape[1] - weight.shape[2]) // sh + 1
@@ -97,6 +98,7 @@ def test_spectrogram_discriminator_sees_bands_of_a_complex_spectrogram() -> None
     ends, place = [], 0
     for band, stack in zip(discriminator.bands, discriminator.stacks, strict=True):
         x = spectrum[..., band]
+        assert isinstance(stack, nn.ModuleList)
         for conv in stack:
             x = activated(convolved(conv, x))
             np.testing.assert_allclose(maps[place][0].detach().numpy(), x, atol=1e-12)
@@ -128,11 +130,11 @@ def test_losses_are_least_squares_and_feature_matching() -> None:
 def test_who_learns_from_what() -> None:
     gan, batch = adversary(), batch_of([2 * COARSE_48K])
     wav_BN = torch.zeros_like(batch.target_BN).requires_grad_()
+    assert torch.autograd.grad(gan.discriminator_loss(wav_BN, batch).sum(), wav_BN, allow_unused=True) == (None,)
     gan.discriminator_loss(wav_BN, batch).sum().backward()
-    assert wav_BN.grad is None
     assert all(parameter.grad is not None for parameter in gan.discriminators.parameters())
     gan.optimizer.zero_grad()
-    sum(term.sum() for term in gan.generator_terms(wav_BN, batch).values()).backward()  # type: ignore[union-attr]
+    torch.stack(list(gan.generator_terms(wav_BN, batch).values())).sum().backward()
     assert wav_BN.grad is not None
     assert wav_BN.grad.abs().max() > 0
     assert all(parameter.grad is None for parameter in gan.discriminators.parameters())

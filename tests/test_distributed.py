@@ -30,7 +30,7 @@ def two_processes(*program: str, words: list[str]) -> None:
     ended = subprocess.run(
         [*command, "train", *words], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
     )
-    assert ended.returncode == 0, ended.stderr[-2000:]
+    assert ended.returncode == 0, ended.stderr[:3000]
 
 
 def assert_same_metrics(found: Path, expected: Path, relative: float) -> None:

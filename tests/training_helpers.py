@@ -103,8 +103,8 @@ def largest_difference(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -
 
 def assert_same_state(a: dict[str, Any], b: dict[str, Any]) -> None:
     """All but settings is the same, bit for bit: weights, running means, optimizers, discriminators, counters."""
-    kept = [{name: value for name, value in state.items() if name != "settings"} for state in (a, b)]
-    assert_identical(*kept, "state")
+    first, second = ({name: value for name, value in state.items() if name != "settings"} for state in (a, b))
+    assert_identical(first, second, "state")
 
 
 def assert_identical(a: Any, b: Any, where: str) -> None:
@@ -115,8 +115,8 @@ def assert_identical(a: Any, b: Any, where: str) -> None:
             assert_identical(a[name], b[name], f"{where}.{name}")
     elif isinstance(a, list | tuple):
         assert len(a) == len(b), where
-        for number, pair in enumerate(zip(a, b, strict=True)):
-            assert_identical(*pair, f"{where}.{number}")
+        for number, (left, right) in enumerate(zip(a, b, strict=True)):
+            assert_identical(left, right, f"{where}.{number}")
     elif isinstance(a, torch.Tensor):
         assert torch.equal(a, b), where
     else:

@@ -108,7 +108,7 @@ class TensorBoard:
 class WeightsAndBiases:
     """The same scalars for a project of wandb; its run has the name and id of our folder, so that it is resumed."""
 
-    def __init__(self, project: str, run: Path, settings: Mapping[str, Any]) -> None:
+    def __init__(self, project: str, run: Path, settings: dict[str, Any]) -> None:
         try:
             import wandb
         except ImportError as error:

@@ -89,7 +89,7 @@ def _mean_of_roots(squared_FT: Tensor) -> float:
 
 def _power(wav_N: Tensor, n_fft: int, hop: int) -> Tensor:
     """(bins, frames): |STFT|², not normalised; frame t is centred on sample t · hop, the ends are padded with zeros."""
-    window = torch.hann_window(n_fft, device=wav_N.device)
+    window = torch.hann_window(n_fft, device=wav_N.device, dtype=torch.float32)
     return torch.stft(wav_N.float(), n_fft, hop, window=window, pad_mode="constant", return_complex=True).abs().square()
 
 
