@@ -19,7 +19,7 @@ from trainer import kernels, orpheus
 from trainer.decode import StreamingDecoder
 from trainer.decoder import silence_noise, warm_start
 from trainer.inference import StepDecoder
-from trainer.streaming import EXACT, Samples, to_int16
+from trainer.streaming import Samples, to_int16
 
 DELAY = 9551
 
@@ -211,9 +211,7 @@ def test_the_native_snake_is_as_accurate_as_torchs(size: float) -> None:
         (np.full((1, 7), -1), "tokens run from -1 to -1"),
     ],
 )
-def test_wrong_tokens_are_refused_and_change_nothing(
-    model: StepDecoder, tokens: npt.NDArray[Any], reason: str
-) -> None:
+def test_wrong_tokens_are_refused_and_change_nothing(model: StepDecoder, tokens: npt.NDArray[Any], reason: str) -> None:
     good = random_tokens(1, 4, 0)
     stream = StreamingDecoder(model)
     parts = [stream.push(good[:, :2])]

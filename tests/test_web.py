@@ -1,4 +1,4 @@
-"""The page in a real browser: what it decodes is what torch decodes, from a server and from file://, without a network."""
+"""The page in a real browser decodes as torch does, from a server and from file://, without a network."""
 
 from __future__ import annotations
 
@@ -178,7 +178,9 @@ def test_it_plays_from_the_keyboard_and_saves_a_wav(opened: Any, tmp_path: Path)
         (b"not codes at all", "this is not a .npy file"),
     ],
 )
-def test_a_wrong_file_is_refused_by_name(browser: Any, opened: Any, tmp_path: Path, content: bytes, reason: str) -> None:
+def test_a_wrong_file_is_refused_by_name(
+    browser: Any, opened: Any, tmp_path: Path, content: bytes, reason: str
+) -> None:
     (tmp_path / "wrong <b>.npy").write_bytes(content)
     said = choose(opened, tmp_path / "wrong <b>.npy")
     assert said.startswith("wrong <b>.npy: ")

@@ -1,10 +1,10 @@
 """`just export`: a directory that the unmodified `snac` package loads; its decode(codes) returns 48 kHz audio.
 
-    config.json, pytorch_model.bin   what the stock package reads; encoder and quantizer are the original's
-    model.safetensors                the same weights without pickle
-    decoder_only.safetensors         what turns tokens into audio: the decoder, codebooks and their projections, under
-                                     the stock names; with `fold`, weight norm is folded into the kernels
-    README.md, provenance.json       the model card, and where weights, codes and targets came from
+config.json, pytorch_model.bin   what the stock package reads; encoder and quantizer are the original's
+model.safetensors                the same weights without pickle
+decoder_only.safetensors         what turns tokens into audio: the decoder, codebooks and their projections, under
+                                 the stock names; with `fold`, weight norm is folded into the kernels
+README.md, provenance.json       the model card, and where weights, codes and targets came from
 """
 
 from __future__ import annotations

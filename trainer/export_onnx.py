@@ -26,7 +26,7 @@ import torch
 from snac import SNAC
 from torch import Tensor, nn
 
-from shards.contract import CODEBOOK_SIZE, COARSE_24K, TOKENS_PER_COARSE
+from shards.contract import COARSE_24K, CODEBOOK_SIZE, TOKENS_PER_COARSE
 from shards.errors import UserError
 from shards.files import replacing
 from trainer.checkpoint import PROVENANCE, Codec48k, load_codec
@@ -188,7 +188,9 @@ def parity(codec: Codec48k, folder: Path) -> dict[str, Any]:
     (half,) = session(folder / DECODER_FP16).run(None, tokens)
     audio = 0.1 * random.standard_normal((2, 1, 12 * COARSE_24K)).astype(np.float32)
     codes = session(folder / ENCODER).run(None, {"input_values": audio})
-    differ = [int((a != b.numpy()).sum()) for a, b in zip(codes, codec.snac.encode(torch.from_numpy(audio)), strict=True)]
+    differ = [
+        int((a != b.numpy()).sum()) for a, b in zip(codes, codec.snac.encode(torch.from_numpy(audio)), strict=True)
+    ]
     difference = float(np.abs(wav - expected).max())
     if not difference <= LARGEST_ERROR:
         raise UserError(f"ONNX Runtime's output differs from torch's by {difference:.1e}, more than {LARGEST_ERROR}")

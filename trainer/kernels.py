@@ -51,9 +51,7 @@ def depthwise(x_NBC: Tensor, kernel_KC: Tensor, bias: Tensor, dilation: int, out
         out_NBC.addcmul_(x_NBC[tap * dilation :][:rows], kernel_KC[tap])
 
 
-def depthwise_snake(
-    x_NBC: Tensor, kernel_KC: Tensor, bias: Tensor, dilation: int, by: Snake, out_NBC: Tensor
-) -> None:
+def depthwise_snake(x_NBC: Tensor, kernel_KC: Tensor, bias: Tensor, dilation: int, by: Snake, out_NBC: Tensor) -> None:
     native = _native_for(x_NBC)
     if native is None:
         depthwise(x_NBC, kernel_KC, bias, dilation, out_NBC)

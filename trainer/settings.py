@@ -61,7 +61,9 @@ class DecodeSettings(ModelSettings):
     gpu: Gpu = Field(description="number of the GPU, or cpu")
     window_seconds: float = Field(ge=1, le=600, description="longest stretch encoded, or decoded on a GPU, at once")
     stream: bool = Field(description="frame by frame, as a speech model gives them; reports latency and speed")
-    lookahead_frames: int = Field(ge=0, le=3, description="with stream: frames waited for; 3 is exact, fewer are sooner")
+    lookahead_frames: int = Field(
+        ge=0, le=3, description="with stream: frames waited for; 3 is exact, fewer are sooner"
+    )
 
 
 class ExportSettings(ModelSettings):

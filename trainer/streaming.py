@@ -17,7 +17,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from shards.contract import CODEBOOK_SIZE, COARSE_48K, LATENT_PER_COARSE, TOKENS_PER_COARSE
+from shards.contract import COARSE_48K, CODEBOOK_SIZE, LATENT_PER_COARSE, TOKENS_PER_COARSE
 from shards.errors import UserError
 from trainer.inference import StepDecoder, StepState
 
@@ -111,7 +111,9 @@ def checked(tokens: npt.ArrayLike | Tensor, streams: int) -> Tensor:
     if shaped.dim() != 3 or shaped.shape[0] != streams or shaped.shape[2] != TOKENS:
         raise UserError(f"tokens have the shape {tuple(found.shape)}, expected ({streams}, T, {TOKENS})")
     if shaped.numel() and not 0 <= int(shaped.min()) <= int(shaped.max()) < CODEBOOK_SIZE:
-        raise UserError(f"tokens run from {int(shaped.min())} to {int(shaped.max())}, expected 0 to {CODEBOOK_SIZE - 1}")
+        raise UserError(
+            f"tokens run from {int(shaped.min())} to {int(shaped.max())}, expected 0 to {CODEBOOK_SIZE - 1}"
+        )
     return shaped.long()
 
 
