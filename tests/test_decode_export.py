@@ -157,7 +157,7 @@ def test_the_card_says_what_it_is(run: Path, exported: Path, tmp_path: Path) -> 
 
 def test_a_stream_writes_the_same_wav_and_reports_its_latency(run: Path, tmp_path: Path) -> None:
     np.save(tmp_path / "a.npy", flatten_codes(random_codes(9)))
-    wavs = []
+    wavs: list[npt.NDArray[np.int64]] = []
     for words in (["stream=true"], ["stream=false"], ["stream=true", "lookahead_frames=1"]):
         out = tmp_path / f"{len(wavs)}.wav"
         code, output = call("decode", f"model={run}", f"input={tmp_path / 'a.npy'}", f"output={out}", *words)
