@@ -8,6 +8,7 @@ this machine's matrix product reaches. CPU seconds stand beside wall-clock ones,
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -99,7 +100,14 @@ def main() -> None:
                         "floor": floor,
                     }
                 )
-    report("decoding", rows, seconds_of_audio=seconds_of_audio, kernels=kernels.description(torch.device("cpu")))
+    load = os.getloadavg()[0]  # of other work too: ratios of one run hold, factors suffer
+    report(
+        "decoding",
+        rows,
+        load_average=load,
+        seconds_of_audio=seconds_of_audio,
+        kernels=kernels.description(torch.device("cpu")),
+    )
 
 
 if __name__ == "__main__":
