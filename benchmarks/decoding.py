@@ -28,7 +28,7 @@ from trainer.decoder import silence_noise, warm_start
 from trainer.export_onnx import as_inputs, session, write_decoder
 from trainer.inference import StepDecoder
 
-COARSE = 94  # 8.02 s
+COARSE = 47  # 4.01 s
 ROUNDS = 5
 GFLOP_PER_SECOND_OF_AUDIO = 10.2
 
