@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import re
 import shutil
 from pathlib import Path
@@ -95,3 +96,30 @@ def test_a_wrong_model_is_one_line(model: Path, tmp_path: Path) -> None:
             assert code == 1, output
             assert re.fullmatch(f"error: .*{reason}.*\n", output)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "reason"),
+    [
+        ("config.json", {"vq_strides": [8, 4, 2, 1]}, "is an export of another codec: expected .*found .*8, 4, 2, 1"),
+        ("config.json", {"sampling_rate": 44_100}, "is an export of another codec: expected .*found .*44100"),
+        ("config.json", {"decoder_rates": [8, 8, 4, 2]}, r"decodes with rates \[8, 8, 4, 2\], expected"),
+        ("config.json", {"decoder_dim": 128}, "does not hold the weights of a SNAC: .*size mismatch|Error"),
+        ("pytorch_model.bin", 1000, "is not a directory made by `just export`: File is not a zip file"),
+        ("pytorch_model.bin", -1, "is not a directory made by `just export`"),
+        ("provenance.json", 10, "is not a directory made by `just export`"),
+    ],
+)
+def test_an_export_of_another_codec_or_cut_off_is_one_line(
+    model: Path, tmp_path: Path, file: str, change: dict[str, Any] | int, reason: str
+) -> None:
+    (tmp_path / "a.npy").write_bytes(npy(GOOD))
+    out = tmp_path / "export"
+    assert call("export", f"model={model}", f"out={out}")[0] == 0
+    content = (out / file).read_bytes()
+    changed = content[:change] if isinstance(change, int) else json.dumps({**json.loads(content), **change}).encode()
+    (out / file).write_bytes(changed)
+    code, output = call("decode", f"model={out}", f"input={tmp_path / 'a.npy'}")
+    assert code == 1, output
+    assert re.fullmatch(f"error: .*({reason}).*\n", output), output
+    assert not (tmp_path / "a.48k.wav").exists()

@@ -17,10 +17,11 @@ import numpy.typing as npt
 import pytest
 import soundfile
 import torch
+from safetensors.torch import load_file
 from snac import SNAC
 
 from codec.snac import snac_levels
-from shards.contract import COARSE_48K
+from shards.contract import COARSE_48K, flatten_codes
 from shards.errors import UserError
 from tests.helpers import ROOT, TINY_SNAC, speechlike
 from tests.training_helpers import call, small_training
@@ -34,6 +35,7 @@ from trainer.streaming import EXACT
 STOCK_ONLY = """
 import sys
 import torch
+from safetensors.torch import load_file
 from snac import SNAC
 folder, original, codes, audio, out = sys.argv[1:]
 torch.set_num_threads(1)
@@ -98,6 +100,7 @@ def test_the_stock_package_loads_and_decodes_it(run: Path, exported: Path, tmp_p
 def test_an_export_holds_what_the_stock_package_expects(exported: Path) -> None:
     assert {path.name for path in exported.iterdir()} == {
         "config.json", "pytorch_model.bin", "provenance.json", "README.md",
+        "model.safetensors", "decoder_only.safetensors",
     }  # fmt: skip
     config = json.loads((exported / "config.json").read_text())
     stock = json.loads((Path(TINY_SNAC) / "config.json").read_text())
@@ -107,6 +110,67 @@ def test_an_export_holds_what_the_stock_package_expects(exported: Path) -> None:
     assert provenance["settings"]["learning_rate"] == 1e-3
     assert "stand-in" in provenance["snac"]
     assert provenance["data"]["teacher"] == "recording"
+
+
+def test_the_safetensors_hold_the_same_weights(exported: Path) -> None:
+    state = torch.load(exported / "pytorch_model.bin", weights_only=True)
+    found = load_file(exported / "model.safetensors")
+    assert found.keys() == state.keys()
+    assert all(torch.equal(found[name], state[name]) for name in state)
+
+
+@pytest.mark.parametrize("fold", [True, False])
+def test_the_decoder_alone_decodes(run: Path, tmp_path: Path, fold: bool) -> None:
+    """As the model card says: into a stock SNAC of random weights, encoder and in_proj left out."""
+    out = tmp_path / "export"
+    assert call("export", f"model={run}", f"out={out}", f"fold={str(fold).lower()}")[0] == 0
+    codec, weights = SNAC.from_config(out / "config.json").eval(), load_file(out / "decoder_only.safetensors")
+    if fold:
+        assert not [name for name in weights if "parametrizations" in name]
+        card = re.findall(r"```python\n(.*?)```", (out / "README.md").read_text(), re.DOTALL)[1]
+        exec(card.replace('"decoder_only', f'"{out}/decoder_only'), {"codec": codec})
+    else:
+        missing, unexpected = codec.load_state_dict(weights, strict=False)
+        assert not unexpected
+        assert all(name.startswith("encoder.") or ".in_proj." in name for name in missing)
+    codes_T7 = random_codes(3)
+    with torch.inference_mode():
+        wav = codec.decode(snac_levels(codes_T7))[0, 0].numpy()
+    np.testing.assert_allclose(wav, whole(run, codes_T7), atol=1e-6)
+
+
+def test_the_card_says_what_it_is(run: Path, exported: Path, tmp_path: Path) -> None:
+    card = (exported / "README.md").read_text()
+    assert "**A stand-in**" in card
+    for words in (
+        'license: "other"',
+        "| teacher | recording |",
+        "| learning\\_rate | 0.001 |",
+        "3 steps",
+        "not stated",
+    ):
+        assert words in card
+    code, _ = call("export", f"model={run}", f"out={tmp_path / 'b'}", "license=mit")
+    assert code == 0
+    assert 'license: "mit"' in (tmp_path / "b" / "README.md").read_text()
+
+
+def test_a_stream_writes_the_same_wav_and_reports_its_latency(run: Path, tmp_path: Path) -> None:
+    np.save(tmp_path / "a.npy", flatten_codes(random_codes(9)))
+    wavs: list[npt.NDArray[np.int64]] = []
+    for words in (["stream=true"], ["stream=false"], ["stream=true", "lookahead_frames=1"]):
+        out = tmp_path / f"{len(wavs)}.wav"
+        code, output = call("decode", f"model={run}", f"input={tmp_path / 'a.npy'}", f"output={out}", *words)
+        assert code == 0, output
+        assert "weight norm folded" in output
+        assert ("first audio after" in output) == (words[0] == "stream=true")
+        wavs.append(soundfile.read(out, dtype="int16")[0].astype(int))
+    assert "lookahead_frames=1 (not exact): first audio after 2 frames" in output
+    assert [len(wav) for wav in wavs] == [9 * COARSE_48K] * 3
+    assert np.abs(wavs[0] - wavs[1]).max() <= 1
+    assert np.abs(wavs[0] - wavs[2]).max() > 1
+    code, output = call("decode", f"model={run}", f"input={tmp_path / 'a.npy'}", "lookahead_frames=1")
+    assert (code, "is for stream=true" in output) == (1, True)
 
 
 def snippet(text: str, exported: Path) -> str:

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pytest
+import soundfile
 import torch
 from snac import SNAC
 
 from codec.snac import snac_levels
 from shards.contract import COARSE_48K
 from shards.errors import UserError
+from tests.helpers import run_command, speechlike
 from tests.test_decoder import true_size
 from trainer import kernels, orpheus
+from trainer.checkpoint import load_codec
 from trainer.decode import StreamingDecoder
 from trainer.decoder import silence_noise, warm_start
 from trainer.inference import StepDecoder
@@ -257,9 +261,9 @@ def test_orpheus_tokens_in_any_portions_give_the_whole_decode(model: StepDecoder
     ids, frames, stream = orpheus.to_ids(tokens[0]), orpheus.OrpheusFrames(), StreamingDecoder(model)
     parts = []
     while ids:
-        portion, ids = np.split(np.array(ids), [int(random.integers(1, 12))])
-        parts.append(stream.push(frames.push(portion.tolist())))
-        ids = ids.tolist()
+        size = int(random.integers(1, 12))
+        parts.append(stream.push(frames.push(ids[:size])))
+        ids = ids[size:]
     assert frames.held == []
     assert np.array_equal(np.concatenate([*parts, stream.finish()], axis=1), streamed(model, [tokens]))
 
@@ -271,3 +275,18 @@ def test_an_orpheus_id_out_of_place_is_refused(id_: int) -> None:
     with pytest.raises(UserError, match=f"id {id_} at position 1 of its frame, expected 132362 to 136457"):
         frames.push([id_])
     assert frames.held == [0]
+
+
+def test_the_servers_loop_sends_the_whole_decode(untrained: Path, tmp_path: Path) -> None:
+    soundfile.write(tmp_path / "a.wav", speechlike(0.5, 24_000, 1), 24_000, "FLOAT")
+    ran = run_command("demo.orpheus_server", str(untrained), str(tmp_path / "a.wav"), str(tmp_path / "served.wav"))
+    assert ran.returncode == 0, ran.stderr
+    assert "the language model is a fake" in ran.stdout
+    assert "stand-in" in ran.stdout
+    codec = load_codec(untrained)
+    levels = codec.snac.encode(torch.from_numpy(speechlike(0.5, 24_000, 1))[None, None])
+    with torch.inference_mode():
+        expected = codec.decoder(codec.snac.quantizer.from_codes(levels))[0, 0].numpy()
+    served = soundfile.read(tmp_path / "served.wav", dtype="int16")[0]
+    assert len(served) == 6 * COARSE_48K
+    assert np.abs(served.astype(int) - to_int16(expected)).max() <= 1

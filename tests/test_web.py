@@ -1,4 +1,4 @@
-"""The page in a real browser: what it decodes is what torch decodes, from a server and from file://, without a network."""
+"""The page in a real browser decodes as torch does, from a server and from file://, without a network."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ from tests.training_helpers import call
 from trainer import web
 from trainer.checkpoint import load_codec
 
-for package in ("onnx", "onnxruntime", "onnxscript"):
-    pytest.importorskip(package, reason="`just extras` installs it")
+for needed in ("onnx", "onnxruntime", "onnxscript"):
+    pytest.importorskip(needed, reason="`just extras` installs it")
 
 CODES = np.random.default_rng(0).integers(0, 4096, (30, 7)).astype(np.int16)  # three windows of the page
 NASTY = "<img src=x onerror=alert(1)> & 'quoted'.npy"
@@ -57,13 +57,14 @@ def page(untrained: Path, package: Path, tmp_path_factory: pytest.TempPathFactor
 def browser() -> Iterator[Any]:
     """Headless Chromium that resolves no host but loopback."""
     pytest.importorskip("selenium", reason="`just extras` installs it")
-    if not (shutil.which("chromium") and shutil.which("chromedriver")):
+    chromium = shutil.which("chromium")
+    if not (chromium and shutil.which("chromedriver")):
         pytest.skip("chromium and chromium-driver are not installed")
     from selenium.webdriver import Chrome, ChromeOptions
     from selenium.webdriver.chrome.service import Service
 
     options = ChromeOptions()
-    options.binary_location = shutil.which("chromium")
+    options.binary_location = chromium
     for argument in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--window-size=1000,1000"):
         options.add_argument(argument)
     options.add_argument("--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1")

@@ -15,7 +15,7 @@ import torch
 from snac import SNAC
 from snac.layers import Decoder
 
-from codec.snac import load_snac, load_verified
+from codec.snac import GEOMETRY, load_snac, load_verified
 from shards.errors import UserError
 from shards.files import replacing
 from shards.writer import differences
@@ -158,6 +158,9 @@ def _from_export(directory: Path) -> Codec48k:
         raise UserError(f"{directory} is not a directory made by `just export`: {error}") from error
     if not isinstance(config, dict) or not isinstance(provenance, dict) or "snac" not in provenance:
         raise UserError(f"{directory}: config.json or {PROVENANCE} is not what `just export` writes")
+    found = {key: config.get(key) for key in GEOMETRY}
+    if found != GEOMETRY:
+        raise UserError(f"{directory} is an export of another codec: expected {GEOMETRY}, found {found}")
     if config.get("decoder_rates") != RATES_48K:
         raise UserError(f"{directory} decodes with rates {config.get('decoder_rates')}, expected {RATES_48K}")
     codec = load_verified(directory).requires_grad_(False).eval()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 import wave
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -101,12 +102,12 @@ class Clocked:
         for piece in pieces:
             for frame_17 in piece[:, None]:
                 self.frames += 1
-                yield self._timed(lambda tokens=frame_17: self.stream.push(tokens)[0])
-        yield self._timed(lambda: self.stream.finish()[0])
+                yield self._timed(partial(self.stream.push, frame_17))
+        yield self._timed(self.stream.finish)
 
     def _timed(self, decode_more: Callable[[], Samples]) -> Samples:
         began = time.perf_counter()
-        block = decode_more()
+        (block,) = decode_more()
         self.seconds += time.perf_counter() - began
         if len(block) and self.first is None:
             self.first = self.frames, self.seconds

@@ -44,7 +44,7 @@ class TokensToAudio(nn.Module):
 
     def __init__(self, codec: Codec48k) -> None:
         super().__init__()
-        self.quantizers = folded(codec.snac.quantizer.quantizers)
+        self.quantizers: Any = folded(codec.snac.quantizer.quantizers)
         self.decoder = folded(codec.decoder)
 
     def forward(self, *levels: Tensor) -> Tensor:

@@ -122,7 +122,7 @@ class Upsample:
     def run(self, lines: list[Line], scratch: Tensor, out_NBC: Tensor) -> None:
         raw, active = lines
         snake(raw.new, self.snake, active.new)
-        rows, streams, channels = out_NBC.shape
+        _, streams, channels = out_NBC.shape
         interleaved = streams > 1  # a row's s samples of one stream lie together, out wants streams together
         product = (_view(scratch, out_NBC) if interleaved else out_NBC).view(-1, self.stride * channels)
         torch.addmm(self.bias, _flat(active.all[:-1]), self.of_last, out=product)

@@ -1,0 +1,112 @@
+"""ONNX Runtime decodes and encodes as torch does, for any batch and length, under the ecosystem's names."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from shards.contract import COARSE_24K, COARSE_48K
+from tests.helpers import speechlike
+from tests.training_helpers import call
+from trainer.checkpoint import load_codec
+from trainer.export_onnx import CODES, DECODER, DECODER_FP16, ENCODER, as_inputs, session
+
+onnx: Any = pytest.importorskip("onnx", reason="`just extras` installs it")
+pytest.importorskip("onnxruntime", reason="`just extras` installs it")
+pytest.importorskip("onnxscript", reason="`just extras` installs it")
+
+
+@pytest.fixture(scope="module")
+def exported(untrained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("onnx") / "export"
+    code, output = call("export-onnx", f"model={untrained}", f"out={out}")
+    assert code == 0, output
+    assert "stand-in" in output
+    return out
+
+
+def shapes(values: Any) -> dict[str, tuple[str, list[Any]]]:
+    return {value.name: (value.type, value.shape) for value in values}
+
+
+@pytest.mark.parametrize("name", [DECODER, DECODER_FP16])
+def test_the_decoders_names_types_and_shapes(exported: Path, name: str) -> None:
+    found = session(exported / name)
+    inputs = shapes(found.get_inputs())
+    assert list(inputs) == ["audio_codes.0", "audio_codes.1", "audio_codes.2"]
+    for kind, shape in inputs.values():
+        assert kind == "tensor(int64)"
+        assert len(shape) == 2
+        assert all(isinstance(size, str) for size in shape), "batch and length are dynamic"
+    ((output, (kind, shape)),) = shapes(found.get_outputs()).items()
+    assert (output, kind, len(shape)) == ("audio_values", "tensor(float)", 3)
+
+
+def test_the_encoders_names(exported: Path) -> None:
+    found = session(exported / ENCODER)
+    assert list(shapes(found.get_inputs())) == ["input_values"]
+    assert list(shapes(found.get_outputs())) == CODES
+
+
+@pytest.mark.parametrize("name", [DECODER, DECODER_FP16, ENCODER])
+def test_nothing_is_drawn_at_random_and_nothing_lies_outside_the_file(exported: Path, name: str) -> None:
+    model = onnx.load(exported / name, load_external_data=False)
+    onnx.checker.check_model(model)
+    kinds = {node.op_type for node in model.graph.node}
+    assert "Conv" in kinds
+    assert not [kind for kind in kinds if "Random" in kind or kind in ("Bernoulli", "Multinomial", "Dropout")]
+    assert not [tensor.name for tensor in model.graph.initializer if tensor.external_data]
+
+
+@torch.inference_mode()
+def test_200_random_lengths_and_batches_decode_as_torch_does(exported: Path, untrained: Path) -> None:
+    codec, run, random = load_codec(untrained), session(exported / DECODER), np.random.default_rng(0)
+    largest, seen = 0.0, set()
+    for _ in range(200):
+        batch, coarse = int(random.integers(1, 4)), int(random.integers(1, 5))
+        seen.add((batch, coarse))
+        inputs = as_inputs(random.integers(0, 4096, (batch, coarse, 7)))
+        (wav,) = run.run(["audio_values"], inputs)
+        assert wav.shape == (batch, 1, coarse * COARSE_48K)
+        levels = [torch.from_numpy(level) for level in inputs.values()]
+        expected = codec.decoder(codec.snac.quantizer.from_codes(levels)).numpy()
+        largest = max(largest, float(np.abs(wav - expected).max()))
+    assert len(seen) == 12, "every batch of 1 to 3 with every length of 1 to 4"
+    assert largest <= 1e-4
+
+
+@pytest.mark.parametrize(("batch", "coarse"), [(1, 1), (1, 5), (2, 3)])
+def test_encoding_gives_the_stock_packages_tokens(exported: Path, untrained: Path, batch: int, coarse: int) -> None:
+    audio = np.stack([speechlike(coarse * COARSE_24K / 24_000, 24_000, seed)[None] for seed in range(batch)])
+    found = session(exported / ENCODER).run(None, {"input_values": audio})
+    for level, expected in zip(found, load_codec(untrained).snac.encode(torch.from_numpy(audio)), strict=True):
+        assert np.array_equal(level, expected.numpy())
+
+
+def test_parity_and_half_precisions_error_are_written_down(exported: Path) -> None:
+    found = json.loads((exported / "parity.json").read_text())
+    assert 0 < found["decoder_largest_difference"] <= 1e-4
+    assert 30 < found["decoder_fp16_snr_db"] < 90
+    assert found["encoder_tokens_that_differ"] == 0
+    assert "stand-in" in found["codes_by"]
+    assert json.loads((exported / "provenance.json").read_text())["snac"] == found["codes_by"]
+
+
+def test_a_missing_package_and_an_existing_folder_are_one_line(
+    untrained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = [f"model={untrained}", f"out={tmp_path}"]
+    assert call("export-onnx", *words) == (
+        1, f"error: out={tmp_path} exists: choose another directory or delete it\n",
+    )  # fmt: skip
+    monkeypatch.setitem(sys.modules, "onnxscript", None)
+    code, output = call("export-onnx", f"model={untrained}", f"out={tmp_path / 'out'}")
+    assert code == 1
+    assert output == "error: ONNX needs the package onnxscript: `just extras` installs it\n"
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,72 @@
+"""What goes to the hub, without a hub."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import pytest
+
+from tests.training_helpers import call
+
+
+@pytest.fixture(scope="module")
+def exported(untrained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("push") / "export"
+    assert call("export", f"model={untrained}", f"out={out}")[0] == 0
+    return out
+
+
+@pytest.fixture
+def sent(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
+    """The calls that a hub would have had."""
+    calls: list[tuple[Any, ...]] = []
+
+    class Hub:
+        def create_repo(self, repo: str, **options: Any) -> None:
+            calls.append(("create", repo, options))
+
+        def upload_folder(self, **options: Any) -> None:
+            calls.append(("upload", options["repo_id"], options))
+
+    monkeypatch.setattr(huggingface_hub, "HfApi", Hub)
+    return calls
+
+
+def test_a_dry_run_names_every_file_and_sends_nothing(exported: Path, sent: list[Any]) -> None:
+    code, output = call("push", f"model={exported}", "repo=someone/snac_48khz", "dry_run=true")
+    assert code == 0
+    for path in exported.iterdir():
+        assert f"{path.stat().st_size:,} B" in output
+        assert path.name in output
+    assert "dry run: 6 files would go to https://huggingface.co/someone/snac_48khz (private" in output
+    assert sent == []
+
+
+def test_a_push_makes_the_repository_and_one_commit(exported: Path, sent: list[Any]) -> None:
+    code, _ = call("push", f"model={exported}", "repo=someone/snac_48khz", "private=false")
+    assert code == 0
+    create, upload = sent
+    assert create == ("create", "someone/snac_48khz", {"private": False, "exist_ok": True})
+    assert upload[:2] == ("upload", "someone/snac_48khz")
+    assert sorted(upload[2]["allow_patterns"]) == sorted(path.name for path in exported.iterdir())
+
+
+def test_what_the_hub_refuses_is_one_line(exported: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Hub:
+        def create_repo(self, *_: Any, **__: Any) -> None:
+            raise ValueError("401 Client Error\nmore")
+
+    monkeypatch.setattr(huggingface_hub, "HfApi", Hub)
+    code, output = call("push", f"model={exported}", "repo=someone/x")
+    assert code == 1
+    assert output.splitlines()[-1] == "error: repo=someone/x: 401 Client Error; `hf auth login` signs you in"
+
+
+def test_what_is_no_export_is_refused(tmp_path: Path, exported: Path, sent: list[Any]) -> None:
+    code, output = call("push", f"model={tmp_path}", "repo=someone/x")
+    assert (code, output.count("\n")) == (1, 1)
+    assert "expected a directory made by `just export`" in output
+    assert call("push", f"model={exported}", "repo=no-slash")[0] == 2
+    assert sent == []
