@@ -18,7 +18,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from benchmarks.harness import RESULTS, report
-from pipeline.sources import EXTENSIONS
+from codec.audio import EXTENSIONS
 from shards.contract import OK, TARGET_RATE
 
 SPEECH_BYTES = 2_500_000  # some minutes

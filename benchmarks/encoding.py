@@ -18,14 +18,13 @@ import torch
 from snac import SNAC
 
 from benchmarks.harness import interleaved, report
-from codec.audio import Resampler
+from codec.audio import EXTENSIONS, Resampler
 from codec.encoder import prepared
 from codec.snac import device_of
 from configs.loader import load_settings
 from pipeline.codes import encode_shard, open_recording
 from pipeline.plan import make_plan
 from pipeline.settings import CodesSettings
-from pipeline.sources import EXTENSIONS
 from shards.contract import CODEC_RATE, OK, TARGET_RATE, flatten_codes
 
 CONFIG: dict[str, Any] = {
