@@ -74,11 +74,8 @@ def wait_for_step(process: BaseProcess, run: Path, step: int) -> None:
 def test_killed_twenty_times(context: ForkServerContext, work: Path, tmp_path: Path) -> None:
     """Each run is killed and started again until it ends; then it is the undisturbed one, and another run begins."""
     undisturbed = tmp_path / "undisturbed"
-    start(context, work, tmp_path / "warm-up").join()
-    began = time.monotonic()
     process = start(context, work, undisturbed)
     process.join()
-    seconds = time.monotonic() - began
     assert process.exitcode == 0
 
     delays, kills, number, resumed = random.Random(0), 0, 0, set()
@@ -87,8 +84,9 @@ def test_killed_twenty_times(context: ForkServerContext, work: Path, tmp_path: P
         run = tmp_path / str(number)
         process = start(context, work, run)
         if kills < KILLS:
-            wait_for_step(process, run, delays.randrange(SETTINGS["max_steps"]))
-        process.join(delays.uniform(0, seconds / SETTINGS["max_steps"]) if kills < KILLS else None)
+            begun = 0 if checkpoint.newest(run) is None else last_state(run)["step"]
+            wait_for_step(process, run, begun + delays.randrange(3))
+        process.join(delays.uniform(0, 0.2) if kills < KILLS else None)
         if process.is_alive():
             process.kill()
             process.join()
