@@ -53,18 +53,18 @@ def segments(speech: Path, number: int, seed: int) -> Iterator[tuple[str, Sample
     """Group and samples at 48 kHz of the first segment of `number` recordings of 1 s or more, drawn at random."""
     sources = find(speech, "^[^/]+/([^/]+)/")[0]
     drawn = np.random.default_rng(seed).permutation(len(sources))
-    for source in (sources[i] for i in drawn):
+    for source in sources.take(drawn).to_pylist():
         if not number:
             return
         try:
-            recording = Recording(Path(source.path), probe(Path(source.path)))
+            recording = Recording(Path(source["path"]), probe(Path(source["path"])))
             length = min(recording.length(TARGET_RATE), int(SECONDS * TARGET_RATE))
             samples = Resampler(recording, TARGET_RATE).read(0, length)
         except AudioError:
             continue
         if length >= TARGET_RATE:
             number -= 1
-            yield source.group, samples * np.float32(PEAK / np.abs(samples).max())
+            yield source["group"], samples * np.float32(PEAK / np.abs(samples).max())
 
 
 def faults(other: Samples, seed: int) -> dict[str, Callable[[Samples], Samples]]:

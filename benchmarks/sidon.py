@@ -101,13 +101,13 @@ class Bench:
 
 def chosen(speech: Path, number: int, seconds: int) -> list[Path]:
     paths = []
-    for source in find(speech, None)[0]:
+    for path in map(Path, find(speech, None)[0]["path"].to_pylist()):
         try:
-            header = probe(Path(source.path))
+            header = probe(path)
         except AudioError:
             continue
         if header.frames >= seconds * header.rate and header.rate >= 44_100:
-            paths.append(Path(source.path))
+            paths.append(path)
         if len(paths) == number:
             break
     return paths

@@ -17,5 +17,7 @@ def doctor(settings: DoctorSettings) -> None:
         if settings.audio is None:
             recordings = write_voices(Path(folder), settings.recordings, 1, 8.0)
         else:
-            recordings = [Path(source.path) for source in find(settings.audio, None)[0][: settings.recordings]]
+            recordings = [
+                Path(path) for path in find(settings.audio, None)[0]["path"][: settings.recordings].to_pylist()
+            ]
         examine(settings, recordings, Path(folder))
