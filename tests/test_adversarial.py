@@ -130,8 +130,9 @@ def test_losses_are_least_squares_and_feature_matching() -> None:
 def test_who_learns_from_what() -> None:
     gan, batch = adversary(), batch_of([2 * COARSE_48K])
     wav_BN = torch.zeros_like(batch.target_BN).requires_grad_()
-    (gradient_BN,) = torch.autograd.grad(gan.discriminator_loss(wav_BN, batch).sum(), [wav_BN], allow_unused=True)
-    assert not torch.is_tensor(gradient_BN), "the discriminators' loss should not reach the decoder"
+    loss = gan.discriminator_loss(wav_BN, batch).sum()
+    gradients: tuple[Tensor | None, ...] = torch.autograd.grad(loss, [wav_BN], allow_unused=True)
+    assert gradients == (None,), "the discriminators' loss should not reach the decoder"
     gan.discriminator_loss(wav_BN, batch).sum().backward()
     assert all(parameter.grad is not None for parameter in gan.discriminators.parameters())
     gan.optimizer.zero_grad()
