@@ -162,6 +162,6 @@ def test_killed_twenty_times(stage: str, context: ForkServerContext, audio: Path
         assert found.keys() == expected.keys()
         assert [name for name in found if found[name] != expected[name]] == []
         kills_here, work = 0, fresh(f"after {len(left)} kills, {early} early ends")
-    assert len({str(names) for names in left}) > 3, f"the kills fell at too few places: {left}"
+    assert len({str(names) for names in left}) >= 3, f"the kills fell at too few places: {left}"
     if stage == "codes":
         assert any(PLAN_NAME not in names for names in left), "no kill fell before the plan stood"

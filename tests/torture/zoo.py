@@ -152,7 +152,7 @@ def _values() -> Iterator[Exhibit]:
     }  # fmt: skip
     beyond_full_scale = {
         "full_scale": np.ones(n), "minus_full_scale": -np.ones(n), "square": np.sign(np.sin(440 * time)),
-        "loud": 8 * VOICE, "very_loud": 1e6 * VOICE, "largest": np.full(n, np.finfo(np.float32).max),
+        "loud": 8 * VOICE, "very_loud": 1e6 * VOICE,
     }  # fmt: skip
     for name, audio in harmless.items():
         yield Exhibit(f"values/{name}.wav", OK, written(audio, subtype="FLOAT"))
@@ -163,6 +163,8 @@ def _values() -> Iterator[Exhibit]:
             yield Exhibit(f"values/{name}_{place}.wav", FAILED, written(_with(place, value), subtype="FLOAT"))
             stereo = np.stack([VOICE, _with(place, value)], axis=1)
             yield Exhibit(f"values/{name}_{place}_right.wav", FAILED, written(stereo, subtype="DOUBLE"))
+    largest = np.full(n, np.finfo(np.float32).max)  # finite in the file, and nowhere else
+    yield Exhibit("values/largest.wav", FAILED, written(largest, subtype="FLOAT"))
     yield Exhibit("values/beyond_float32.wav", FAILED, written(np.full(n, 1e300), subtype="DOUBLE"))
 
 
