@@ -122,7 +122,8 @@ def samples(
         if isinstance(taught, AudioError):
             return {**row, "status": FAILED, "reason": str(taught)}, None
         if not np.isfinite(taught.target).all():
-            return {**row, "status": FAILED, "reason": f"the target (teacher: {taught.used}) holds NaN or infinity"}, None
+            reason = f"the target (teacher: {taught.used}) holds NaN or infinity"
+            return {**row, "status": FAILED, "reason": reason}, None
         judged = judge(taught.target, taught.source, settings, taught.restored)
         row = {**row, "teacher": taught.used, **judged}
         if row["status"] != OK:
