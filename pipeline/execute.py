@@ -122,7 +122,8 @@ def _others_are_done(stage: Stage, mine: range) -> bool:
     others = [number for number in range(len(stage.plan.shards)) if number not in mine]
     with ThreadPoolExecutor(LOOKING_THREADS) as pool:
         found = list(pool.map(lambda number: stage.table(number).exists(), others))
-    missing = found.count(False) or len(left_to_do(stage, others))
+        made = list(pool.map(stage.made, others)) if all(found) else found
+    missing = made.count(False)
     if missing:
         index, count = stage.settings.slice_index, stage.settings.slice_count
         tqdm.write(f"slice {index} of {count} is done; {missing} shards of other slices are missing")

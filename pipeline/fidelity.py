@@ -31,7 +31,6 @@ LEVEL_BAND_HZ = (100, 8_000)
 MAX_LAG_STEPS = 30
 COMPRESSION = 0.25
 SMOOTHING_STEPS = 25
-MAX_MEDIAN_LAG = 120  # samples at 48 kHz: 2.5 ms
 SPEECH_RANGE_DB = 35.0
 SILENCE_DB, HEARD_DB = -70.0, -64.0  # RMS below which one is silent, above which the other should not be
 
@@ -66,7 +65,7 @@ def speech_share(samples: Samples) -> float:
     return float((level_db > max(np.percentile(level_db, 95) - SPEECH_RANGE_DB, SILENCE_DB)).mean())
 
 
-def check_alignment(sidecars: Sequence[Location]) -> None:
+def check_alignment(sidecars: Sequence[Location], max_median_lag: float) -> None:
     """Prints lag and level over all targets that were compared. Raises UserError when the typical lag is not small."""
     columns = ["lag_samples", "level_difference_db"]
     tables = [read_table(path, columns=columns, filters=pc.field("lag_samples").is_valid()) for path in sidecars]
@@ -75,10 +74,10 @@ def check_alignment(sidecars: Sequence[Location]) -> None:
             return
         low, median, high = np.percentile(values, [5, 50, 95])
         tqdm.write(f"  {name} of targets against recordings: median {median:.1f}, 5 … 95 %: {low:.1f} … {high:.1f}")
-        if name == "lag_samples" and abs(median) > MAX_MEDIAN_LAG:
+        if name == "lag_samples" and abs(median) > max_median_lag:
             raise UserError(
                 f"targets are typically {median:.0f} samples at 48 kHz behind their recordings (limit: "
-                f"{MAX_MEDIAN_LAG}): the model's delay is not the one removed, so its targets cannot be trained on"
+                f"{max_median_lag:g}): the model's delay is not the one removed, so its targets cannot be trained on"
             )
 
 

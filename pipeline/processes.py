@@ -51,7 +51,7 @@ def processes(stage: Stage, numbers: Sequence[int], progress: Progress) -> None:
                 worker = busy[connection]  # type: ignore[index]
                 try:
                     _listen(worker, progress)
-                except EOFError:
+                except (EOFError, ConnectionResetError):  # the latter where it died before it read its number
                     workers.remove(worker)
                     _bury(worker, waiting, deaths, stage)
                     workers.append(_start(context, stage, worker.device, len(devices)))
@@ -74,7 +74,7 @@ def _start(context: ForkServerContext, stage: Stage, device: str, count: int) ->
 
 def _give(worker: Worker, waiting: deque[int]) -> None:
     worker.number = waiting.popleft()
-    with suppress(BrokenPipeError):  # it is dead, as its end of the pipe will say
+    with suppress(ConnectionError):  # it is dead, as its end of the pipe will say
         worker.connection.send(worker.number)
 
 

@@ -46,12 +46,13 @@ class Stage(ABC):
         split, shard = self.plan.shards[number]
         return self.folder / split / f"{shard:06d}.parquet"
 
+    def made(self, number: int) -> bool:
+        """Whether the shard stands, with failures or without. Raises ShardError where another run's does."""
+        return is_done(self.table(number), self.fingerprint(number))
+
     def done(self, number: int) -> bool:
-        """Raises ShardError where another run's shard stands."""
-        path = self.table(number)
-        if not is_done(path, self.fingerprint(number)):
-            return False
-        return not (self.settings.retry == "failed" and has_failures(path))
+        """Whether this run leaves it as it is."""
+        return self.made(number) and not (self.settings.retry == "failed" and has_failures(self.table(number)))
 
 
 def has_failures(path: Location) -> bool:

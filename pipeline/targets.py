@@ -53,7 +53,8 @@ def shard_targets(settings: TargetsSettings) -> None:
     with holding(settings):
         stage = TargetsStage(settings)
         if run(stage):
-            check_alignment([stage.table(number) for number in range(len(stage.plan.shards))])
+            sidecars = [stage.table(number) for number in range(len(stage.plan.shards))]
+            check_alignment(sidecars, settings.max_lag_samples / 2)
             with alone(settings, stage.folder):
                 compact(stage.folder, stage.plan.shards)
 
@@ -80,10 +81,10 @@ class TargetsStage(Stage):
         limits = self.settings.model_dump(include=set(JudgeSettings.model_fields))
         return {**made, **codes, **self.teacher.provenance, "limits": limits, **self.calibration}
 
-    def done(self, number: int) -> bool:
+    def made(self, number: int) -> bool:
         sidecar = self.table(number)
         tar = sidecar.with_suffix(".tar")
-        return super().done(number) and tar.exists() and tar.stat().st_size == read_metadata(sidecar)["tar_bytes"]
+        return super().made(number) and tar.exists() and tar.stat().st_size == read_metadata(sidecar)["tar_bytes"]
 
     def make(self, number: int, advance: Advance) -> None:
         split, shard = self.plan.shards[number]

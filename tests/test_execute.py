@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import multiprocessing
 import os
 import shutil
 import signal
@@ -21,6 +22,7 @@ from pipeline.codes import shard_codes
 from pipeline.execute import MAX_IN_A_ROW, Progress, here
 from pipeline.plan import PLAN_NAME, Plan
 from pipeline.processes import processes
+from pipeline.settings import TargetsSettings
 from pipeline.stage import Advance, Stage
 from pipeline.targets import shard_targets
 from shards.errors import UserError
@@ -93,6 +95,18 @@ class Fatal(Slow):
         super().make(number, advance)
 
 
+class DiesOnceWhileBuilt(Slow):
+    """As a model too large for the memory that is free: killed before its process reads which shard to make."""
+
+    def __init__(self, settings: TargetsSettings) -> None:
+        super().__init__(settings)
+        assert isinstance(self.folder, Path)
+        if multiprocessing.parent_process() is not None and not (self.folder / "died").exists():
+            time.sleep(0.3)  # so that the number waits unread
+            (self.folder / "died").touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
 @pytest.fixture
 def small(whole: Path, tmp_path: Path) -> Callable[..., Any]:
     """Builds a stage over the plan, in a folder of its own."""
@@ -150,6 +164,16 @@ def test_a_killed_process_loses_nothing(small: Callable[..., Stage]) -> None:
     assert len(killed) == 2
     assert made(stage) == set(range(len(stage.plan.shards)))
     assert len(begun.read_text().splitlines()) == len(stage.plan.shards) + 2
+
+
+def test_a_process_killed_while_it_loads_its_model_loses_nothing(small: Callable[..., Stage]) -> None:
+    stage = small(DiesOnceWhileBuilt, "", "workers=2")
+    progress = progress_of(stage)
+    processes(stage, range(len(stage.plan.shards)), progress)
+    progress.close()
+    progress.check()
+    assert (stage.settings.work / "slow" / "died").exists()
+    assert made(stage) == set(range(len(stage.plan.shards)))
 
 
 def descendants(pid: int) -> list[psutil.Process]:
@@ -241,6 +265,20 @@ def test_slices_make_the_bytes_of_one(recordings: Path, whole: Path, tmp_path: P
     same(work, whole)
     shard_targets(targets_settings(work, *slice_words(1, 3)))
     same(work, whole)
+
+
+def test_another_slices_failures_do_not_keep_the_index_away(recordings: Path, tmp_path: Path) -> None:
+    """A recording that stays broken is its slice's affair, also when others retry what failed of theirs."""
+    audio, work = Path(shutil.copytree(recordings, tmp_path / "audio")), tmp_path / "work"
+    (audio / "speaker_0" / "broken.wav").write_text("no audio")
+    shard_codes(codes_settings(audio, work, SMALL, "max_failed_fraction=1"))
+    failed = "retry=failed", "max_failed_fraction=1"
+    for index in (0, 1):
+        shard_targets(targets_settings(work, *slice_words(index, 2), *failed))
+    for index in (0, 1):
+        (work / "shards" / "index.parquet").unlink()
+        shard_targets(targets_settings(work, *slice_words(index, 2), *failed))
+        assert (work / "shards" / "index.parquet").exists()
 
 
 def test_slices_touch_their_own_shards_only(recordings: Path, tmp_path: Path) -> None:
