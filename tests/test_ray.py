@@ -40,7 +40,7 @@ def cluster() -> Iterator[Any]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_DISABLE_IMPORT_WARNING", "1")
         patch.setenv("OMP_NUM_THREADS", "1")
-        soon = {"health_check_initial_delay_ms": 0, "health_check_period_ms": 500, "health_check_failure_threshold": 2}
+        soon = {"health_check_initial_delay_ms": 0, "health_check_period_ms": 500, "health_check_failure_threshold": 10}
         head = {"num_cpus": 0, "include_dashboard": False, "_system_config": soon, **small}
         cluster = Cluster(initialize_head=True, head_node_args=head)
         for _ in range(2):
@@ -97,6 +97,7 @@ def test_an_actor_and_a_node_are_killed(cluster: Any, recordings: Path, whole: P
     killing.join(timeout=60)
     assert not killing.is_alive()
     same(work, whole)
+    cluster.add_node(num_cpus=1, object_store_memory=80 << 20)  # for whoever comes next
 
 
 def test_what_an_actor_refuses_is_one_line(cluster: Any, whole: Path, tmp_path: Path) -> None:
