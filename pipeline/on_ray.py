@@ -54,21 +54,29 @@ def actors(stage: Stage, numbers: Sequence[int], progress: Progress) -> None:
             raise UserError("execute=ray: the cluster has no GPU; gpu=cpu runs on its CPUs")
         alone = {"execute": "local", "workers": None, "slice_index": None, "slice_count": None}
         one = settings.model_copy(update={**alone, "gpu": 0 if on_gpu else "cpu"})  # Ray shows an actor its own GPU
-        rows = ray.data.from_items([{"number": n} for n in numbers], override_num_blocks=len(numbers)).map(
-            Maker,
-            fn_constructor_args=(type(stage), one),
-            compute=ray.data.ActorPoolStrategy(size=min(size, len(numbers))),
-            num_gpus=1 if on_gpu else 0,
-            num_cpus=1,
-            max_task_retries=RETRIES,
-        )
-        try:
-            for row in rows.iter_rows():
-                if row["fatal"]:
-                    raise UserError(row["fatal"])
-                progress.finish(row["number"], row["problem"] or None)
-        except ray.exceptions.RayError as error:
-            raise UserError(f"Ray gave up: {str(error).strip().splitlines()[0]}; the same command goes on") from error
+        left = list(numbers)
+        for attempts_left in reversed(range(RETRIES + 1)):
+            rows = ray.data.from_items([{"number": n} for n in left], override_num_blocks=len(left)).map(
+                Maker,
+                fn_constructor_args=(type(stage), one),
+                compute=ray.data.ActorPoolStrategy(size=min(size, len(left))),
+                num_gpus=1 if on_gpu else 0,
+                num_cpus=1,
+                max_task_retries=RETRIES,
+            )
+            try:
+                for row in rows.iter_rows():
+                    if row["fatal"]:
+                        raise UserError(row["fatal"])
+                    left.remove(row["number"])
+                    progress.finish(row["number"], row["problem"] or None)
+                return
+            except ray.exceptions.RayError as error:  # Ray does not retry a task whose actor died at a bad moment
+                if not left:
+                    return
+                if not attempts_left:
+                    reason = str(error).strip().splitlines()[0]
+                    raise UserError(f"Ray gave up: {reason}; the same command goes on") from error
 
 
 @contextmanager
