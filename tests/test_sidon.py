@@ -130,7 +130,7 @@ def test_what_calibration_cannot_see_stops_the_run_at_its_end(
         return source, np.roll(target, 480)
 
     monkeypatch.setattr(Pieces, "read", late)
-    pair = [f"sidon={standin}", f"weights={standin / 'weights.json'}", "max_lag_samples=2400"]
+    pair = [f"sidon={standin}", f"weights={standin / 'weights.json'}", "max_lag_samples=900"]
     settings = targets_settings(work, "teacher=sidon", "min_correlation=-1", *pair)
     with pytest.raises(UserError, match=r"typically 4[78]\d samples at 48 kHz behind"):
         shard_targets(settings)
