@@ -90,6 +90,7 @@ def _connected(settings: ExecutionSettings) -> Iterator[None]:
     try:
         ray.init(settings.ray_address, runtime_env=environment, log_to_driver=False, logging_level=logging.ERROR)
     except Exception as error:  # Ray raises its own, gRPC's and the system's kinds
+        ray.shutdown()  # half connected is possible
         raise UserError(f"ray_address={settings.ray_address}: {str(error).strip().splitlines()[0]}") from error
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False

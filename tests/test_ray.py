@@ -47,6 +47,7 @@ def cluster() -> Iterator[Any]:
             cluster.add_node(num_cpus=1, **small)
         cluster.wait_for_nodes()
         yield cluster
+        ray.shutdown()
         cluster.shutdown()
 
 
