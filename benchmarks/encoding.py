@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ import torch
 from snac import SNAC
 
 from benchmarks.harness import interleaved, report
-from codec.audio import EXTENSIONS, Resampler
+from codec.audio import EXTENSIONS, Recording, Resampler, probe
 from codec.encoder import prepared
 from codec.snac import device_of
 from configs.loader import load_settings
@@ -32,9 +33,10 @@ CONFIG: dict[str, Any] = {
     "decoder_rates": [8, 8, 4, 2], "attn_window_size": None, "codebook_size": 4096, "codebook_dim": 8,
     "vq_strides": [4, 2, 1], "noise": True, "depthwise": True,
 }  # fmt: skip
-RECORDINGS, ROUNDS = 3, 3
-SECONDS = (2, 8)  # of a recording
-FLOOR_SECONDS = 2
+ROUNDS = 3
+RATE = 44_100
+SECONDS = (3, 6, 10, 14, 20)  # of the recordings, as corpora of read speech have them
+FLOOR_SECONDS = 10
 
 
 def true_size() -> SNAC:
@@ -43,16 +45,29 @@ def true_size() -> SNAC:
 
 
 def plan_rows(speech: Path, folder: Path) -> tuple[list[dict[str, Any]], CodesSettings]:
-    """The segments of some recordings, spread over the collection; each recording whole in these rows."""
-    files = sorted(path for path in speech.rglob("*") if path.suffix.lower() in EXTENSIONS)
-    fitting = [path for path in files if SECONDS[0] <= soundfile.info(path).duration <= SECONDS[1]]
-    chosen = fitting[:: max(len(fitting) // RECORDINGS, 1)][:RECORDINGS]
-    lines = [f"{path.resolve()},speaker {number % 2}" for number, path in enumerate(chosen)]
-    (folder / "list.csv").write_text("\n".join(["path,speaker", *lines]) + "\n")
+    """The segments of recordings of SECONDS, each of them speech one after the other; each whole in these rows."""
+    clips = _clips(speech)
+    lines = ["path,speaker"]
+    for number, seconds in enumerate(SECONDS):
+        path = folder / f"{number}.flac"
+        pieces: list[np.ndarray[Any, Any]] = []
+        while sum(map(len, pieces)) < seconds * RATE:
+            pieces.append(next(clips))
+        soundfile.write(path, np.concatenate(pieces)[: seconds * RATE], RATE)
+        lines.append(f"{path},speaker {number % 2}")
+    (folder / "list.csv").write_text("\n".join(lines) + "\n")
     given = [f"audio={folder / 'list.csv'}", f"work={folder / 'work'}", "min_seconds=0", "validation_fraction=0.5"]
     settings = load_settings(CodesSettings, "shard_codes.json", given)
     plan = make_plan(settings)
     return [row for number in range(len(plan.shards)) for row in plan.rows(number)], settings
+
+
+def _clips(speech: Path) -> Iterator[np.ndarray[Any, Any]]:
+    """At RATE, of all of the collection."""
+    files = sorted(path for path in speech.rglob("*") if path.suffix.lower() in EXTENSIONS)
+    for path in files[:: max(len(files) // 200, 1)]:
+        recording = Recording(path, probe(path))
+        yield Resampler(recording, RATE).read(0, recording.length(RATE))
 
 
 @torch.inference_mode()
@@ -109,7 +124,7 @@ def main(speech: Path, gpu: str) -> None:
         length = FLOOR_SECONDS if "alone" in name else audio
         plain = seconds["stock encoder alone" if "alone" in name else "one by one, stock"]
         table.append({"way": name, "seconds": took, "times real time": length / took, "times stock": plain / took})
-    report("encoding", table, audio_seconds=audio, recordings=RECORDINGS, tokens_compared=tokens, rounds=ROUNDS)
+    report("encoding", table, audio_seconds=audio, recordings_seconds=SECONDS, tokens_compared=tokens, rounds=ROUNDS)
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 import soundfile
 import torch
+from torch import Tensor, nn
 from torchaudio.transforms import Resample
 
 from shards.storage import Location, Part
@@ -33,6 +34,7 @@ KERNEL_WIDTH = 64  # zero crossings on each side; with ROLLOFF and BETA, resampy
 ROLLOFF = 0.9475937167399596
 BETA = 14.769656459379492
 MAX_KERNEL_ELEMENTS = 1 << 25
+MIN_FILTERS = 32  # output channels of a convolution
 MAX_OGG_PAGE = 27 + 255 + 255 * 255  # bytes
 UNKNOWN_WAV_LENGTHS = {0, 0x7FFFFFFF, 0xFFFFFFFF}  # what programs write that stream to a pipe
 
@@ -163,12 +165,35 @@ def _kernel_width(old: int, new: int) -> int:
     return math.ceil(KERNEL_WIDTH * old / (min(old, new) * ROLLOFF))
 
 
+class SincResampler:
+    """torchaudio's `Resample` to rounding, (…, N) → (…, N · new / old); ten times as fast from 48 kHz to 24 or 16 kHz.
+
+    Where `new` is small, its convolution has few output channels, at which libraries are slow. Copies of its kernels,
+    each a period later, give MIN_FILTERS outputs at once.
+    """
+
+    def __init__(self, stock: Resample, old: int, new: int) -> None:
+        self.old, self.new, self.width = old, new, stock.width
+        copies = -(-MIN_FILTERS // new)
+        taps = stock.kernel.shape[2]
+        kernels = stock.kernel.new_zeros(copies, new, taps + old * (copies - 1))
+        for copy in range(copies):
+            kernels[copy, :, old * copy :][:, :taps] = stock.kernel[:, 0]
+        self.kernels, self.stride = kernels.flatten(0, 1)[:, None], old * copies
+
+    def __call__(self, wav: Tensor) -> Tensor:
+        padded = nn.functional.pad(wav.reshape(-1, 1, wav.shape[-1]), (self.width, self.width + self.stride))
+        outputs_BKT = nn.functional.conv1d(padded, self.kernels.to(wav.device), stride=self.stride)
+        resampled = outputs_BKT.transpose(1, 2).reshape(*wav.shape[:-1], -1)
+        return resampled[..., : -(-self.new * wav.shape[-1] // self.old)]
+
+
 @lru_cache(maxsize=16)
-def sinc_resampler(old: int, new: int) -> Resample:
+def sinc_resampler(old: int, new: int) -> SincResampler:
     """old:new in lowest terms. Raises AudioError where they share so little that the kernels would fill gigabytes."""
     if new * (old + 2 * _kernel_width(old, new)) > MAX_KERNEL_ELEMENTS:
         raise AudioError(f"its rate shares too little with ours ({old}:{new}): convert it to 48 kHz first")
-    return Resample(
+    stock = Resample(
         old,
         new,
         resampling_method="sinc_interp_kaiser",
@@ -177,6 +202,7 @@ def sinc_resampler(old: int, new: int) -> Resample:
         beta=BETA,
         dtype=torch.float64,  # computed in float32, the kernels of 11.025 kHz and its multiples lose 30 dB
     ).float()
+    return SincResampler(stock, old, new)
 
 
 @contextmanager

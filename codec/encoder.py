@@ -62,15 +62,16 @@ def prepared(model: SNAC) -> SNAC:
             if is_parametrized(layer, "weight"):
                 remove_parametrizations(layer, "weight", leave_parametrized=True)
     if next(model.parameters()).device.type == "cpu":
-        _quicken(model.encoder)
+        quicken(model.encoder)
     return model.requires_grad_(False)
 
 
-def _quicken(module: nn.Module) -> None:
+def quicken(module: nn.Module) -> None:
+    """Stock residual units and Snakes in `module`, for inference on a CPU. Changes it."""
     for name, child in module.named_children():
         if isinstance(child, ResidualUnit):
             setattr(module, name, Residual(child))
         elif isinstance(child, Snake1d):
             setattr(module, name, BlockedSnake(child, True))  # between a residual unit and a convolution
         else:
-            _quicken(child)
+            quicken(child)

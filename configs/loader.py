@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, PlainSerializer, PlainValidator, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, PlainSerializer, PlainValidator, ValidationError
 
 from shards.errors import SettingsError
 from shards.files import replacing
@@ -22,6 +22,13 @@ def _location(value: Any) -> Location:
     return locate(value)
 
 
+def _no_url(value: Any) -> Any:
+    if isinstance(value, str) and "://" in value:
+        raise ValueError("should be a path on this machine, not a URL")
+    return value
+
+
+Local = Annotated[Path, BeforeValidator(_no_url)]  # a setting: a path, and no URL that would be taken for one
 Place = Annotated[Location, PlainValidator(_location), PlainSerializer(str)]  # a setting: a path or a URL
 
 

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from pydantic import Field
 
-from configs.loader import Settings
+from configs.loader import Local, Settings
 
 
 class DemoSettings(Settings):
@@ -15,6 +13,6 @@ class DemoSettings(Settings):
     The codec is a small stand-in trained for this project, and targets are the recordings themselves.
     """
 
-    audio: Path | None = Field(default=None, description="folder of your own recordings (null: a voice made by code)")
-    out: Path = Field(description="folder for everything the demo makes")
+    audio: Local | None = Field(default=None, description="folder of your own recordings (null: a voice made by code)")
+    out: Local = Field(description="folder for everything the demo makes")
     max_steps: int = Field(ge=1, description="training steps")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -31,6 +32,7 @@ Samples = npt.NDArray[np.float32]
 FILE = "calibration.json"
 MIN_SECONDS, MAX_SECONDS, MIN_SPEECH = 1, 10, 0.2  # of a stretch that is measured
 MIN_MEASURED = 3
+AUTO_TRIES = 8  # recordings looked at for each that is measured, because some are their own target
 COHERENCE_BANDS_KHZ = ((0, 1), (1, 4), (4, 8), (8, 12))
 COHERENCE_N_FFT = 1024
 PERCENTILES = (10, 50, 90)
@@ -49,13 +51,13 @@ def calibrate(settings: TargetsSettings) -> None:
     check(result, settings)
 
 
-def calibrated(settings: TargetsSettings, plan: Plan, teacher: Teacher) -> Row:
-    """For the fingerprint: the calibration kept in `work`, made now if there is none of this teacher.
+def calibrated(settings: TargetsSettings, plan: Plan, teacher: Teacher) -> Row | None:
+    """The calibration kept in `work`, made now if there is none of this teacher; None without SIDON.
 
-    It is measured once, so that all processes and later runs name the same. Raises UserError as `calibrate` does.
+    Raises UserError as `calibrate` does.
     """
     if teacher.sidon is None:
-        return {}
+        return None
     path = settings.work / FILE
     kept = json.loads(path.read_bytes()) if path.exists() else {}
     if kept.get("made_from") == teacher.provenance:
@@ -64,12 +66,13 @@ def calibrated(settings: TargetsSettings, plan: Plan, teacher: Teacher) -> Row:
         result = _measured_and_kept(settings, plan, teacher)
         show(result)
     check(result, settings)
-    return {"calibration": result}
+    return result
 
 
 def _measured_and_kept(settings: TargetsSettings, plan: Plan, teacher: Teacher) -> Row:
-    rows = choose(plan, settings.calibrate_recordings)
-    result = summary(measure(teacher, rows))
+    number = settings.calibrate_recordings
+    rows = choose(plan, number * (AUTO_TRIES if settings.teacher == "auto" else 1))
+    result = summary(islice(measure(teacher, rows), number))
     with replacing(settings.work / FILE) as temporary:
         temporary.write_text(json.dumps({"made_from": teacher.provenance, "result": result}, indent=1) + "\n")
     return result
@@ -167,8 +170,8 @@ def check(result: Row, settings: TargetsSettings) -> None:
 
     Medians may reach half of a segment's limit, 10 … 90 % may span the whole of it.
     """
-    if settings.teacher == "auto" and not result["recordings"]:
-        return  # none of them needs SIDON; the run's end looks at what did
+    if settings.teacher == "auto" and result["recordings"] < MIN_MEASURED:
+        return  # hardly any needs SIDON; the run's end looks at those that did
     if result["recordings"] < MIN_MEASURED:
         raise UserError(
             f"calibration: only {result['recordings']} stretches hold {MIN_SECONDS} s with speech and need SIDON, "

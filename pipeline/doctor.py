@@ -20,7 +20,8 @@ import numpy.typing as npt
 import torch
 from tqdm import tqdm
 
-from codec.audio import Recording, Resampler, probe
+from codec.audio import AudioError, Recording, Resampler, probe
+from codec.encoder import prepared
 from codec.snac import coarse_length, device_of, encode, load_snac, windows
 from codec.weights import SNAC_FILES, resolve
 from configs.loader import load_settings
@@ -99,7 +100,7 @@ def _run(name: str, step: Callable[[], Check]) -> Check:
         return step()
     except KeyError as missing:
         return Check(name, False, "not run", f"needs what failed above ({missing})")
-    except UserError as error:
+    except (UserError, AudioError) as error:
         return Check(name, False, "not usable", " ".join(str(error).split()))
 
 
@@ -110,9 +111,10 @@ def device(patient: Patient) -> Check:
 
 
 def snac_tokens(patient: Patient) -> Check:
-    """The tokens of windows, as stage 1 makes them, against `SNAC.encode` of the whole recording."""
+    """The tokens of windows, as stage 1 makes them on this device, against `SNAC.encode` on the CPU, of the whole."""
     resolve(patient.settings.pretrained_model, SNAC_FILES, patient.settings.weights, must_be_pinned=True)
     model, weights = load_snac(patient.settings.pretrained_model)
+    ours = prepared(load_snac(patient.settings.pretrained_model)[0].to(device_of(patient.settings.gpu)))
     differing = total = 0
     for path in patient.recordings:
         recording = Recording(path, probe(path))
@@ -124,7 +126,7 @@ def snac_tokens(patient: Patient) -> Check:
         )
         for window in windows(coarse, 20):
             a, b = window.samples
-            (codes,) = encode(model, [window], whole[None, a:b])
+            (codes,) = encode(ours, [window], whole[None, a:b])
             differing += int((codes != stock[window.start : window.stop]).sum())
         total += stock.size
     advice = "another torch or CPU may round differently; if many differ, the weights or the stock package are others"

@@ -113,8 +113,11 @@ def run(stage: Stage) -> bool:
     finally:
         progress.close()
     progress.check()
-    summarize([stage.table(number) for number in mine], settings.max_failed_fraction, f"{stage.doing}: {stage.folder}")
-    return _others_are_done(stage, mine)
+    complete = _others_are_done(stage, mine)
+    numbers = range(len(plan.shards)) if complete else mine
+    title = f"{stage.doing}: {stage.folder}"
+    summarize([stage.table(number) for number in numbers], settings.max_failed_fraction, title)
+    return complete
 
 
 def _others_are_done(stage: Stage, mine: range) -> bool:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from hashlib import sha1
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,10 @@ import pyarrow.compute as pc
 from tqdm import tqdm
 
 from pipeline.settings import PushShardsSettings
-from shards.contract import INDEX_NAME, OK, SPLITS, TARGET_RATE
+from shards.contract import INDEX_NAME, OK, SPLITS, SUMS_NAME, TARGET_RATE
 from shards.errors import ShardError, UserError
 from shards.files import file_sha256
-from shards.index import shard_list, unlisted
+from shards.index import check_index, shard_list, unlisted
 from shards.writer import read_metadata, read_table
 
 COMMIT_FILES, COMMIT_BYTES = 100, 5 << 30
@@ -37,14 +38,16 @@ class Upload:
 def push_shards(settings: PushShardsSettings) -> None:
     """Raises UserError when shards are not finished, when the repository holds others, or when the hub fails."""
     uploads = finished(settings.shards)
-    index = settings.shards / INDEX_NAME
+    last: list[tuple[str, Path | bytes]] = [(name, settings.shards / name) for name in (INDEX_NAME, SUMS_NAME)]
     card = dataset_card(settings.shards, settings.repo)
     if settings.dry_run:
         for upload in uploads:
             tqdm.write(f"{upload.size:>13,d}  {upload.name}")
-        tqdm.write(f"{index.stat().st_size:>13,d}  {INDEX_NAME}\n{len(card.encode()):>13,d}  {CARD_NAME}\n\n{card}")
-        total = sum(upload.size for upload in uploads) + index.stat().st_size
-        tqdm.write(f"dry run: {len(uploads) + 2} files, {total / 1e9:.3f} GB would go to {settings.repo}")
+        sizes = {name: (settings.shards / name).stat().st_size for name in (INDEX_NAME, SUMS_NAME)}
+        for name, size in {**sizes, CARD_NAME: len(card.encode())}.items():
+            tqdm.write(f"{size:>13,d}  {name}")
+        total = sum(upload.size for upload in uploads) + sum(sizes.values())
+        tqdm.write(f"\n{card}\ndry run: {len(uploads) + 3} files, {total / 1e9:.3f} GB would go to {settings.repo}")
         return
     from huggingface_hub import HfApi
 
@@ -52,7 +55,11 @@ def push_shards(settings: PushShardsSettings) -> None:
     try:
         api.create_repo(settings.repo, repo_type="dataset", private=settings.private, exist_ok=True)
         _upload(api, settings.repo, _missing(api, settings.repo, uploads))
-        _commit(api, settings.repo, [(INDEX_NAME, index), (CARD_NAME, card.encode())], "Index and dataset card")
+        if api.file_exists(settings.repo, CARD_NAME, repo_type="dataset"):
+            tqdm.write(f"{settings.repo} keeps its {CARD_NAME}; `dry_run=true` prints ours")
+        else:
+            last.append((CARD_NAME, card.encode()))
+        _commit(api, settings.repo, last, "Index")
     except UserError:
         raise
     except Exception as error:  # the hub's client raises its own, its transport's and the system's kinds
@@ -60,13 +67,12 @@ def push_shards(settings: PushShardsSettings) -> None:
         raise UserError(
             f"{settings.repo}: {reason}. Readers see no new shard until the index is there; the same command goes on"
         ) from error
-    tqdm.write(f"{settings.repo}: {len(uploads)} files, then {INDEX_NAME} and {CARD_NAME}")
+    tqdm.write(f"{settings.repo}: {len(uploads)} files, then {' and '.join(name for name, _ in last)}")
 
 
 def finished(folder: Path) -> list[Upload]:
     """Tar and sidecar of every shard in the index. Raises ShardError for what is missing or not in it."""
-    if not (folder / INDEX_NAME).exists():
-        raise ShardError(f"{folder / INDEX_NAME} is missing: run `just shard-targets` to its end")
+    check_index(folder)
     shards = shard_list(folder)
     for problem in unlisted(folder, shards):
         raise ShardError(f"{problem}: run `just shard-targets` to its end")
@@ -90,9 +96,17 @@ def _missing(api: Any, repo: str, uploads: Iterable[Upload]) -> list[Upload]:
     for upload in uploads:
         if upload.name not in there:
             missing.append(upload)
-        elif (found := there[upload.name]).lfs and found.lfs.sha256 != upload.sha256:
+        elif not _same(there[upload.name], upload):
             raise UserError(f"{repo} holds another {upload.name}: shards are never overwritten; take another repo=")
     return missing
+
+
+def _same(found: Any, upload: Upload) -> bool:
+    """By the sha256 of what the hub keeps in its large-file storage; else by git's name for the bytes."""
+    if found.lfs:
+        return bool(found.lfs.sha256 == upload.sha256)
+    data = upload.path.read_bytes()
+    return bool(found.blob_id == sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False).hexdigest())
 
 
 def _upload(api: Any, repo: str, missing: list[Upload]) -> None:

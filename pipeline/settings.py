@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from configs.loader import Place, Settings
+from configs.loader import Local, Place, Settings
 
 Gpu = Literal["cpu"] | Annotated[int, Field(ge=0)]
 Gpus = Gpu | Annotated[str, Field(pattern=r"^\d+(,\d+)+$")]
@@ -82,7 +81,7 @@ class SidonSettings(Settings):
     delay_samples: int = Field(
         ge=0, le=934, description="at 48 kHz, taken off SIDON's output; calibrate measures what is left"
     )
-    weights: Path = Field(description="file with revision and sha256 of the model files")
+    weights: Local = Field(description="file with revision and sha256 of the model files")
     window_seconds: float = Field(ge=4, le=60, description="longest stretch restored at once, overlap included")
     overlap_seconds: float = Field(ge=0.5, le=10, description="shared by neighbouring windows on each side of a seam")
     batch_seconds: float = Field(ge=1, le=10_000, description="audio of similar length restored together")
@@ -106,12 +105,12 @@ class JudgeSettings(Settings):
 class DoctorSettings(SidonSettings, JudgeSettings):
     """Check the real models on this machine: files, tokens, delay, level, seams, speed; and say what to do."""
 
-    audio: Path | None = Field(default=None, description="folder of recordings (null: voices made by code)")
+    audio: Local | None = Field(default=None, description="folder of recordings (null: voices made by code)")
     gpu: Gpu = Field(description="number of the GPU, or cpu")
     recordings: int = Field(ge=3, le=100, description="of them that go through the models")
     pretrained_model: str = Field(description="SNAC 24 kHz: hub name or local directory")
     forms: Literal["both", "torchscript", "native"] = Field(description="of SIDON's weights that are checked")
-    work: Path = Field(description="folder for plan, codes and shards, whose disk must hold them")
+    work: Local = Field(description="folder for plan, codes and shards, whose disk must hold them")
     corpus_hours: float = Field(gt=0, le=10_000_000, description="of your recordings, for disk and time")
 
 
@@ -138,21 +137,21 @@ class TargetsSettings(ExecutionSettings, SidonSettings, JudgeSettings):
 class InspectSettings(Settings):
     """Print what a plan, codes file, sidecar, index, tar shard or a whole folder of shards holds."""
 
-    path: Path = Field(description="the file or folder")
-    picture: Path | None = Field(default=None, description="PNG of a folder's distributions and spectrograms")
+    path: Local = Field(description="the file or folder")
+    picture: Local | None = Field(default=None, description="PNG of a folder's distributions and spectrograms")
     rows: int = Field(ge=0, le=1000, description="rows to print")
 
 
 class VerifySettings(Settings):
     """Check shards: index against sidecars, sizes, sha256, crc32 and every sample against the contract."""
 
-    shards: Path = Field(description="folder with index.parquet")
+    shards: Local = Field(description="folder with index.parquet")
 
 
 class PushShardsSettings(Settings):
     """Upload finished shards and their index to a dataset repository of the Hugging Face hub; the index goes last."""
 
-    shards: Path = Field(description="folder with index.parquet")
+    shards: Local = Field(description="folder with index.parquet")
     repo: str = Field(pattern=r"^[\w.-]+/[\w.-]+$", description="OWNER/NAME on the hub; made if there is none")
     private: bool = Field(default=True, description="of a repository that is made now")
     dry_run: bool = Field(default=False, description="only print what would go")
@@ -162,15 +161,15 @@ class PrefetchSettings(Settings):
     """Download the pinned SNAC and SIDON files and verify their sha256; offline use works afterwards."""
 
     sidon_backend: Literal["torchscript", "native"] = Field(description="published TorchScript pair, or raw weights")
-    weights: Path = Field(description="file with revision and sha256 of the model files")
+    weights: Local = Field(description="file with revision and sha256 of the model files")
 
 
 class WorkflowSettings(Settings):
     """Codes, targets and training in one go. What is done is skipped, what was begun goes on."""
 
-    audio: Path = Field(description="folder of recordings, or a manifest")
-    work: Path = Field(description="folder for plan, codes and shards")
-    run: Path = Field(description="folder for checkpoints, logs and settings of the training")
+    audio: Place = Field(description="folder of recordings, or a manifest; or a URL")
+    work: Place = Field(description="folder or URL (s3://…) for plan, codes and shards")
+    run: Local = Field(description="folder for checkpoints, logs and settings of the training")
     pretrained_model: str = Field(description="SNAC 24 kHz: hub name or local directory")
     gpu: Gpus = Field(description="number of the GPU, several (0,1), or cpu")
     codes: dict[str, Any] = Field(default={}, description="further settings of shard-codes, as codes.KEY=VALUE")

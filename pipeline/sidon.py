@@ -18,6 +18,7 @@ import torch
 import torchaudio.functional as F
 from torch import Tensor, nn
 
+from codec.encoder import quicken
 from codec.weights import Weights, resolve
 from pipeline.settings import SidonSettings
 from pipeline.sidon_features import features
@@ -87,6 +88,8 @@ class Native:
         paths = {**below.paths, **adapter.paths}
         self.encoder: nn.Module = load_encoder(*(paths[file] for file in (*BASE_FILES, *NATIVE_FILES[:2]))).to(device)
         self.decoder: nn.Module = load_decoder(paths[NATIVE_FILES[2]]).to(device)
+        if device.type == "cpu":
+            quicken(self.decoder)
         self.precision: str = precision
         self._device_type = device.type
 
@@ -100,8 +103,14 @@ class Native:
         return hidden
 
     def decode(self, hidden_BTC: Tensor, frames: list[int]) -> Tensor:
+        hidden_BCT = hidden_BTC.transpose(1, 2)
         with self._precision():
-            wav: Tensor = self.decoder(hidden_BTC.transpose(1, 2), frames)
+            if self._device_type == "cpu":  # a batch leaves the cache between one layer and the next
+                alone = [
+                    self.decoder(member[None, :, :n], [n])[0] for member, n in zip(hidden_BCT, frames, strict=True)
+                ]
+                return nn.utils.rnn.pad_sequence(alone, batch_first=True)
+            wav: Tensor = self.decoder(hidden_BCT, frames)
         return wav
 
     def _precision(self) -> torch.autocast | nullcontext[None]:

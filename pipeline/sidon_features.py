@@ -26,7 +26,7 @@ FULL_SCALE = 2.0**15
 PREEMPHASIS = 0.97
 FLOOR = 1.192092955078125e-07
 EPSILON = 1e-7  # added to the variance
-BLOCK_FRAMES = 512  # at once on a CPU, so that a block stays in its cache
+BLOCK_FRAMES = 256  # at once on a CPU, so that a block stays in its cache
 
 
 def frame_count(samples: int) -> int:
@@ -61,7 +61,7 @@ def log_mel(wav_BN: Tensor) -> Tensor:
     offset_BF1 = (1 - PREEMPHASIS) * _frame_means(scaled_BN)[..., None]
     emphasised_BN = nn.functional.pad(scaled_BN[:, 1:] - PREEMPHASIS * scaled_BN[:, :-1], (1, 0))
     emphasised_BFN = emphasised_BN.unfold(1, FRAME_LENGTH, HOP)
-    block = BLOCK_FRAMES if wav_BN.device.type == "cpu" else emphasised_BFN.shape[1]
+    block = max(BLOCK_FRAMES // len(wav_BN), 1) if wav_BN.device.type == "cpu" else emphasised_BFN.shape[1]
     mels = []
     for frames_BFN, means_BF1 in zip(emphasised_BFN.split(block, 1), offset_BF1.split(block, 1), strict=True):
         spectrum_BFKc = torch.view_as_real(torch.fft.rfft((frames_BFN - means_BF1) * window, N_FFT))

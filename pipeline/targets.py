@@ -56,7 +56,7 @@ def shard_targets(settings: TargetsSettings) -> None:
             sidecars = [stage.table(number) for number in range(len(stage.plan.shards))]
             check_alignment(sidecars, settings.max_lag_samples / 2)
             with alone(settings, stage.folder):
-                compact(stage.folder, stage.plan.shards)
+                compact(stage.folder, stage.plan.shards, {"calibration": stage.calibration})
 
 
 class TargetsStage(Stage):
@@ -79,7 +79,7 @@ class TargetsStage(Stage):
         codes = _codes_fingerprint(self.settings.work, self.plan, number)
         made = {"format_version": FORMAT_VERSION, "target_bits": self.settings.target_bits}
         limits = self.settings.model_dump(include=set(JudgeSettings.model_fields))
-        return {**made, **codes, **self.teacher.provenance, "limits": limits, **self.calibration}
+        return {**made, **codes, **self.teacher.provenance, "limits": limits}
 
     def made(self, number: int) -> bool:
         sidecar = self.table(number)

@@ -95,7 +95,9 @@ class Teacher:
 
     @property
     def provenance(self) -> Row:
-        """What a target's samples depend on."""
+        """What a target's samples depend on, but for what stays below −60 dB: how windows were batched. So a run that
+        ran out of memory goes on with a smaller batch_seconds.
+        """
         if self.sidon is None:
             return {"teacher": self.name}
         names = ("window_seconds", "overlap_seconds", "delay_samples")

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.settings import WorkflowSettings
+from shards.storage import Url
 
 
 def workflow(settings: WorkflowSettings) -> None:
@@ -49,4 +50,4 @@ def _run(module: str, command: str, values: dict[str, Any], *options: str) -> No
 
 def _written(value: Any) -> str:
     """As a command reads it: text and paths as they are, all else as JSON."""
-    return str(value) if isinstance(value, str | Path) else json.dumps(value)
+    return str(value) if isinstance(value, str | Path | Url) else json.dumps(value)

@@ -28,6 +28,7 @@ CODES_SUFFIX = "codes.npy"
 TARGET_SUFFIX = "target.flac"
 META_SUFFIX = "json"
 INDEX_NAME = "index.parquet"
+SUMS_NAME = "SHA256SUMS"
 SPLITS = ("train", "validation")
 
 OK = "ok"  # has codes and, in a shard, a target

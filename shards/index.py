@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
+import re
 import tempfile
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from shards.cache import ShardCache, default_cache
-from shards.contract import FORMAT_VERSION, INDEX_NAME, INDEX_SCHEMA, OK, SIDECAR_SCHEMA
+from shards.contract import FORMAT_VERSION, INDEX_NAME, INDEX_SCHEMA, OK, SIDECAR_SCHEMA, SUMS_NAME
 from shards.errors import ShardError
 from shards.files import file_sha256, replacing
 from shards.reader import decode_sample, split_members
@@ -30,16 +31,57 @@ def tar_path(folder: Location, split: str, shard: int) -> Location:
     return folder / split / f"{shard:06d}.tar"
 
 
-def compact(folder: Location, shards: Sequence[tuple[str, int]]) -> Location:
-    """All sidecars of `shards`, in that order, into `folder/index.parquet`; one sidecar in memory at a time."""
+def compact(folder: Location, shards: Sequence[tuple[str, int]], about: Mapping[str, Any] | None = None) -> Location:
+    """All sidecars of `shards`, in that order, into `folder/index.parquet`; one sidecar in memory at a time.
+
+    Its schema metadata holds what their fingerprints have in common, and `about`. SHA256SUMS names every file, last.
+    """
     path = folder / INDEX_NAME
     fingerprint = _metadata(folder, *shards[0])["fingerprint"]
-    metadata = {"format_version": FORMAT_VERSION, "fingerprint": _common(fingerprint)}
+    metadata = {"format_version": FORMAT_VERSION, "fingerprint": _common(fingerprint), **(about or {})}
     schema = INDEX_SCHEMA.with_metadata(encode_metadata(metadata))
+    sums: dict[str, str] = {}
     with replacing(path) as temporary, pq.ParquetWriter(temporary, schema, compression="zstd") as writer:
         for split, shard in shards:
             writer.write_table(_index_rows(folder, split, shard).replace_schema_metadata(schema.metadata))
+            tar = tar_path(folder, split, shard)
+            sidecar = tar.with_suffix(".parquet")
+            sums[f"{split}/{tar.name}"] = _metadata(folder, split, shard)["tar_sha256"]
+            sums[f"{split}/{sidecar.name}"] = file_sha256(sidecar)
+    _write_sums(folder, {INDEX_NAME: file_sha256(path), **sums})
     return path
+
+
+def _write_sums(folder: Location, sums: Mapping[str, str]) -> None:
+    with replacing(folder / SUMS_NAME) as temporary:
+        temporary.write_text("".join(f"{digest}  {name}\n" for name, digest in sums.items()))
+
+
+def read_sums(folder: Location) -> dict[str, str]:
+    """Name below the folder → sha256, as `sha256sum --check` reads them. Raises ShardError."""
+    path = folder / SUMS_NAME
+    if not path.exists():
+        raise ShardError(f"{path} is missing: run `just shard-targets` to its end")
+    text = path.read_bytes().decode("ascii", "replace")
+    lines = text.split("\n")[:-1]
+    matches = [re.fullmatch(r"([0-9a-f]{64})  ([\w./-]+)", line) for line in lines]
+    if not lines or not all(matches) or not text.endswith("\n"):
+        raise ShardError(f"{path}: damaged, or not made by `just shard-targets`; run it again")
+    return {match[2]: match[1] for match in matches if match}
+
+
+def check_index(folder: Location) -> dict[str, str]:
+    """What `read_sums` says. Raises ShardError for an index that is missing, of another format or not the one named."""
+    path = folder / INDEX_NAME
+    if not path.exists():
+        raise ShardError(f"{path} is missing: run `just shard-targets` to its end, or name the folder that holds it")
+    found = read_metadata(path).get("format_version")
+    if found != FORMAT_VERSION:
+        raise ShardError(f"{path} has format {found}, this version reads {FORMAT_VERSION}")
+    sums = read_sums(folder)
+    if sums.get(INDEX_NAME) != file_sha256(path):
+        raise ShardError(f"{path}: its sha256 is not that of {SUMS_NAME}; run `just shard-targets` again")
+    return sums
 
 
 @dataclass(frozen=True)
@@ -62,13 +104,7 @@ class Index:
 def load(folder: Location, split: str, cache: ShardCache | None = None) -> Index:
     """Raises ShardError when there is no index, or one of another format."""
     path = folder / INDEX_NAME
-    if not path.exists():
-        raise ShardError(f"{path} is missing: run `just shard-targets` to its end, or point shards= at its folder")
-    metadata = read_metadata(path)
-    if metadata.get("format_version") != FORMAT_VERSION:
-        raise ShardError(f"{path} has format {metadata.get('format_version')}, this version reads {FORMAT_VERSION}")
-    if "fingerprint" not in metadata:
-        raise ShardError(f"{path} does not say what its shards were made from: run `just shard-targets` again")
+    sums = check_index(folder)
     with naming(path):
         table = _mapped(path, split)
     shards, counts = np.unique(table["shard"].to_numpy(), return_counts=True)
@@ -78,8 +114,8 @@ def load(folder: Location, split: str, cache: ShardCache | None = None) -> Index
         table=table,
         shards=tuple(shards.tolist()),
         counts=tuple(counts.tolist()),
-        sha256=file_sha256(path),
-        fingerprint=metadata["fingerprint"],
+        sha256=sums[INDEX_NAME],
+        fingerprint=read_metadata(path)["fingerprint"],
         cache=cache or default_cache(),
     )
 
@@ -106,6 +142,13 @@ def shard_list(folder: Location) -> list[tuple[str, int]]:
     return list(dict.fromkeys(pairs))
 
 
+def listed(shards: Sequence[tuple[str, int]]) -> Iterator[str]:
+    """The names in SHA256SUMS, in its order."""
+    yield INDEX_NAME
+    for split, shard in shards:
+        yield from (f"{split}/{shard:06d}.tar", f"{split}/{shard:06d}.parquet")
+
+
 def unlisted(folder: Path, shards: Sequence[tuple[str, int]]) -> Iterator[str]:
     """Shards that stand in `folder` although its index, which lists `shards`, does not know them."""
     known = {tar_path(folder, split, shard) for split, shard in shards}
@@ -114,8 +157,11 @@ def unlisted(folder: Path, shards: Sequence[tuple[str, int]]) -> Iterator[str]:
             yield f"{path}: not in the index"
 
 
-def problems(folder: Path, split: str, shard: int) -> Iterator[str]:
-    """What is wrong with one shard: index against sidecar, sidecar against tar, every sample against the contract."""
+def problems(folder: Path, split: str, shard: int, sums: Mapping[str, str]) -> Iterator[str]:
+    """What is wrong with one shard: index against sidecar, sidecar against tar, every sample against the contract.
+
+    `sums` are those of `read_sums`.
+    """
     path = tar_path(folder, split, shard)
     sidecar = path.with_suffix(".parquet")
     chosen = (pc.field("split") == split) & (pc.field("shard") == shard)
@@ -127,6 +173,9 @@ def problems(folder: Path, split: str, shard: int) -> Iterator[str]:
     except ShardError as error:
         yield str(error)
         return
+    for file, digest in ((sidecar, file_sha256(sidecar)), (path, metadata["tar_sha256"])):
+        if sums.get(f"{split}/{file.name}") != digest:
+            yield f"{file}: its sha256 is not that of {SUMS_NAME}"
     trusted = indexed.replace_schema_metadata(None).equals(rows.replace_schema_metadata(None))
     if not trusted:
         yield f"{sidecar}: its rows are not those of the index"

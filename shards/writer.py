@@ -27,7 +27,7 @@ def write_table(
     """A Parquet file whose schema metadata holds `metadata`, each value as JSON."""
     table = table.replace_schema_metadata(encode_metadata(metadata))
     with replacing(path) as temporary:
-        pq.write_table(table, temporary, row_group_size=row_group_size, compression="zstd")
+        pq.write_table(table, temporary, row_group_size=row_group_size, compression="zstd", write_page_checksum=True)
 
 
 def encode_metadata(metadata: Mapping[str, Any]) -> dict[str, str]:
@@ -44,7 +44,7 @@ def read_metadata(path: Location) -> dict[str, Any]:
 def read_table(path: Location, **options: Any) -> pa.Table:
     """`pyarrow.parquet.read_table`. Raises ShardError for a file that is damaged."""
     with naming(path):
-        return pq.read_table(parquet_source(path), **options)
+        return pq.read_table(parquet_source(path), page_checksum_verification=True, **options)
 
 
 def parquet_source(path: Location) -> Path | io.BytesIO:

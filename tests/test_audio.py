@@ -13,7 +13,19 @@ import soundfile
 import torch
 import torchaudio
 
-from codec.audio import BLOCK_FRAMES, AudioError, Header, Recording, Resampler, output_length, probe
+from codec.audio import (
+    BETA,
+    BLOCK_FRAMES,
+    KERNEL_WIDTH,
+    ROLLOFF,
+    AudioError,
+    Header,
+    Recording,
+    Resampler,
+    output_length,
+    probe,
+    sinc_resampler,
+)
 
 Samples = npt.NDArray[np.float32]
 RATES = [8_000, 11_025, 16_000, 22_050, 24_000, 32_000, 44_100, 48_000, 96_000, 192_000]
@@ -231,3 +243,13 @@ def test_a_file_that_changed_is_refused(frames: int, rate: int, channels: int, t
     write(tmp_path / "a.wav", np.stack([noise(frames)] * channels, axis=1), rate)
     with pytest.raises(AudioError, match=rf"has {frames} frames at {rate} Hz, planned with .*frames=1000, rate=24000"):
         next(Recording(tmp_path / "a.wav", header).blocks())
+
+
+@pytest.mark.parametrize(("old", "new"), [(3, 1), (2, 1), (441, 160), (147, 80), (1, 2), (1, 3), (80, 147)])
+@pytest.mark.parametrize("length", [1, 200, 48_001])
+def test_resampling_is_torchaudio_s(old: int, new: int, length: int) -> None:
+    stock = torchaudio.transforms.Resample(
+        old, new, "sinc_interp_kaiser", KERNEL_WIDTH, rolloff=ROLLOFF, beta=BETA, dtype=torch.float64
+    ).float()
+    waves = torch.randn(2, length, generator=torch.Generator().manual_seed(length))
+    torch.testing.assert_close(sinc_resampler(old, new)(waves), stock(waves), rtol=0, atol=1e-6)

@@ -89,7 +89,7 @@ def outcome(mixed: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path
     assert "error" not in again.stderr
     finished = without_settings(stamps(work))
     assert {name: finished[name] for name in made} == made
-    assert finished.keys() - made.keys() == {"shards/index.parquet"}
+    assert finished.keys() - made.keys() == {"shards/index.parquet", "shards/SHA256SUMS"}
     assert in_process(["verify", f"shards={work / 'shards'}"]).exit_code == 0
     return work, first.stdout
 

@@ -14,11 +14,11 @@ import soundfile
 
 from benchmarks.judging import resynthesised
 from demo.voice import synthesize
-from pipeline.calibrate import FILE, calibrate, coherence, words
+from pipeline.calibrate import FILE, calibrate, check, coherence, words
 from pipeline.codes import shard_codes
 from pipeline.settings import TargetsSettings
 from pipeline.targets import shard_targets
-from pipeline.teachers import Pieces
+from pipeline.teachers import Pieces, Teacher
 from shards.contract import TARGET_RATE
 from shards.errors import UserError
 from shards.writer import read_metadata
@@ -81,14 +81,13 @@ def test_the_stand_in_is_in_time_and_level(
     assert abs(kept["level_difference_db"][1]) < 0.1
 
 
-def test_a_run_keeps_its_calibration_in_the_fingerprint(
+def test_a_run_keeps_its_calibration_in_the_index(
     settings: Callable[..., TargetsSettings], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shard_targets(settings())
     work = settings().work
     kept = json.loads((work / FILE).read_bytes())["result"]
-    fingerprint = read_metadata(work / "shards" / "index.parquet")["fingerprint"]
-    assert fingerprint["calibration"] == kept
+    assert read_metadata(work / "shards" / "index.parquet")["calibration"] == kept
     monkeypatch.setattr("pipeline.calibrate.measure", lambda *_: pytest.fail("measured twice"))
     shard_targets(settings())
 
@@ -134,6 +133,18 @@ def test_other_targets_stop_the_run(settings: Callable[..., TargetsSettings], mo
     spoil(monkeypatch, lambda _, restored: noise[: len(restored)] * np.float32(restored.std()))
     with pytest.raises(UserError, match=r"calibration: (recordings disagree|envelopes|all targets)"):
         shard_targets(settings())
+
+
+def test_auto_is_not_stopped_by_the_few_that_need_sidon(
+    settings: Callable[..., TargetsSettings], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All six recordings are looked at, and only one of them is not its own target."""
+    chosen = iter(["recording"] * 5 + ["sidon"] * 100)
+    monkeypatch.setattr(Teacher, "chosen", lambda self, survey: next(chosen))
+    calibrate(settings("teacher=auto", "calibrate_recordings=4"))
+    assert json.loads((settings().work / FILE).read_bytes())["result"]["recordings"] == 1
+    with pytest.raises(UserError, match="only 1 stretches hold"):
+        check({"recordings": 1}, settings())
 
 
 def test_coherence_tells_a_copy_from_a_resynthesis() -> None:

@@ -32,8 +32,15 @@ class FakeHub:
 
     def list_repo_tree(self, repo: str, *, repo_type: str, recursive: bool) -> list[Any]:
         assert recursive
-        digests = {name: hashlib.sha256(data).hexdigest() for name, data in self.files.items()}
-        return [SimpleNamespace(path=name, lfs=SimpleNamespace(sha256=digest)) for name, digest in digests.items()]
+        return [
+            SimpleNamespace(path=name, lfs=SimpleNamespace(sha256=hashlib.sha256(data).hexdigest()))
+            if name.endswith(".tar")
+            else SimpleNamespace(path=name, lfs=None, blob_id=hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest())
+            for name, data in self.files.items()
+        ]
+
+    def file_exists(self, repo: str, name: str, *, repo_type: str) -> bool:
+        return name in self.files
 
     def create_commit(self, repo: str, operations: list[Any], *, commit_message: str, repo_type: str) -> None:
         if len(self.commits) == self.fail_at:
@@ -64,9 +71,9 @@ def words(shards: Path, *more: str) -> list[str]:
 def test_everything_arrives_and_the_index_last(hub: FakeHub, shards: Path) -> None:
     assert in_process(words(shards)).exit_code == 0
     names = [f"{split}/{shard:06d}.{kind}" for split, shard in shard_list(shards) for kind in ("tar", "parquet")]
-    assert hub.files.keys() == {*names, "index.parquet", "README.md"}
+    assert hub.files.keys() == {*names, "index.parquet", "SHA256SUMS", "README.md"}
     assert all(hub.files[name] == (shards / name).read_bytes() for name in [*names, "index.parquet"])
-    assert hub.commits[-1] == ["index.parquet", "README.md"]
+    assert hub.commits[-1] == ["index.parquet", "SHA256SUMS", "README.md"]
     assert [name for commit in hub.commits[:-1] for name in commit] == names
     assert hub.private is True
     card = hub.files["README.md"].decode()
@@ -97,10 +104,19 @@ def test_a_dry_run_sends_nothing(hub: FakeHub, shards: Path) -> None:
         assert name in result.output
 
 
-def test_others_shards_are_not_overwritten(hub: FakeHub, shards: Path) -> None:
-    hub.files["train/000000.tar"] = b"another run's"
-    refused(words(shards), "me/corpus holds another train/000000.tar: shards are never overwritten")
+@pytest.mark.parametrize("name", ["train/000000.tar", "train/000000.parquet"])
+def test_others_shards_are_not_overwritten(name: str, hub: FakeHub, shards: Path) -> None:
+    hub.files[name] = b"another run's"
+    refused(words(shards), f"me/corpus holds another {name}: shards are never overwritten")
     assert not hub.commits
+
+
+def test_a_card_that_was_edited_stays(hub: FakeHub, shards: Path) -> None:
+    hub.files["README.md"] = b"The recordings are CC0."
+    result = in_process(words(shards))
+    assert "me/corpus keeps its README.md" in result.output
+    assert hub.files["README.md"] == b"The recordings are CC0."
+    assert hub.commits[-1] == ["index.parquet", "SHA256SUMS"]
 
 
 def test_unfinished_or_damaged_shards_stay_here(hub: FakeHub, shards: Path) -> None:

@@ -66,7 +66,8 @@ def settings_of(audio: Url, work: Any, *words: str) -> CodesSettings:
 def same(found: Url, work: Path) -> None:
     """All but plan and settings, which say where the recordings lie."""
     objects = {str(url)[len(str(found)) + 1 :]: url for url in found.files()}
-    files = {path.relative_to(work).as_posix(): path for path in work.rglob("*") if path.is_file() and path.suffix}
+    written = (path for path in work.rglob("*") if path.is_file() and not path.name.startswith(".lock"))
+    files = {path.relative_to(work).as_posix(): path for path in written}
     assert objects.keys() == files.keys()
     for name, path in files.items():
         if name != "plan.parquet" and path.name != "settings.json":

@@ -14,9 +14,10 @@ import pytest
 from pydantic import Field
 
 from configs.loader import FOLDER, Settings, load_settings
-from pipeline.settings import InspectSettings
+from pipeline.settings import InspectSettings, VerifySettings, WorkflowSettings
 from pipeline.workflow import _written
 from shards.errors import SettingsError
+from shards.storage import Url
 from tests.helpers import ROOT, run_command
 from trainer.settings import TrainSettings
 
@@ -333,5 +334,13 @@ def test_workflow_checks_every_commands_settings_first(tmp_path: Path) -> None:
 
 
 def test_workflow_passes_settings_on_as_commands_read_them() -> None:
-    values = {"work": Path('/tmp/ünï "cödé"'), "gpu": 0, "teacher": "recording", "n_ffts": [1024, 2048]}
-    assert [_written(value) for value in values.values()] == ['/tmp/ünï "cödé"', "0", "recording", "[1024, 2048]"]
+    values = [Path('/tmp/ünï "cödé"'), Url("s3://corpus/work"), 0, "recording", [1024, 2048]]
+    expected = ['/tmp/ünï "cödé"', "s3://corpus/work", "0", "recording", "[1024, 2048]"]
+    assert [_written(value) for value in values] == expected
+
+
+def test_a_url_is_not_taken_for_a_folder_of_this_machine() -> None:
+    with pytest.raises(SettingsError, match=r"shards: .* a path on this machine, not a URL \(given: 's3://corpus/x'\)"):
+        load_settings(VerifySettings, "verify.json", ["shards=s3://corpus/x"])
+    workflow = load_settings(WorkflowSettings, "workflow.json", ["audio=s3://corpus/a", "work=s3://corpus/w"])
+    assert (workflow.audio, workflow.work) == (Url("s3://corpus/a"), Url("s3://corpus/w"))

@@ -40,7 +40,7 @@ from shards.contract import (
 )
 from shards.errors import ShardError, UserError
 from shards.files import exclusive, file_sha256, replacing
-from shards.index import compact, load, problems, shard_list, unlisted
+from shards.index import compact, load, problems, read_sums, shard_list, unlisted
 from shards.reader import decode_sample, read_sample, split_members
 from shards.writer import ShardWriter, is_done, read_metadata, write_table
 from tests.helpers import ROOT, run_command, targets_settings
@@ -163,7 +163,7 @@ def test_the_same_input_gives_the_same_bytes(work: Path, tmp_path: Path) -> None
     again = Path(shutil.copytree(work, tmp_path / "again", ignore=shutil.ignore_patterns("shards")))
     shard_targets(targets_settings(again))
     written = [name for name in files(work / "shards") if name != "settings.json"]  # it holds the folder's name
-    assert len(written) == 9
+    assert len(written) == 10
     for name in written:
         assert (again / "shards" / name).read_bytes() == (work / "shards" / name).read_bytes(), name
 
@@ -517,8 +517,8 @@ DAMAGES: list[tuple[Callable[[Path, np.random.Generator], None], int]] = [
 
 
 def all_problems(shards: Path) -> list[str]:
-    listed = shard_list(shards)
-    return [problem for shard in listed for problem in problems(shards, *shard)] + list(unlisted(shards, listed))
+    sums, listed = read_sums(shards), shard_list(shards)
+    return [problem for shard in listed for problem in problems(shards, *shard, sums)] + list(unlisted(shards, listed))
 
 
 @pytest.mark.parametrize(("damage", "times"), DAMAGES, ids=[damage.__name__ for damage, _ in DAMAGES])
@@ -538,7 +538,10 @@ def test_damage_is_always_found(
 def test_an_edited_value_of_any_column_is_found(column: str, shards: Path) -> None:
     path = shards / "train" / "000000.parquet"
     edit_value(path, column, SIDECAR_SCHEMA.names.index(column) % pq.read_metadata(path).num_rows)
-    assert all_problems(shards) == [f"{path}: its rows are not those of the index"]
+    assert all_problems(shards) == [
+        f"{path}: its sha256 is not that of SHA256SUMS",
+        f"{path}: its rows are not those of the index",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -553,8 +556,7 @@ def test_an_edited_value_of_any_column_is_found(column: str, shards: Path) -> No
 def test_edited_metadata_is_found(key: str, value: object, problem: str, shards: Path) -> None:
     path = shards / "train" / "000000.parquet"
     write_table(path, pq.read_table(path), {**read_metadata(path), key: value})
-    (found,) = all_problems(shards)
-    assert problem in found
+    assert problem in all_problems(shards)[-1]
 
 
 def test_each_damaged_sample_is_named(shards: Path) -> None:
@@ -591,7 +593,13 @@ def test_an_index_of_another_format_is_refused(shards: Path) -> None:
     with pytest.raises(ShardError, match="format 99, this version reads 2"):
         load(shards, "train")
     write_table(path, pq.read_table(path), {"format_version": FORMAT_VERSION})
-    with pytest.raises(ShardError, match="does not say what its shards were made from"):
+    with pytest.raises(ShardError, match=r"index\.parquet: its sha256 is not that of SHA256SUMS"):
+        load(shards, "train")
+    (shards / "SHA256SUMS").write_text("no sums\n")
+    with pytest.raises(ShardError, match="SHA256SUMS: damaged, or not made by"):
+        load(shards, "train")
+    (shards / "SHA256SUMS").unlink()
+    with pytest.raises(ShardError, match="SHA256SUMS is missing"):
         load(shards, "train")
     path.unlink()
     with pytest.raises(ShardError, match=r"index\.parquet is missing"):
@@ -839,3 +847,10 @@ def test_inspect_names_a_cut_tar(length: int, shards: Path) -> None:
     os.truncate(path, length)
     with pytest.raises(ShardError, match=re.escape(str(path))):
         inspect(InspectSettings(path=path, rows=1000))
+
+
+def test_coreutils_check_the_sums(shards: Path) -> None:
+    check = ["sha256sum", "--check", "--quiet", "SHA256SUMS"]
+    assert subprocess.run(check, cwd=shards, check=False).returncode == 0
+    flip(shards / "index.parquet", 100, 0)
+    assert subprocess.run(check, cwd=shards, check=False, capture_output=True).returncode == 1

@@ -88,6 +88,9 @@ def prune(run: Path, keep: int) -> None:
     """Leaves the `keep` newest checkpoints to resume from."""
     for path in sorted(folder(run).glob("step_*.pt"))[:-keep]:
         remove(path)
+    for path in folder(run).glob("*.json"):
+        if not path.with_suffix(".pt").exists():  # a kill came between the two
+            path.unlink()
 
 
 def prune_best(run: Path, keep: int, metric: str, higher_is_better: bool) -> None:

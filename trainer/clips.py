@@ -110,9 +110,14 @@ class ShardClips:
         if row is None or row.get("offset") is not None or not Path(row["path"]).is_file():
             return None  # gone, remote or inside a tar
         path = Path(row["path"])
-        header = probe(path)
+        try:
+            header = probe(path)
+        except AudioError as error:
+            tqdm.write(f"{entry.key}: its recording is not judged: {path}: {error}")
+            return None
         if (header.frames, header.rate) != (row["file_frames"], row["rate"]):
-            raise AudioError(f"{path} has {header.frames} frames at {header.rate} Hz, not as it was planned")
+            tqdm.write(f"{entry.key}: its recording is not judged: {path} is not the file that was planned")
+            return None
         recording = Recording(path, header, row["first_frame"], row["frames"])
         start = row["start_coarse"] * COARSE_48K
         return Resampler(recording, TARGET_RATE).read(start, start + entry.n_samples)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,10 +54,11 @@ def open_corpus(settings: TrainSettings, snac_sha256: dict[str, str]) -> Corpus:
 
 
 def _weights(settings: TrainSettings, training: tuple[Index, ...]) -> tuple[int, ...]:
-    """As given; else by size, in whole multiples of the smallest folder."""
+    """As given; else by size, to a tenth of the smallest folder."""
     if settings.shard_weights is None:
         smallest = min(len(index) for index in training)
-        return tuple(round(len(index) / smallest) for index in training)
+        tenths = [round(10 * len(index) / smallest) for index in training]
+        return tuple(weight // math.gcd(*tenths) for weight in tenths)
     if len(settings.shard_weights) != len(training):
         raise SettingsError(f"shard_weights={list(settings.shard_weights)} for {len(training)} folders of shards")
     return settings.shard_weights

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from shards.contract import COARSE_48K, CONTEXT_COARSE, TOKENS
-from shards.errors import ShardError, UserError
+from shards.errors import UserError
 from shards.index import Index
 from shards.order import Order, random_words, rank_slice
 from shards.reader import decode_sample, read_sample
@@ -111,8 +111,10 @@ def training_batches(
         raise UserError(
             f"a process that reads ahead died ({error}): memory may be short; num_workers= sets their number"
         ) from error
-    except ShardError as error:  # a worker's error arrives as its whole traceback
-        raise ShardError(str(error).strip().splitlines()[-1].removeprefix("shards.errors.ShardError: ")) from error
+    except UserError as error:  # a worker's error arrives as its whole traceback
+        kind = type(error)
+        last = str(error).strip().splitlines()[-1]
+        raise kind(last.removeprefix(f"{kind.__module__}.{kind.__qualname__}: ")) from error
 
 
 def to_batch(step: dict[str, Any], seed: int) -> Batch:

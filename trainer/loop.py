@@ -215,7 +215,8 @@ class Trainer:
         elif early:
             self._say(f"stopped at step {self.step}: {self.validations_since_best} validations without a new best")
         if not left:
-            name, best = self.settings.best_metric, abs(self.best)
+            name = self.settings.best_metric
+            best = -self.best if name in HIGHER_IS_BETTER else self.best
             self._say(f"done: {self.step} steps, best validation {name} {best:.5f}, best.pt in {self.settings.run}")
         self.log.close()
 

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
-from configs.loader import Place, Settings
+from configs.loader import Local, Place, Settings
 from shards.storage import Location
 
 BETAS = (0.8, 0.99)  # of AdamW, as vocoders use them (HiFi-GAN, DAC)
@@ -25,11 +25,11 @@ class TrainSettings(Settings):
     shard_weights: tuple[Annotated[int, Field(ge=1, le=1000)], ...] | None = Field(
         default=None, description="several folders: crops of each in every Σ weights crops (null: by their sizes)"
     )
-    cache: Path | None = Field(default=None, description="where shards from URLs are kept (null: in the user's cache)")
+    cache: Local | None = Field(default=None, description="where shards from URLs are kept (null: in the user's cache)")
     cache_gib: float = Field(gt=0, description="GiB of them kept at most, on each machine")
-    run: Path = Field(description="folder for checkpoints, logs and settings")
+    run: Local = Field(description="folder for checkpoints, logs and settings")
     pretrained_model: str = Field(description="SNAC 24 kHz that made the codes: hub name or local directory")
-    init_from: Path | None = Field(
+    init_from: Local | None = Field(
         default=None, description="run, checkpoint or export whose decoder to begin with (null: the warm start)"
     )
     gpu: Gpus = Field(description="number of the GPU, several (0,1,2,3), or cpu")
@@ -123,11 +123,11 @@ class TrainSettings(Settings):
 class StatusSettings(Settings):
     """Where a training stands: step, losses, speed, time left, validation, checkpoints. From its files alone."""
 
-    run: Path = Field(description="folder of the training")
+    run: Local = Field(description="folder of the training")
 
 
 class ModelSettings(Settings):
-    model: Path = Field(description="a run, a checkpoint (.pt) or an exported directory")
+    model: Local = Field(description="a run, a checkpoint (.pt) or an exported directory")
     pretrained_model: str | None = Field(
         default=None, description="where the checkpoint's SNAC 24 kHz lies now (null: where it was)"
     )
@@ -136,8 +136,8 @@ class ModelSettings(Settings):
 class DecodeSettings(ModelSettings):
     """A recording or a codes file (flat int16 .npy, as in shards) → a 48 kHz WAV of exactly its length."""
 
-    input: Path = Field(description="recording, or .npy with T + 2T + 4T tokens")
-    output: Path | None = Field(default=None, description="WAV to write (null: INPUT.48k.wav)")
+    input: Local = Field(description="recording, or .npy with T + 2T + 4T tokens")
+    output: Local | None = Field(default=None, description="WAV to write (null: INPUT.48k.wav)")
     gpu: Gpu = Field(description="number of the GPU, or cpu")
     window_seconds: float = Field(ge=1, le=600, description="longest stretch encoded, or decoded on a GPU, at once")
     stream: bool = Field(description="frame by frame, as a speech model gives them; reports latency and speed")
@@ -149,7 +149,7 @@ class DecodeSettings(ModelSettings):
 class ExportSettings(ModelSettings):
     """Write a directory that the stock `snac` package loads and whose decode(codes) returns 48 kHz audio."""
 
-    out: Path = Field(description="directory to make")
+    out: Local = Field(description="directory to make")
     fold: bool = Field(description="decoder_only.safetensors with weight norm folded into the kernels")
     license: str | None = Field(default=None, description="licence of the new decoder's weights, for the model card")
 
@@ -157,20 +157,20 @@ class ExportSettings(ModelSettings):
 class ExportOnnxSettings(ModelSettings):
     """Write decoder and encoder as ONNX with dynamic batch and length; the decoder in half precision too."""
 
-    out: Path = Field(description="directory to make")
+    out: Local = Field(description="directory to make")
 
 
 class WebSettings(ModelSettings):
     """Write a static page that decodes a codes file to 48 kHz on its visitor's machine."""
 
-    out: Path = Field(description="directory to make")
-    package: Path | None = Field(default=None, description="onnxruntime-web's .tgz (null: npm fetches it)")
+    out: Local = Field(description="directory to make")
+    package: Local | None = Field(default=None, description="onnxruntime-web's .tgz (null: npm fetches it)")
 
 
 class PushSettings(Settings):
     """Upload an exported directory to the Hugging Face hub, in one commit."""
 
-    model: Path = Field(description="directory made by `just export` or `just export-onnx`")
+    model: Local = Field(description="directory made by `just export` or `just export-onnx`")
     repo: str = Field(pattern=r"^[\w.-]+/[\w.-]+$", description="repository on the hub: USER/NAME")
     private: bool = Field(description="whether a repository that is made now is private")
     dry_run: bool = Field(description="only print what would be uploaded")
@@ -184,15 +184,15 @@ def _named(value: Any) -> Any:
     """`a,b` → {"a": "a", "b": "b"}: the last part of each path is its name, without .pt."""
     if not isinstance(value, str):
         return value
-    paths = [Path(text) for text in value.split(",")]
-    names = [path.stem if path.suffix == ".pt" else path.resolve().name for path in paths]
+    texts = value.split(",")
+    names = [path.stem if path.suffix == ".pt" else path.resolve().name for path in map(Path, texts)]
     if len(set(names)) < len(names):
         raise ValueError("two share a name: write KEY.NAME=PATH for each")
-    return dict(zip(names, paths, strict=True))
+    return dict(zip(names, texts, strict=True))
 
 
 Name = Annotated[str, Field(pattern=r"^[^./\x00][^/\x00]*$")]  # becomes a folder
-Named = Annotated[dict[Name, Path], BeforeValidator(_named)]
+Named = Annotated[dict[Name, Local], BeforeValidator(_named)]
 MetricName = Literal[
     "lsd", "lsd_reached", "stft", "mel", "si_sdr", "level", "lag", "envelope_lag", "bandwidth", "high_band",
     "visqol", "pesq", "stoi", "dnsmos",
@@ -204,8 +204,8 @@ class EvalSettings(Settings):
     system, and the target itself. Writes clips.parquet, summary.parquet and some audio, and prints the means.
     """
 
-    shards: Path | None = Field(default=None, description="folder with index.parquet: its validation split is judged")
-    audio: Path | None = Field(default=None, description="or a folder of recordings, each its own target")
+    shards: Local | None = Field(default=None, description="folder with index.parquet: its validation split is judged")
+    audio: Local | None = Field(default=None, description="or a folder of recordings, each its own target")
     models: Named = Field(
         default={}, description="runs, checkpoints (.pt) or exported directories: a,b or models.NAME=PATH"
     )
@@ -215,7 +215,7 @@ class EvalSettings(Settings):
     pretrained_model: str | None = Field(
         default=None, description="the SNAC 24 kHz of the codes: hub name or local directory (null: as the models say)"
     )
-    out: Path = Field(description="folder to make")
+    out: Local = Field(description="folder to make")
     metrics: Annotated[tuple[MetricName, ...], BeforeValidator(_split)] = Field(
         min_length=1, description="what is measured, a,b"
     )
@@ -235,10 +235,10 @@ class ReportSettings(Settings):
     It is self-contained: no network, no files beside it.
     """
 
-    eval: Path = Field(description="folder that `just eval` made")
-    out: Path | None = Field(default=None, description="HTML file to write (null: EVAL/report.html)")
-    run: Path | None = Field(default=None, description="run whose curves are drawn (null: those of the models judged)")
-    shards: Path | None = Field(
+    eval: Local = Field(description="folder that `just eval` made")
+    out: Local | None = Field(default=None, description="HTML file to write (null: EVAL/report.html)")
+    run: Local | None = Field(default=None, description="run whose curves are drawn (null: those of the models judged)")
+    shards: Local | None = Field(
         default=None, description="folder with index.parquet, for the targets (null: those that were judged)"
     )
     clips: int = Field(ge=1, le=1000, description="clips to listen to, at most")

@@ -112,7 +112,7 @@ def _best_shift(x_CN: Floats, y_CN: Floats, reach: int) -> tuple[float, float]:
 def low_band_si_sdr_db(wav: Samples, reference: Samples) -> float:
     """SI-SDR (Le Roux et al., 2019) of both resampled to 24 kHz, the codec's band, means removed; at most 100 dB."""
     check_sounds(wav, reference)
-    resample = sinc_resampler(2, 1).float()
+    resample = sinc_resampler(2, 1)
     x, y = (resample(torch.from_numpy(signal)).double().numpy() for signal in (wav, reference))
     x, y = x - x.mean(), y - y.mean()
     projected = np.dot(x, y) / np.dot(y, y) * y

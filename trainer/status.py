@@ -93,10 +93,10 @@ def _time_left(run: Path, last: dict[str, Any]) -> Iterator[str]:
 
 
 def _checkpoints(run: Path) -> Iterator[str]:
-    for path in sorted((run / "checkpoints").glob("*.json")):
-        state = _read(path)
+    for path in sorted((run / "checkpoints").glob("*.pt")):
+        state = _read(path.with_suffix(".json"))
         scores = f": {_values(state['validation'])}" if "validation" in state else ""
-        yield f"{path.with_suffix('.pt').name}: step {state.get('step')}{scores}"
+        yield f"{path.name}: step {state.get('step')}{scores}"
 
 
 def _values(line: dict[str, Any]) -> str:
