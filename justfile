@@ -86,6 +86,18 @@ doctor *args: _env
 demo *args: _env
     @{{ python }} -m demo demo "$@"
 
+# every figure that needs no GPU: just bench SPEECH (a folder of recordings; half an hour on 2 cores)
+bench speech: _env
+    @{{ python }} -m benchmarks "{{ speech }}"
+
+# the figures of a GPU: just bench-gpu SPEECH
+bench-gpu speech: _env
+    @{{ python }} -m benchmarks "{{ speech }}" gpu
+
+# results of benchmarks → the tables in README.md and docs/
+bench-report: _env
+    @{{ python }} -m benchmarks.tables
+
 # does the base recipe learn on real speech? just learning SPEECH OUT (stand-in SNAC, half an hour on 2 cores)
 learning *args: _env
     @{{ python }} -m benchmarks.learning "$@"

@@ -23,6 +23,8 @@ from shards.contract import OK, TARGET_RATE
 
 SPEECH_BYTES = 2_500_000  # some minutes
 HOURS = (10_000, 100_000)
+GPUS = (1, 8, 64)
+REQUESTS_PER_FILE = 5  # into remote storage: put, its size, copy, delete, and whether it stands
 SEGMENT_SECONDS = 47 * 4096 / TARGET_RATE  # 4 s on whole coarse tokens
 SEGMENTS_PER_SHARD = 1000
 FILES_PER_SHARD = 3  # codes, tar, sidecar
@@ -60,21 +62,23 @@ def needs(hours: int, measured: dict[str, float], plan_bytes_per_segment: float)
     segments = hours * 3600 / SEGMENT_SECONDS
     terabytes = hours * measured["tars"] / 1e12
     tables = hours * 2 * measured["sidecars"] + segments * plan_bytes_per_segment  # the index holds all sidecars again
+    files = round(segments / SEGMENTS_PER_SHARD * FILES_PER_SHARD)
     row: dict[str, Any] = {
         "hours": hours,
-        "million segments": segments / 1e6,
-        "files": round(segments / SEGMENTS_PER_SHARD * FILES_PER_SHARD),
-        "tars, TB": terabytes,
-        "codes, GB": hours * measured["codes"] / 1e9,
-        "plan, sidecars and index, GB": tables / 1e9,
-        "dollars a month to keep": terabytes * ASSUMED["dollars per TB and month"],
+        "million_segments": segments / 1e6,
+        "files": files,
+        "requests": files * REQUESTS_PER_FILE,
+        "tars_tb": terabytes,
+        "codes_gb": hours * measured["codes"] / 1e9,
+        "tables_gb": tables / 1e9,
+        "dollars_a_month": terabytes * ASSUMED["dollars per TB and month"],
     }
-    for way in ("plain", "batched"):
+    for way, suffix in (("plain", "_plain"), ("batched", "")):
         rate = ASSUMED[f"SIDON, times real time on one GPU, {way}"]
         gpu_hours = hours / rate + hours / ASSUMED["SNAC encoder, times real time on one GPU"]
-        row[f"GPU hours, {way}"] = gpu_hours
-        row[f"dollars, {way}"] = gpu_hours * ASSUMED["dollars per GPU hour"]
-    return row
+        row[f"gpu_hours{suffix}"] = gpu_hours
+        row[f"dollars{suffix}"] = gpu_hours * ASSUMED["dollars per GPU hour"]
+    return row | {f"days_on_{gpus}": row["gpu_hours"] / 24 / gpus for gpus in GPUS}
 
 
 def main(speech: Path) -> None:

@@ -123,7 +123,7 @@ def main(speech: Path, gpu: str) -> None:
     for name, took in seconds.items():
         length = FLOOR_SECONDS if "alone" in name else audio
         plain = seconds["stock encoder alone" if "alone" in name else "one by one, stock"]
-        table.append({"way": name, "seconds": took, "times real time": length / took, "times stock": plain / took})
+        table.append({"way": name, "seconds": took, "times_real_time": length / took, "times_stock": plain / took})
     report("encoding", table, audio_seconds=audio, recordings_seconds=SECONDS, tokens_compared=tokens, rounds=ROUNDS)
 
 

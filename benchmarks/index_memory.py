@@ -17,40 +17,46 @@ import numpy as np
 import pyarrow as pa
 
 from benchmarks.harness import report
-from shards.contract import INDEX_NAME, INDEX_SCHEMA, OK, sample_key
-from shards.index import load
+from shards.contract import FORMAT_VERSION, INDEX_NAME, INDEX_SCHEMA, OK, sample_key
+from shards.files import file_sha256
+from shards.index import load, write_index, write_sums
 from shards.order import Order
 from shards.storage import locate
 from shards.stream import Stage, Stream
-from shards.writer import write_table
+from shards.writer import encode_metadata
 
-SIZES = (1_000, 10_000, 100_000, 1_000_000)
+SIZES = (1_000, 100_000, 1_000_000, 10_000_000)
 PER_SHARD = 1000
 BATCH = 32
 
 
-def write_index(folder: Path, rows: int) -> None:
-    numbers = np.arange(rows)
-    shards, places = numbers // PER_SHARD, numbers % PER_SHARD
+def make_index(folder: Path, rows: int) -> None:
+    metadata = {"format_version": FORMAT_VERSION, "fingerprint": {"teacher": "none"}}
+    schema = INDEX_SCHEMA.with_metadata(encode_metadata(metadata))
+    folder.mkdir()
+    write_index(folder / INDEX_NAME, schema, map(_shard, range(rows // PER_SHARD)))
+    write_sums(folder, {INDEX_NAME: file_sha256(folder / INDEX_NAME)})
+
+
+def _shard(shard: int) -> pa.Table:
+    places = np.arange(PER_SHARD)
     columns = {
-        "split": ["train"] * rows,
-        "shard": shards.astype(np.int32),
-        "key": [sample_key(*pair) for pair in zip(shards.tolist(), places.tolist(), strict=True)],
-        "recording": [f"speaker_{number % 997}/recording_{number}.flac" for number in range(rows)],
-        "status": [OK] * rows,
+        "split": ["train"] * PER_SHARD,
+        "shard": np.full(PER_SHARD, shard, np.int32),
+        "key": [sample_key(shard, place) for place in places.tolist()],
+        "recording": [f"speaker_{shard % 997}/recording_{shard}_{place}.flac" for place in places.tolist()],
+        "status": [OK] * PER_SHARD,
         "offset": places * 400_000,
-        "length": np.full(rows, 400_000),
-        "crc32": numbers.astype(np.uint32),
-        "n_coarse": np.full(rows, 47, np.int32),
-        "n_samples": np.full(rows, 47 * 4096, np.int32),
+        "length": np.full(PER_SHARD, 400_000),
+        "crc32": (places + shard).astype(np.uint32),
+        "n_coarse": np.full(PER_SHARD, 47, np.int32),
+        "n_samples": np.full(PER_SHARD, 47 * 4096, np.int32),
     }
     arrays = [
-        pa.array(columns[field.name], field.type) if field.name in columns else pa.nulls(rows, field.type)
+        pa.array(columns[field.name], field.type) if field.name in columns else pa.nulls(PER_SHARD, field.type)
         for field in INDEX_SCHEMA
     ]
-    table = pa.Table.from_arrays(arrays, schema=INDEX_SCHEMA)
-    metadata = {"format_version": 1, "fingerprint": {"teacher": "none"}}
-    write_table(folder / INDEX_NAME, table, metadata, PER_SHARD)  # row groups as `compact` writes them
+    return pa.Table.from_arrays(arrays, schema=INDEX_SCHEMA)
 
 
 def measure(folder: str) -> dict[str, float]:
@@ -65,10 +71,10 @@ def measure(folder: str) -> dict[str, float]:
             {name: index.table[name][place.sample].as_py() for name in ("shard", "key", "offset", "length", "crc32")}
     status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     return {
-        "load s": loaded - began,
-        "ms per batch": (time.perf_counter() - loaded) / 200 * 1000,
-        "resident MiB": int(status["VmRSS"].split()[0]) / 1024,
-        "peak MiB": int(status["VmHWM"].split()[0]) / 1024,  # of this process; getrusage's may be its parent's
+        "load_seconds": loaded - began,
+        "ms_per_batch": (time.perf_counter() - loaded) / 200 * 1000,
+        "private_mib": int(status["RssAnon"].split()[0]) / 1024,  # without the index, which is mapped from a file
+        "peak_mib": int(status["VmHWM"].split()[0]) / 1024,  # of this process; getrusage's may be its parent's
     }
 
 
@@ -80,11 +86,11 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         for size in SIZES:
             folder = Path(temporary) / str(size)
-            write_index(folder, size)
+            make_index(folder, size)
             command = [sys.executable, "-m", "benchmarks.index_memory", str(folder)]
             found = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
             index_mib = (folder / INDEX_NAME).stat().st_size / 2**20
-            rows.append({"segments": size, "index MiB": index_mib, **json.loads(found)})
+            rows.append({"segments": size, "index_mib": index_mib, **json.loads(found)})
     report("index_memory", rows, per_shard=PER_SHARD, batch=BATCH)
 
 

@@ -42,7 +42,7 @@ SMALL_DISCRIMINATORS = {  # of the stand-in's size: 0.5 M parameters, where the 
 RECIPES: dict[str, dict[str, Any]] = {
     "base": {},
     "base_log": {"log_stft_weight": 0.1},
-    "base_mel": {"mel_weight": 1.0},
+    "magnitudes": {"l1_weight": 0.0, "log_stft_weight": 0.1},
     "mel": MEL,
     "adversarial": {**MEL, **SMALL_DISCRIMINATORS},
     "adversarial_balanced": {**MEL, **SMALL_DISCRIMINATORS, "balance_losses": True},

@@ -119,7 +119,7 @@ def main() -> None:
     floor = audio * GFLOP_PER_SECOND_OF_AUDIO / gflops(device, dtype)
     first = next(iter(medians.values()))
     rows = [
-        {"way": name, "seconds": seconds, "audio s/s": audio / seconds, "times stock": first / seconds}
+        {"way": name, "seconds": seconds, "audio_s_per_s": audio / seconds, "times_stock": first / seconds}
         for name, seconds in [*medians.items(), (f"floor, {dtype}", floor)]
     ]
     report("training_step", rows, crops=crops, coarse=length, seconds_in_all=time.perf_counter() - began)

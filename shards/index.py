@@ -6,12 +6,12 @@ import os
 import re
 import tempfile
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -24,7 +24,7 @@ from shards.reader import decode_sample, split_members
 from shards.storage import Location
 from shards.writer import differences, encode_metadata, naming, parquet_source, read_metadata, read_table
 
-MAPPED_ROWS = 1 << 16  # of an index in memory at once
+GROUP_ROWS = 1 << 16  # of an index in memory at once
 
 
 def tar_path(folder: Location, split: str, shard: int) -> Location:
@@ -41,18 +41,31 @@ def compact(folder: Location, shards: Sequence[tuple[str, int]], about: Mapping[
     metadata = {"format_version": FORMAT_VERSION, "fingerprint": _common(fingerprint), **(about or {})}
     schema = INDEX_SCHEMA.with_metadata(encode_metadata(metadata))
     sums: dict[str, str] = {}
-    with replacing(path) as temporary, pq.ParquetWriter(temporary, schema, compression="zstd") as writer:
-        for split, shard in shards:
-            writer.write_table(_index_rows(folder, split, shard).replace_schema_metadata(schema.metadata))
-            tar = tar_path(folder, split, shard)
-            sidecar = tar.with_suffix(".parquet")
-            sums[f"{split}/{tar.name}"] = _metadata(folder, split, shard)["tar_sha256"]
-            sums[f"{split}/{sidecar.name}"] = file_sha256(sidecar)
-    _write_sums(folder, {INDEX_NAME: file_sha256(path), **sums})
+    with replacing(path) as temporary:
+        write_index(temporary, schema, (_index_rows(folder, split, shard) for split, shard in shards))
+    for split, shard in shards:
+        tar = tar_path(folder, split, shard)
+        sidecar = tar.with_suffix(".parquet")
+        sums[f"{split}/{tar.name}"] = _metadata(folder, split, shard)["tar_sha256"]
+        sums[f"{split}/{sidecar.name}"] = file_sha256(sidecar)
+    write_sums(folder, {INDEX_NAME: file_sha256(path), **sums})
     return path
 
 
-def _write_sums(folder: Location, sums: Mapping[str, str]) -> None:
+def write_index(path: Path, schema: pa.Schema, tables: Iterable[pa.Table]) -> None:
+    """Row groups of GROUP_ROWS or more: their descriptions alone would fill a reader's memory, were they shards'."""
+    with pq.ParquetWriter(path, schema, compression="zstd", write_page_checksum=True) as writer:
+        waiting: list[pa.Table] = []
+        for table in tables:
+            waiting.append(table.replace_schema_metadata(schema.metadata))
+            if sum(map(len, waiting)) >= GROUP_ROWS:
+                writer.write_table(pa.concat_tables(waiting))
+                waiting.clear()
+        if waiting:
+            writer.write_table(pa.concat_tables(waiting))
+
+
+def write_sums(folder: Location, sums: Mapping[str, str]) -> None:
     with replacing(folder / SUMS_NAME) as temporary:
         temporary.write_text("".join(f"{digest}  {name}\n" for name, digest in sums.items()))
 
@@ -106,33 +119,36 @@ def load(folder: Location, split: str, cache: ShardCache | None = None) -> Index
     path = folder / INDEX_NAME
     sums = check_index(folder)
     with naming(path):
-        table = _mapped(path, split)
-    shards, counts = np.unique(table["shard"].to_numpy(), return_counts=True)
+        table, counts = _mapped(path, split)
     return Index(
         folder=folder,
         split=split,
         table=table,
-        shards=tuple(shards.tolist()),
-        counts=tuple(counts.tolist()),
+        shards=tuple(sorted(counts)),
+        counts=tuple(counts[shard] for shard in sorted(counts)),
         sha256=sums[INDEX_NAME],
         fingerprint=read_metadata(path)["fingerprint"],
         cache=cache or default_cache(),
     )
 
 
-def _mapped(path: Location, split: str) -> pa.Table:
-    """The usable rows, streamed into a file without a name and mapped from there.
+def _mapped(path: Location, split: str) -> tuple[pa.Table, Counter[int]]:
+    """The usable rows, streamed into a file without a name and mapped from there; and how many each shard has.
 
     So memory does not grow with the index, and the processes that read ahead share what is looked up.
     """
     columns = ["shard", "key", "offset", "length", "crc32", "n_coarse", "n_samples"]
     schema = pa.schema([INDEX_SCHEMA.field(name) for name in columns])
+    counts = Counter[int]()
     with tempfile.NamedTemporaryFile(suffix=".arrow") as file:
         with pa.ipc.new_file(file.name, schema) as written, pq.ParquetFile(parquet_source(path)) as parquet:
-            for rows in parquet.iter_batches(MAPPED_ROWS, columns=[*columns, "split", "status"]):
-                usable = pc.and_(pc.equal(rows["split"], split), pc.equal(rows["status"], OK))
-                written.write_batch(rows.filter(usable).select(columns))
-        return pa.ipc.open_file(pa.memory_map(file.name)).read_all()
+            for rows in parquet.iter_batches(GROUP_ROWS, columns=[*columns, "split", "status"]):
+                usable = rows.filter(pc.and_(pc.equal(rows["split"], split), pc.equal(rows["status"], OK)))
+                written.write_batch(usable.select(columns))
+                for found in usable["shard"].value_counts().to_pylist():
+                    counts[found["values"]] += found["counts"]
+        pa.default_memory_pool().release_unused()
+        return pa.ipc.open_file(pa.memory_map(file.name)).read_all(), counts
 
 
 def shard_list(folder: Location) -> list[tuple[str, int]]:

@@ -35,6 +35,7 @@ FREE_TO_CHANGE = {  # settings that may differ between a run and its resumption
     "num_workers", "num_epochs", "max_steps", "eval_batch_size", "patience", "checkpoint_every", "checkpoint_minutes",
     "keep_last", "keep_best", "log_every", "eval_clips", "wandb", "resume",
 }  # fmt: skip
+PHASES_AGREE_DB = 0.0  # SI-SDR: there, the amplitude that is best for a squared error is 3 dB below the target's
 TERMINATED = 143  # exit code of a process that SIGTERM ended
 
 
@@ -94,7 +95,7 @@ class Trainer:
         self._say(self._describe())
         if self.step == 0:
             self._say(self.begins_from)
-            self._validate()
+            self._warn_of_phases(self._validate())
         steps = range(self.step, self.total_steps)
         batches = training_batches(
             self.corpus.training, self.stream, steps, self.settings.num_workers, self.process.rank,
@@ -137,7 +138,16 @@ class Trainer:
         self.step += 1
         return {**means, "phase": phase, "learning_rate": settings.learning_rate * factor}
 
-    def _validate(self) -> None:
+    def _warn_of_phases(self, means: dict[str, float]) -> None:
+        """The waveform that is best for L1 is weaker the less it can know of the target's phase."""
+        agreement_db = means["si_sdr_lf_db"]
+        if self.settings.l1_weight and agreement_db < PHASES_AGREE_DB:
+            self._say(
+                f"warning: below 12 kHz the waveforms of codec and targets differ (SI-SDR {agreement_db:.0f} dB): L1 "
+                "will pull the level down; docs/training.md says what to choose instead"
+            )
+
+    def _validate(self) -> dict[str, float]:
         """Scores fixed crops of unseen groups; keeps the running mean of weights that does best as best.pt."""
         settings, learner = self.settings, self.learner
         length = coarse_tokens(settings.segment_length)
@@ -153,6 +163,7 @@ class Trainer:
             self.best, self.validations_since_best = value, 0
         if self.process.is_first:
             self._keep_best(means, better)
+        return means
 
     def _keep_best(self, means: dict[str, float], better: bool) -> None:
         settings = self.settings

@@ -1,0 +1,153 @@
+"""Shards → batches, written and checked: how fast, and what stands between that and the disk?
+
+Usage: python -m benchmarks.loading. A folder of shards of made voices (crops of 4 s, random tokens), in one process.
+Loading is compared with plain webdataset and DataLoader on the same tars, and with decoding their FLAC alone, which is
+its floor; writing with copying the bytes to disk, checking with reading them.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import tempfile
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import soundfile
+import torch
+import webdataset
+from torch.utils.data import DataLoader
+
+from benchmarks.harness import interleaved, report
+from demo.voice import synthesize
+from pipeline.settings import VerifySettings
+from pipeline.targets import flac_bytes
+from pipeline.verify import verify
+from shards.contract import (
+    COARSE_48K,
+    CODEBOOK_SIZE,
+    CODES_SUFFIX,
+    FORMAT_VERSION,
+    META_SUFFIX,
+    OK,
+    TARGET_RATE,
+    TARGET_SUFFIX,
+    TOKENS,
+    coarse_tokens,
+    npy_bytes,
+    sample_key,
+)  # fmt: skip
+from shards.index import Index, compact, load
+from shards.order import Order
+from shards.reader import read_sample
+from shards.stream import Stage, Stream
+from shards.writer import ShardWriter
+from trainer.data import training_batches
+
+SHARDS, PER_SHARD, BATCH = 4, 96, 32
+COARSE = coarse_tokens(4.0)
+VOICES = 8
+Sample = tuple[dict[str, Any], dict[str, bytes]]
+
+
+def made() -> list[Sample]:
+    """Sidecar rows and members of all samples."""
+    random = np.random.default_rng(0)
+    targets = [
+        flac_bytes(synthesize(voice, 0, 5.0)[: COARSE * COARSE_48K].astype(np.float32), 16) for voice in range(VOICES)
+    ]
+    samples = []
+    for number in range(SHARDS * PER_SHARD):
+        place = {"recording": f"{number}", "group": f"{number % 7}", "segment": 0, "start_seconds": 0.0}
+        size = {"n_coarse": COARSE, "context_before": 0, "context_after": 0, "n_samples": COARSE * COARSE_48K}
+        meta = {**place, **size, "format_version": FORMAT_VERSION, "sampling_rate": TARGET_RATE}
+        codes = random.integers(0, CODEBOOK_SIZE, COARSE * TOKENS).astype(np.int16)
+        members = {
+            CODES_SUFFIX: npy_bytes(codes),
+            TARGET_SUFFIX: targets[number % VOICES],
+            META_SUFFIX: json.dumps({**meta, "gain": 1.0, "teacher": "recording", "snac": "none"}).encode(),
+        }
+        key = sample_key(number // PER_SHARD, number % PER_SHARD)
+        samples.append(({**place, **size, "key": key, "status": OK, "teacher": "recording"}, members))
+    return samples
+
+
+def write(folder: Path, samples: list[Sample]) -> None:
+    for shard in range(SHARDS):
+        with ShardWriter(folder / "train", shard, {"teacher": "recording"}) as writer:
+            for row, members in samples[shard * PER_SHARD : (shard + 1) * PER_SHARD]:
+                writer.add(row, members)
+    compact(folder, [("train", shard) for shard in range(SHARDS)])
+
+
+def copy(folder: Path, tars: list[bytes]) -> None:
+    for number, data in enumerate(tars):
+        with (folder / f"copy_{number}").open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def ours(index: Index) -> None:
+    stream = Stream((Order(index.counts, 0, 1, 16),), (1,), (Stage(0, COARSE, BATCH),), 0)
+    for batch in training_batches((index,), stream, range(stream.steps(1)), 0, 0, 1):
+        assert batch.target_BN.shape == (BATCH, COARSE * COARSE_48K)
+
+
+def plain(folder: Path) -> None:
+    """What one would write: nothing is checked, and the order is the tars'."""
+    urls = [str(path) for path in sorted((folder / "train").glob("*.tar"))]
+    dataset = webdataset.WebDataset(urls, shardshuffle=False).map(_decoded).batched(BATCH)
+    for codes, target in DataLoader(dataset, batch_size=None):
+        assert codes.shape[1:] == (COARSE * TOKENS,)
+        assert target.shape[1:] == (COARSE * COARSE_48K,)
+
+
+def _decoded(sample: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
+    target, _ = soundfile.read(io.BytesIO(sample[TARGET_SUFFIX]), dtype="float32")
+    return torch.from_numpy(np.load(io.BytesIO(sample[CODES_SUFFIX])).astype(np.int64)), torch.from_numpy(target)
+
+
+def flac_alone(samples: list[Sample]) -> None:
+    for _, members in samples:
+        soundfile.read(io.BytesIO(members[TARGET_SUFFIX]), dtype="float32")
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    samples = made()
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        write(folder, samples)
+        tars = [path.read_bytes() for path in sorted((folder / "train").glob("*.tar"))]
+        index, shards = load(folder, "train"), VerifySettings(shards=folder)
+        ways: dict[str, tuple[str, Callable[[], object]]] = {
+            "batches: ours": ("loading", partial(ours, index)),
+            "batches: plain webdataset": ("loading", partial(plain, folder)),
+            "floor: their FLAC decoded": ("loading", partial(flac_alone, samples)),
+            "samples read and checked": ("reading", lambda: [read_sample(index, n) for n in range(len(index))]),
+            "just verify": ("checking", partial(verify, shards)),
+            "shards written": ("writing", partial(write, folder, samples)),
+            "floor: the same bytes to disk": ("writing", partial(copy, folder, tars)),
+        }
+        seconds = interleaved({name: way for name, (_, way) in ways.items()}, rounds=5)
+    audio, megabytes = len(samples) * COARSE * COARSE_48K / TARGET_RATE, sum(map(len, tars)) / 1e6
+    floors = {"loading": seconds["floor: their FLAC decoded"], "writing": seconds["floor: the same bytes to disk"]}
+    rows = [
+        {
+            "way": name,
+            "audio_s_per_s": audio / seconds[name],
+            "mb_per_s": megabytes / seconds[name],
+            "share_of_floor": floors[kind] / seconds[name] if kind in floors else None,
+        }
+        for name, (kind, _) in ways.items()
+    ]
+    report("loading", rows, samples=len(samples), megabytes=megabytes, batch=BATCH)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,27 @@
+"""Tables in the documents are those of the committed results."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from benchmarks import tables
+
+
+def test_documents_show_the_committed_results() -> None:
+    stale = [path.name for path in tables.DOCUMENTS if tables.filled(path.read_text()) != path.read_text()]
+    assert not stale, "run `just bench-report`"
+    assert sum(len(tables.BLOCK.findall(path.read_text())) for path in tables.DOCUMENTS) > 5
+
+
+def test_a_table_is_filled_from_its_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    rows = [{"way": "ours", "threads": 2, "x": 12345.6, "y": None}, {"way": "theirs", "threads": 1, "x": 0.12345}]
+    (tmp_path / "a.json").write_text(json.dumps({"rows": rows}))
+    text = "before\n<!-- a.json [threads=2]: way=way, called; x=x; y=y -->\nold\n<!-- end -->\nafter\n"
+    expected = "| way, called | x | y |\n| - | - | - |\n| ours | 12,346 |  |\n"
+    assert tables.filled(text) == text.replace("old\n", expected)
+    with pytest.raises(KeyError, match="z"):
+        tables.filled(text.replace("y=y", "z=z"))
