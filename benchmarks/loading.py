@@ -109,7 +109,9 @@ def plain(folder: Path) -> None:
 
 def _decoded(sample: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
     target, _ = soundfile.read(io.BytesIO(sample[TARGET_SUFFIX]), dtype="float32")
-    return torch.from_numpy(np.load(io.BytesIO(sample[CODES_SUFFIX])).astype(np.int64)), torch.from_numpy(target)
+    return torch.from_numpy(
+        np.load(io.BytesIO(sample[CODES_SUFFIX]), allow_pickle=False).astype(np.int64)
+    ), torch.from_numpy(target)
 
 
 def flac_alone(samples: list[Sample]) -> None:

@@ -26,9 +26,9 @@ from benchmarks.harness import report
 from configs.loader import load_settings
 from pipeline.codes import CodesStage
 from pipeline.execute import left_to_do
-from pipeline.plan import PLAN_NAME, Plan, make_plan
+from pipeline.plan import Plan, make_plan
 from pipeline.settings import CodesSettings
-from shards.contract import CODES_SCHEMA
+from shards.contract import CODES_SCHEMA, PLAN_NAME
 from shards.writer import write_table
 
 COUNTS = (1_000, 100_000, 1_000_000)

@@ -19,10 +19,10 @@ from tqdm import tqdm
 from codec.audio import AudioError
 from pipeline.execute import holding
 from pipeline.fidelity import compare, speech_share
-from pipeline.plan import PLAN_NAME, Plan
+from pipeline.plan import Plan
 from pipeline.settings import TargetsSettings
 from pipeline.teachers import Teacher
-from shards.contract import COARSE_48K, OK, TARGET_RATE
+from shards.contract import COARSE_48K, OK, PLAN_NAME, TARGET_RATE
 from shards.errors import UserError
 from shards.files import replacing
 

@@ -23,13 +23,12 @@ from matplotlib.figure import SubFigure
 
 from codec.audio import AudioError, Resampler
 from pipeline.codes import open_recording
-from pipeline.plan import PLAN_NAME, Plan
+from pipeline.plan import Plan
 from pipeline.settings import TargetsSettings
 from pipeline.teachers import Teacher
-from shards.contract import COARSE_48K, INDEX_NAME, OK, REJECTED, TARGET_RATE
+from shards.contract import COARSE_48K, INDEX_NAME, OK, PLAN_NAME, REJECTED, TARGET_RATE, tar_path
 from shards.errors import UserError
 from shards.files import replacing
-from shards.index import tar_path
 from shards.reader import decode_sample, split_members
 from shards.writer import read_table
 

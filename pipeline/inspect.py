@@ -11,9 +11,8 @@ import click
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline.plan import PLAN_NAME
 from pipeline.settings import InspectSettings
-from shards.contract import INDEX_NAME, OK, TARGET_RATE
+from shards.contract import INDEX_NAME, OK, PLAN_NAME, TARGET_RATE
 from shards.errors import ShardError, UserError
 from shards.reader import decode_sample, split_members
 from shards.writer import read_metadata, read_table

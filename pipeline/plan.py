@@ -29,6 +29,7 @@ from shards.contract import (
     CODEC_RATE,
     FAILED,
     OK,
+    PLAN_NAME,
     PLAN_SCHEMA,
     SPLITS,
     TARGET_RATE,
@@ -40,7 +41,6 @@ from shards.files import exclusive, file_sha256, replacing
 from shards.storage import Location, Url
 from shards.writer import differences, encode_metadata, naming, parquet_source, read_metadata, read_table
 
-PLAN_NAME = "plan.parquet"
 PLANNED_BY = ("audio", "segment_length", "min_seconds", "segments_per_shard", "validation_fraction", "seed")
 METADATA = {"settings", "shards", "seconds", "rows_sha256", "listed_sha256"}
 

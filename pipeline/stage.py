@@ -7,9 +7,9 @@ from collections.abc import Callable
 from functools import cached_property
 from typing import Any, ClassVar
 
-from pipeline.plan import PLAN_NAME, Plan
+from pipeline.plan import Plan
 from pipeline.settings import CodesSettings, TargetsSettings
-from shards.contract import FAILED
+from shards.contract import FAILED, PLAN_NAME
 from shards.storage import Location
 from shards.writer import is_done, read_table
 

@@ -20,7 +20,7 @@ from pipeline.codes import codes_path
 from pipeline.execute import alone, holding, run
 from pipeline.fidelity import check_alignment
 from pipeline.judging import judge
-from pipeline.plan import PLAN_NAME, Plan
+from pipeline.plan import Plan
 from pipeline.settings import JudgeSettings, TargetsSettings
 from pipeline.stage import Advance, Stage
 from pipeline.teachers import Taught, Teacher
@@ -31,6 +31,7 @@ from shards.contract import (
     FORMAT_VERSION,
     META_SUFFIX,
     OK,
+    PLAN_NAME,
     TARGET_RATE,
     TARGET_SUFFIX,
     check_sample,

@@ -11,6 +11,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from shards.errors import ShardError
+from shards.storage import Location
 
 FORMAT_VERSION = 2
 
@@ -27,6 +28,7 @@ CONTEXT_COARSE = 3  # coarse tokens that cover the decoder's receptive field (10
 CODES_SUFFIX = "codes.npy"
 TARGET_SUFFIX = "target.flac"
 META_SUFFIX = "json"
+PLAN_NAME = "plan.parquet"
 INDEX_NAME = "index.parquet"
 SUMS_NAME = "SHA256SUMS"
 SPLITS = ("train", "validation")
@@ -127,6 +129,11 @@ META_FIELDS = {
 def sample_key(shard: int, row: int) -> str:
     """`000012-00345`: no dots, because WebDataset splits names at the first one."""
     return f"{shard:06d}-{row:05d}"
+
+
+def tar_path(folder: Location, split: str, shard: int) -> Location:
+    """Of a shard; its sidecar has the suffix .parquet."""
+    return folder / split / f"{shard:06d}.tar"
 
 
 def coarse_tokens(seconds: float) -> int:

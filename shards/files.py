@@ -8,6 +8,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from shards.errors import UserError
 from shards.storage import Location, Url
@@ -34,6 +35,17 @@ def replacing(path: Location) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
         raise
     _fsync_folder(path.parent)
+
+
+@contextmanager
+def new_folder(out: Path) -> Iterator[Path]:
+    """Yields the name of a folder to make, which becomes `out` on success. Raises UserError where that exists."""
+    if out.exists():
+        raise UserError(f"out={out} exists: choose another folder or delete it")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as temporary:
+        yield Path(temporary) / out.name
+        (Path(temporary) / out.name).rename(out)
 
 
 @contextmanager

@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from shards.cache import ShardCache, default_cache
-from shards.contract import FORMAT_VERSION, INDEX_NAME, INDEX_SCHEMA, OK, SIDECAR_SCHEMA, SUMS_NAME
+from shards.contract import FORMAT_VERSION, INDEX_NAME, INDEX_SCHEMA, OK, SIDECAR_SCHEMA, SUMS_NAME, tar_path
 from shards.errors import ShardError
 from shards.files import file_sha256, replacing
 from shards.reader import decode_sample, split_members
@@ -25,10 +25,6 @@ from shards.storage import Location
 from shards.writer import differences, encode_metadata, naming, parquet_source, read_metadata, read_table
 
 GROUP_ROWS = 1 << 16  # of an index in memory at once
-
-
-def tar_path(folder: Location, split: str, shard: int) -> Location:
-    return folder / split / f"{shard:06d}.tar"
 
 
 def compact(folder: Location, shards: Sequence[tuple[str, int]], about: Mapping[str, Any] | None = None) -> Location:

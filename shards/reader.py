@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import soundfile
 
-from shards.contract import CODES_SUFFIX, META_SUFFIX, TARGET_SUFFIX, check_meta, check_sample, load_codes
+from shards.contract import CODES_SUFFIX, META_SUFFIX, TARGET_SUFFIX, check_meta, check_sample, load_codes, tar_path
 from shards.errors import ShardError
 from shards.storage import Location, StorageError
 
@@ -70,7 +70,7 @@ def read_sample(index: Index, sample: int) -> dict[str, Any]:
     Raises ShardError naming shard and key when its bytes cannot be had, or are not those of the index.
     """
     row = {name: index.table[name][sample].as_py() for name in ("shard", "key", "offset", "length", "crc32")}
-    path = index.folder / index.split / f"{row['shard']:06d}.tar"
+    path = tar_path(index.folder, index.split, row["shard"])
     trouble = ""
     for attempt in range(READ_ATTEMPTS):
         if attempt:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from shards.contract import tar_path
 from shards.order import Order, permutation, rank_slice
 from shards.reader import read_sample
 from shards.storage import Url
@@ -113,7 +114,7 @@ class StreamSource:
     def _prefetch(self, step: int) -> None:
         if any(isinstance(index.folder, Url) for index in self.indexes):
             indexes = [(self.indexes[folder], shard) for folder, shard in self.stream.shards_from(step)]
-            tars = [index.folder / index.split / f"{index.shards[shard]:06d}.tar" for index, shard in indexes]
+            tars = [tar_path(index.folder, index.split, index.shards[shard]) for index, shard in indexes]
             self.indexes[0].cache.prefetch(tars)
 
     def _read(self, place: Place) -> dict[str, Any]:

@@ -16,12 +16,13 @@ from snac import SNAC
 
 from codec.audio import probe
 from pipeline.codes import codes_path, encode_shard, read_windows, shard_codes
-from pipeline.plan import PLAN_NAME, Plan
+from pipeline.plan import Plan
 from shards.contract import (
     COARSE_24K,
     CONTEXT_COARSE,
     FAILED,
     OK,
+    PLAN_NAME,
     TOO_SHORT,
     sample_key,
     unflatten_codes,

@@ -203,7 +203,7 @@ def test_an_export_never_overwrites(run: Path, tmp_path: Path) -> None:
         else:
             place.write_text("mine")
         code, output = call("export", f"model={run}", f"out={place}")
-        assert (code, output) == (1, f"error: out={place} exists: choose another directory or delete it\n")
+        assert (code, output) == (1, f"error: out={place} exists: choose another folder or delete it\n")
     assert (tmp_path / "file").read_text() == "mine"
     assert not list((tmp_path / "folder").iterdir())
 

@@ -20,11 +20,12 @@ import pytest
 
 from pipeline.codes import shard_codes
 from pipeline.execute import MAX_IN_A_ROW, Progress, here
-from pipeline.plan import PLAN_NAME, Plan
+from pipeline.plan import Plan
 from pipeline.processes import processes
 from pipeline.settings import TargetsSettings
 from pipeline.stage import Advance, Stage
 from pipeline.targets import shard_targets
+from shards.contract import PLAN_NAME
 from shards.errors import UserError
 from shards.files import exclusive
 from shards.storage import Location

@@ -10,8 +10,9 @@ import pytest
 import soundfile
 
 from pipeline.codes import shard_codes
-from pipeline.plan import PLAN_NAME, Plan
+from pipeline.plan import Plan
 from pipeline.targets import shard_targets
+from shards.contract import PLAN_NAME
 from shards.index import load
 from tests.command_helpers import codes_words, in_process, refused, stamps, targets_words
 from tests.helpers import codes_settings, speechlike, targets_settings

@@ -21,8 +21,8 @@ import torch
 from tqdm import tqdm
 
 from pipeline.codes import shard_codes
-from pipeline.plan import PLAN_NAME
 from pipeline.targets import shard_targets
+from shards.contract import PLAN_NAME
 from tests.helpers import ROOT, codes_settings, speechlike, targets_settings
 
 KILLS, KILLS_OF_ONE_FOLDER = 20, 5

@@ -103,7 +103,7 @@ def test_a_missing_package_and_an_existing_folder_are_one_line(
 ) -> None:
     words = [f"model={untrained}", f"out={tmp_path}"]
     assert call("export-onnx", *words) == (
-        1, f"error: out={tmp_path} exists: choose another directory or delete it\n",
+        1, f"error: out={tmp_path} exists: choose another folder or delete it\n",
     )  # fmt: skip
     monkeypatch.setitem(sys.modules, "onnxscript", None)
     code, output = call("export-onnx", f"model={untrained}", f"out={tmp_path / 'out'}")

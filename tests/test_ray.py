@@ -14,8 +14,8 @@ import psutil
 import pytest
 
 from pipeline.codes import shard_codes
-from pipeline.plan import PLAN_NAME
 from pipeline.targets import shard_targets
+from shards.contract import PLAN_NAME
 from tests.command_helpers import refused, targets_words
 from tests.helpers import codes_settings, targets_settings
 from tests.test_execute import SMALL, same, whole

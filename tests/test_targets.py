@@ -13,8 +13,9 @@ import pytest
 import soundfile
 
 from pipeline.codes import shard_codes
-from pipeline.plan import PLAN_NAME, Plan
+from pipeline.plan import Plan
 from pipeline.targets import shard_targets
+from shards.contract import PLAN_NAME
 from shards.errors import ShardError, UserError
 from shards.writer import read_metadata, write_table
 from tests.helpers import codes_settings, speechlike, targets_settings

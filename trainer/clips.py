@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from codec.audio import EXTENSIONS, AudioError, Recording, Resampler, probe
 from codec.snac import coarse_length, encode, windows
-from shards.contract import COARSE_48K, CODEC_RATE, TARGET_RATE, sample_key
+from shards.contract import COARSE_48K, CODEC_RATE, PLAN_NAME, TARGET_RATE, sample_key
 from shards.errors import UserError
 from shards.index import load
 from shards.reader import decode_sample, read_sample
@@ -26,7 +26,6 @@ from shards.writer import read_table
 Samples = npt.NDArray[np.float32]
 
 SPLIT = "validation"
-PLAN = "plan.parquet"
 WINDOW_COARSE = 352  # tokens encoded at once: 30 s
 
 
@@ -83,7 +82,7 @@ class ShardClips:
         self.entries = [Entry(key, length) for key, length in zip(keys, lengths, strict=True)]
         self.plan: dict[str, dict[str, Any]] = {}
         if self.teacher != "recording":
-            self.plan = self._find_plan(folder.resolve().parent / PLAN)
+            self.plan = self._find_plan(folder.resolve().parent / PLAN_NAME)
 
     def load(self, place: int) -> Clip:
         sample = decode_sample(read_sample(self.index, place))
@@ -102,7 +101,7 @@ class ShardClips:
     def _find_plan(self, plan: Path) -> dict[str, dict[str, Any]]:
         if plan.exists():
             return _plan_rows(plan)
-        tqdm.write(f"no {PLAN} beside the shards: the recordings behind the targets are not judged")
+        tqdm.write(f"no {PLAN_NAME} beside the shards: the recordings behind the targets are not judged")
         return {}
 
     def _source(self, entry: Entry) -> Samples | None:

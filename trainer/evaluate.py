@@ -6,7 +6,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import click
@@ -18,6 +17,7 @@ from codec.audio import AudioError
 from codec.snac import device_of
 from shards.contract import FAILED, OK, TARGET_RATE
 from shards.errors import SettingsError, UserError
+from shards.files import new_folder
 from shards.order import permutation
 from shards.writer import write_table
 from trainer.clips import Clip, Clips, Entry, RecordingClips, Samples, ShardClips
@@ -54,9 +54,7 @@ def evaluate(settings: EvalSettings) -> None:
     chosen = _choose(clips, settings.samples, settings.seed)
     entries = [clips.entries[place] for place in chosen if clips.entries[place].problem is None]
     systems = decoded_systems(stock, codecs, device, settings.seed) | external_systems(settings.systems, entries)
-    settings.out.parent.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(dir=settings.out.parent, prefix=f".{settings.out.name}.") as temporary:
-        folder = Path(temporary) / "eval"
+    with new_folder(settings.out) as folder:
         table = pa.Table.from_pylist(list(_rows(settings, clips, chosen, systems, folder)), schema(settings.metrics))
         if not any(status == OK for status in table["status"].to_pylist()):
             raise UserError(f"no clip could be used; the first because: {table['reason'][0]}")
@@ -65,7 +63,6 @@ def evaluate(settings: EvalSettings) -> None:
         write_table(folder / CLIPS, table, provenance)
         write_table(folder / SUMMARY, summary, provenance)
         settings.write(folder / SETTINGS)
-        folder.rename(settings.out)
     _print(settings, table, summary, provenance)
 
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 import copy
 import json
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import click
 import safetensors.torch
@@ -21,8 +20,7 @@ from snac import SNAC
 from torch import Tensor
 from torch.nn.utils import parametrize
 
-from shards.errors import UserError
-from shards.files import replacing
+from shards.files import new_folder, replacing
 from trainer.card import write_card
 from trainer.checkpoint import PROVENANCE, Codec48k, load_codec, save
 from trainer.decoder import RATES_48K
@@ -33,15 +31,10 @@ DECODING = ("decoder.", "quantizer.")  # what names of weights begin with that d
 
 def export(settings: ExportSettings) -> None:
     """Raises UserError when `out` exists: an export never overwrites."""
-    if settings.out.exists():
-        raise UserError(f"out={settings.out} exists: choose another directory or delete it")
-    codec = load_codec(settings.model, settings.pretrained_model)
-    settings.out.parent.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(dir=settings.out.parent, prefix=f".{settings.out.name}.") as temporary:
-        folder = Path(temporary) / "export"
+    with new_folder(settings.out) as folder:
+        codec = load_codec(settings.model, settings.pretrained_model)
         write_export(codec, folder, settings.fold)
         write_card(codec, folder / "README.md", settings.out.name, settings.fold, settings.license)
-        folder.rename(settings.out)
     click.echo(f"{settings.out}: SNAC.from_pretrained loads it; codes by {codec.snac_name}")
 
 

@@ -16,7 +16,6 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import click
@@ -28,7 +27,7 @@ from torch import Tensor, nn
 
 from shards.contract import COARSE_24K, CODEBOOK_SIZE, TOKENS_PER_COARSE
 from shards.errors import UserError
-from shards.files import replacing
+from shards.files import new_folder, replacing
 from trainer.checkpoint import PROVENANCE, Codec48k, load_codec
 from trainer.inference import folded
 from trainer.settings import ExportOnnxSettings
@@ -70,12 +69,8 @@ class AudioToTokens(nn.Module):
 def export_onnx(settings: ExportOnnxSettings) -> None:
     """Raises UserError when `out` exists, when an optional package is missing, or when ONNX and torch disagree."""
     require_onnx()
-    if settings.out.exists():
-        raise UserError(f"out={settings.out} exists: choose another directory or delete it")
-    codec = load_codec(settings.model, settings.pretrained_model)
-    settings.out.parent.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(dir=settings.out.parent, prefix=f".{settings.out.name}.") as temporary:
-        folder = Path(temporary) / "export"
+    with new_folder(settings.out) as folder:
+        codec = load_codec(settings.model, settings.pretrained_model)
         write_decoder(codec, folder / DECODER)
         write_half(folder / DECODER, folder / DECODER_FP16)
         write_encoder(codec.snac, folder / ENCODER)
@@ -83,7 +78,6 @@ def export_onnx(settings: ExportOnnxSettings) -> None:
         for name, value in (("parity.json", found), (PROVENANCE, codec.provenance)):
             with replacing(folder / name) as file:
                 file.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n")
-        folder.rename(settings.out)
     click.echo(
         f"{settings.out}: {DECODER} differs from torch by {found['decoder_largest_difference']:.1e}, "
         f"{DECODER_FP16} has {found['decoder_fp16_snr_db']:.1f} dB; codes by {codec.snac_name}"

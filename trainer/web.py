@@ -19,7 +19,7 @@ from tempfile import TemporaryDirectory
 import click
 
 from shards.errors import UserError
-from shards.files import replacing
+from shards.files import new_folder, replacing
 from trainer.checkpoint import PROVENANCE, load_codec
 from trainer.export_onnx import require_onnx, write_decoder
 from trainer.settings import WebSettings
@@ -33,12 +33,9 @@ RUNTIME, GLUE, WASM = "ort.wasm.min.js", "ort-wasm-simd-threaded.mjs", "ort-wasm
 def web(settings: WebSettings) -> None:
     """Raises UserError when `out` exists, or when npm or its package cannot be had."""
     require_onnx()
-    if settings.out.exists():
-        raise UserError(f"out={settings.out} exists: choose another directory or delete it")
-    codec = load_codec(settings.model, settings.pretrained_model)
-    settings.out.parent.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(dir=settings.out.parent, prefix=f".{settings.out.name}.") as temporary:
-        folder, model = Path(temporary) / "page", Path(temporary) / "decoder.onnx"
+    with new_folder(settings.out) as folder, TemporaryDirectory() as temporary:
+        codec = load_codec(settings.model, settings.pretrained_model)
+        model = Path(temporary) / "decoder.onnx"
         runtime = fetch_runtime(settings.package, Path(temporary))
         write_decoder(codec, model)
         for path in sorted(PAGE.iterdir()):
@@ -49,7 +46,6 @@ def web(settings: WebSettings) -> None:
         write_asset(folder / "decoder_model.js", model.read_bytes())
         write(folder / "about.js", f"window.about = {as_script(f'Codes by {codec.snac_name}.')};\n".encode())
         write(folder / PROVENANCE, json.dumps(codec.provenance, indent=2, sort_keys=True).encode())
-        folder.rename(settings.out)
     click.echo(f"{settings.out}/index.html: open it, or serve the folder; codes by {codec.snac_name}")
 
 
