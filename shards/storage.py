@@ -1,4 +1,4 @@
-"""Remote storage by its URL: `s3://bucket/corpus`, `gs://…`, `hf://…`, whatever fsspec opens.
+"""Remote storage by its URL, through fsspec: `s3://bucket/corpus`, `gs://…`, `hf://…`, and no other kind.
 
 A `Location` is a `Path` or a `Url`. A `Url` answers to the few names of pathlib that readers and writers of shards use:
 `location / name`, `.name`, `.parent`, `.with_suffix()`, `.exists()`, `.stat().st_size`, `.open()`, `.read_bytes()`,
@@ -28,6 +28,7 @@ from shards.errors import UserError
 
 T = TypeVar("T")
 
+SCHEMES = ("s3", "gs", "hf")
 ATTEMPTS = 5
 FIRST_WAIT_SECONDS = 0.2  # doubled after each attempt
 WHOLE_BYTES = 1 << 28  # up to this size `open` fetches an object at once, so that its reads cannot fail half-way
@@ -231,6 +232,8 @@ class _Window(io.RawIOBase):
 
 def _filesystem(url: str) -> Any:
     protocol = url.partition("://")[0]
+    if protocol not in SCHEMES:  # a manifest's rows must not make this machine call whomever they name
+        raise StorageError(f"{url}: {protocol}:// is none of {', '.join(SCHEMES)}")
     try:
         return fsspec.filesystem(protocol)
     except ImportError as error:

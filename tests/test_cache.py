@@ -22,6 +22,11 @@ from trainer.data import training_batches
 MANY = 1 << 30
 
 
+@pytest.fixture(autouse=True)
+def folders_may_be_urls(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shards.storage.SCHEMES", ("file",))
+
+
 def remote(folder: Path) -> Url:
     return Url(f"file://{folder}")
 
