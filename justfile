@@ -116,6 +116,10 @@ check: _env
 test *args: _env
     @{{ python }} -m pytest "$@"
 
+# kills, damage and strange input, many times over: just torture --times 20 (hours)
+torture *args="--times 10": _env
+    @{{ python }} -m pytest tests/torture tests/test_killed_pipeline.py tests/test_killed_training.py {{ args }}
+
 # everything optional too: metrics, ONNX, Ray, remote storage, W&B
 extras:
     @just _install requirements-all.lock

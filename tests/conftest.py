@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +16,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import torch
 from snac import SNAC
 
+from benchmarks.harness import report
 from codec.snac import load_snac
 from pipeline.codes import shard_codes
 from pipeline.targets import shard_targets
@@ -23,6 +26,29 @@ from trainer import checkpoint
 from trainer.decoder import warm_start
 
 torch.set_num_threads(1)
+
+
+Tally = Counter[tuple[str, str]]  # what was done, and where → how often, none of it with a loss
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--times", type=int, default=1, help="how often what tortures is repeated (just torture)")
+
+
+@pytest.fixture(scope="session")
+def times(request: pytest.FixtureRequest) -> int:
+    found: int = request.config.getoption("--times")
+    return found
+
+
+@pytest.fixture(scope="session")
+def tally(times: int) -> Iterator[Tally]:
+    """Counts what was survived; repeated torture leaves the table in benchmarks/results/."""
+    counts: Tally = Counter()
+    yield counts
+    if times > 1:
+        rows = [{"what": what, "where": where, "times": n, "lost": 0} for (what, where), n in sorted(counts.items())]
+        report("torture", rows, repeated=times)
 
 
 @pytest.fixture(scope="session")

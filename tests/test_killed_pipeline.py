@@ -23,6 +23,7 @@ from tqdm import tqdm
 from pipeline.codes import shard_codes
 from pipeline.targets import shard_targets
 from shards.contract import PLAN_NAME
+from tests.conftest import Tally
 from tests.helpers import ROOT, codes_settings, speechlike, targets_settings
 
 KILLS, KILLS_OF_ONE_FOLDER = 20, 5
@@ -122,9 +123,21 @@ def contents(work: Path) -> dict[str, bytes]:
     return {str(path.relative_to(work)): path.read_bytes().replace(str(work).encode(), b"WORK") for path in files}
 
 
+def place(names: list[str]) -> str:
+    """Where a kill fell, by the files that it left."""
+    if any(name.endswith(".tmp") for name in names):
+        return "while a file was written"
+    if PLAN_NAME not in names:
+        return "before the plan stood"
+    return "between files"
+
+
 @pytest.mark.parametrize("stage", STAGES)
-def test_killed_twenty_times(stage: str, context: ForkServerContext, audio: Path, whole: Path, tmp_path: Path) -> None:
+def test_killed_twenty_times(
+    stage: str, context: ForkServerContext, audio: Path, whole: Path, tmp_path: Path, times: int, tally: Tally
+) -> None:
     """At moments from all over the stage, a few times each folder; then one more run ends what was begun."""
+    kills = KILLS * times
     expected = contents(whole)
     if stage == "codes":
         expected = {name: data for name, data in expected.items() if not name.startswith("shards/")}
@@ -141,23 +154,24 @@ def test_killed_twenty_times(stage: str, context: ForkServerContext, audio: Path
 
     seconds = undisturbed(context, stage, audio, fresh("timed"))
     draw = random.Random(0)
-    moments = [seconds * (number + draw.random()) / KILLS for number in range(KILLS)]
+    moments = [seconds * (number + draw.random()) / kills for number in range(kills)]
     later = moments[KILLS_OF_ONE_FOLDER:]
     draw.shuffle(later)
     moments[KILLS_OF_ONE_FOLDER:] = later  # the first folder is killed early on, again and again
     left: list[list[str]] = []
     early, kills_here, work = 0, 0, fresh("first")
-    while len(left) < KILLS:
+    while len(left) < kills:
         if killed(start(context, stage, audio, work), moments[len(left)]):
             left.append(sorted(contents(work)))
+            tally[f"SIGKILL, {stage}", place(left[-1])] += 1
             kills_here += 1
-            if kills_here < KILLS_OF_ONE_FOLDER and len(left) < KILLS:
+            if kills_here < KILLS_OF_ONE_FOLDER and len(left) < kills:
                 continue
             undisturbed(context, stage, audio, work)
         else:  # little was left to do: this kill is tried again, on a new folder
             early += 1
             moments[len(left)] *= 0.9
-            assert early < 2 * KILLS, "most runs ended before they were killed"
+            assert early < 2 * kills, "most runs ended before they were killed"
         found = contents(work)
         assert found.keys() == expected.keys()
         assert [name for name in found if found[name] != expected[name]] == []

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.conftest import Tally
 from tests.helpers import ROOT
 from tests.training_helpers import (
     ADVERSARIAL,
@@ -71,27 +72,29 @@ def wait_for_step(process: BaseProcess, run: Path, step: int) -> None:
         time.sleep(0.002)
 
 
-def test_killed_twenty_times(context: ForkServerContext, work: Path, tmp_path: Path) -> None:
+def test_killed_twenty_times(context: ForkServerContext, work: Path, tmp_path: Path, times: int, tally: Tally) -> None:
     """Each run is killed and started again until it ends; then it is the undisturbed one, and another run begins."""
     undisturbed = tmp_path / "undisturbed"
     process = start(context, work, undisturbed)
     process.join()
     assert process.exitcode == 0
 
-    delays, kills, number, resumed = random.Random(0), 0, 0, set()
-    while kills < KILLS or (tmp_path / str(number)).exists():
-        assert number < KILLS, "most runs ended before they were killed"
+    wanted, delays, kills, number, resumed = KILLS * times, random.Random(0), 0, 0, set()
+    while kills < wanted or (tmp_path / str(number)).exists():
+        assert number < wanted, "most runs ended before they were killed"
         run = tmp_path / str(number)
         process = start(context, work, run)
-        if kills < KILLS:
+        if kills < wanted:
             begun = 0 if checkpoint.newest(run) is None else last_state(run)["step"]
             wait_for_step(process, run, begun + delays.randrange(3))
-        process.join(delays.uniform(0, 0.2) if kills < KILLS else None)
+        process.join(delays.uniform(0, 0.2) if kills < wanted else None)
         if process.is_alive():
             process.kill()
             process.join()
             kills += 1
             resumed.add(None if checkpoint.newest(run) is None else last_state(run)["step"])
+            unfinished = list(run.rglob("*.tmp"))
+            tally["SIGKILL, training", "while a file was written" if unfinished else "between files"] += 1
             continue
         assert process.exitcode == 0
         assert_same_state(last_state(run), last_state(undisturbed))
