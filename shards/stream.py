@@ -64,6 +64,8 @@ class Stream:
         return [self.place(position) for position in range(first, first + self.stage(step).batch)]
 
     def place(self, position: int) -> Place:
+        if len(self._turns) == 1:
+            return Place(position, 0, self.orders[0].sample_at(position))
         cycle, turn = divmod(position, len(self._turns))
         turns = self._turns[permutation(len(self._turns), self.seed, "folders", cycle)]
         folder = int(turns[turn])
