@@ -17,6 +17,7 @@ import numpy.typing as npt
 import pytest
 import torch
 
+from benchmarks.browser import chromium
 from codec.snac import snac_levels
 from shards.contract import COARSE_48K, flatten_codes
 from shards.errors import UserError
@@ -57,22 +58,10 @@ def page(untrained: Path, package: Path, tmp_path_factory: pytest.TempPathFactor
 def browser() -> Iterator[Any]:
     """Headless Chromium that resolves no host but loopback."""
     pytest.importorskip("selenium", reason="`just extras` installs it")
-    chromium = shutil.which("chromium")
-    if not (chromium and shutil.which("chromedriver")):
+    if not (shutil.which("chromium") and shutil.which("chromedriver")):
         pytest.skip("chromium and chromium-driver are not installed")
-    from selenium.webdriver import Chrome, ChromeOptions
-    from selenium.webdriver.chrome.service import Service
-
-    options = ChromeOptions()
-    options.binary_location = chromium
-    for argument in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--window-size=1000,1000"):
-        options.add_argument(argument)
-    options.add_argument("--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1")
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    driver = Chrome(options, Service(shutil.which("chromedriver")))
-    driver.set_script_timeout(WAIT_SECONDS)
-    yield driver
-    driver.quit()
+    with chromium("--window-size=1000,1000") as driver:
+        yield driver
 
 
 class Quiet(SimpleHTTPRequestHandler):

@@ -20,7 +20,7 @@ import click
 
 from shards.errors import UserError
 from shards.files import new_folder, replacing
-from trainer.checkpoint import PROVENANCE, load_codec
+from trainer.checkpoint import PROVENANCE, Codec48k, load_codec
 from trainer.export_onnx import require_onnx, write_decoder
 from trainer.settings import WebSettings
 
@@ -33,20 +33,25 @@ RUNTIME, GLUE, WASM = "ort.wasm.min.js", "ort-wasm-simd-threaded.mjs", "ort-wasm
 def web(settings: WebSettings) -> None:
     """Raises UserError when `out` exists, or when npm or its package cannot be had."""
     require_onnx()
-    with new_folder(settings.out) as folder, TemporaryDirectory() as temporary:
+    with new_folder(settings.out) as folder:
         codec = load_codec(settings.model, settings.pretrained_model)
-        model = Path(temporary) / "decoder.onnx"
-        runtime = fetch_runtime(settings.package, Path(temporary))
-        write_decoder(codec, model)
-        for path in sorted(PAGE.iterdir()):
-            write(folder / path.name, path.read_bytes())
-        write(folder / RUNTIME, runtime[RUNTIME])
-        write_asset(folder / "ort_glue.js", runtime[GLUE])
-        write_asset(folder / "ort_wasm.js", runtime[WASM])
-        write_asset(folder / "decoder_model.js", model.read_bytes())
-        write(folder / "about.js", f"window.about = {as_script(f'Codes by {codec.snac_name}.')};\n".encode())
-        write(folder / PROVENANCE, json.dumps(codec.provenance, indent=2, sort_keys=True).encode())
+        write_page(codec, folder, settings.package)
     click.echo(f"{settings.out}/index.html: open it, or serve the folder; codes by {codec.snac_name}")
+
+
+def write_page(codec: Codec48k, folder: Path, package: Path | None) -> None:
+    with TemporaryDirectory() as temporary:
+        model = Path(temporary) / "decoder.onnx"
+        runtime = fetch_runtime(package, Path(temporary))
+        write_decoder(codec, model)
+        write_asset(folder / "decoder_model.js", model.read_bytes())
+    for path in sorted(PAGE.iterdir()):
+        write(folder / path.name, path.read_bytes())
+    write(folder / RUNTIME, runtime[RUNTIME])
+    write_asset(folder / "ort_glue.js", runtime[GLUE])
+    write_asset(folder / "ort_wasm.js", runtime[WASM])
+    write(folder / "about.js", f"window.about = {as_script(f'Codes by {codec.snac_name}.')};\n".encode())
+    write(folder / PROVENANCE, json.dumps(codec.provenance, indent=2, sort_keys=True).encode())
 
 
 def write_asset(path: Path, content: bytes) -> None:
