@@ -37,8 +37,10 @@ def table(block: re.Match[str]) -> str:
     rows: list[dict[str, Any]] = json.loads((RESULTS / block["file"]).read_text())["rows"]
     chosen = [row for row in rows if not block["column"] or str(row[block["column"]]) == block["value"]]
     columns = dict(part.strip().split("=", 1) for part in block["titles"].split(";"))
+    for column in columns.keys() - {name for row in rows for name in row}:
+        raise KeyError(f"{block['file']} has no column {column}")
     lines = [list(columns.values()), ["-"] * len(columns)]
-    lines += [[_cell(row[column]) for column in columns] for row in chosen]
+    lines += [[_cell(row.get(column)) for column in columns] for row in chosen]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
