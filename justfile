@@ -1,6 +1,7 @@
 # Every argument after a command is key=value; `just COMMAND --help` lists the keys.
 
 set positional-arguments
+set no-exit-message
 
 python := ".venv/bin/python"
 resolve := "uv pip compile --universal --python-version 3.11 --no-emit-index-url --group dev pyproject.toml " \
