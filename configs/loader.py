@@ -113,6 +113,6 @@ def _explain(error: ValidationError, model: type[BaseModel]) -> str:
         parts = map(str, problem["loc"])
         key = ".".join(part for part in parts if part.isidentifier() or part.isdigit())  # not a union's alternatives
         given = f" (given: {problem['input']!r})" if problem["type"] not in ("missing", "extra_forbidden") else ""
-        text = "unknown key" if problem["type"] == "extra_forbidden" else problem["msg"]
+        text = "unknown key" if problem["type"] == "extra_forbidden" else problem["msg"].removeprefix("Value error, ")
         problems.append(f"{key}: {text}{given}" if key else text)
     return f"{'; '.join(problems)}. Known keys: {', '.join(model.model_fields)}"
