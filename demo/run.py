@@ -26,6 +26,9 @@ TRAIN = {
     "segment_length": 0.5,
     "learning_rate": 3e-4,
     "phase1_steps": 40,
+    "l1_weight": 0.0,  # the stand-in's waveforms have little in common with the voice's: docs/training.md
+    "stft_weight": 0.0,
+    "mel_weight": 15.0,
     "warmup_steps": 10,
     "ema_decay": 0.95,
     "eval_every": 80,
