@@ -99,10 +99,6 @@ bench-gpu speech: _env
 bench-report: _env
     @{{ python }} -m benchmarks.tables
 
-# does the base recipe learn on real speech? just learning SPEECH OUT (stand-in SNAC, half an hour on 2 cores)
-learning *args: _env
-    @{{ python }} -m benchmarks.learning "$@"
-
 # which recipe gives the best voice? just bench-quality SPEECH OUT minutes=30 (stand-in SNAC; run again to go on)
 bench-quality *args: _env
     @{{ python }} -m benchmarks.quality "$@"

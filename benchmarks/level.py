@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.harness import report
-from benchmarks.learning import SNAC
+from benchmarks.quality import SNAC
 from codec.snac import load_snac
 from configs.loader import load_settings
 from shards.contract import coarse_tokens
