@@ -146,7 +146,7 @@ def test_the_best_checkpoint_is_the_best_by_validation(
 ) -> None:
     """Validation losses are made to fall and rise again, whatever training does."""
     losses = iter([5.0, 3.0, 4.0, 2.0, 6.0])
-    monkeypatch.setattr("trainer.loop.validate", lambda *_: {"loss": next(losses)})
+    monkeypatch.setattr("trainer.loop.validate", lambda *_: {"loss": next(losses), "si_sdr_lf_db": 0.0})
     run = tmp_path / "run"
     last = small_training(work, run, eval_every=1, eval_samples=1, checkpoint_every=1, keep_last=9, max_steps=4)
     best = checkpoint.load(checkpoint.folder(run) / checkpoint.BEST)
