@@ -117,6 +117,10 @@ test *args: _env
 torture *args="--times 10": _env
     @{{ python }} -m pytest tests/torture tests/test_killed_pipeline.py tests/test_killed_training.py {{ args }}
 
+# coverage-guided fuzzing of every reader, so many seconds for each: just fuzz 60 OUT (needs `just extras`; Linux)
+fuzz seconds out: _env
+    @{{ python }} -m tests.torture.fuzz "{{ seconds }}" "{{ out }}"
+
 # everything optional too: metrics, ONNX, Ray, remote storage, W&B
 extras:
     @just _install requirements-all.lock
@@ -125,7 +129,7 @@ extras:
 pins:
     {{ resolve }} --upgrade -o requirements.lock
     cp requirements.lock requirements-all.lock
-    {{ resolve }} --group extras-tests --all-extras -o requirements-all.lock
+    {{ resolve }} --group extras-tests --group fuzz --all-extras -o requirements-all.lock
 
 # .venv holds exactly requirements.lock, or requirements-all.lock once `just extras` has run
 _env:

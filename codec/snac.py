@@ -40,7 +40,7 @@ def load_snac(name: str) -> tuple[SNAC, Weights]:
     try:
         config = json.loads(weights.paths["config.json"].read_text())
         found = {key: config.get(key) for key in GEOMETRY}
-    except (ValueError, AttributeError) as error:
+    except (ValueError, AttributeError, RecursionError) as error:
         raise UserError(f"{weights.paths['config.json']} is not the config of a SNAC: {error}") from error
     if found != GEOMETRY:
         raise UserError(f"{name} is not a SNAC 24 kHz: expected {GEOMETRY}, found {found}")

@@ -77,14 +77,14 @@ def _split(overrides: Iterable[str], file: str) -> tuple[dict[str, Any], Path]:
 def _parse(text: str) -> Any:
     try:
         return json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return text
 
 
 def _read(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(), object_pairs_hook=_without_repetition)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise SettingsError(f"config {path} is not a readable JSON file: {error}") from None
     if not isinstance(content, dict):
         raise SettingsError(f"config {path} should hold one JSON object")

@@ -98,12 +98,15 @@ def _read(path: Location) -> pa.Table:
     try:
         with path.open("rb") as file:
             if path.suffix == ".parquet":
-                return _typed(pq.read_table(path if isinstance(path, Path) else file))
-            if path.suffix == ".csv":
+                table = pq.read_table(path if isinstance(path, Path) else file)
+            elif path.suffix == ".csv":
                 convert = pa.csv.ConvertOptions(column_types=COLUMNS, null_values=[""], strings_can_be_null=True)
-                return pa.csv.read_csv(file, convert_options=convert)
-            return _typed(pa.json.read_json(file))
-    except (pa.ArrowException, OSError) as error:
+                table = pa.csv.read_csv(file, convert_options=convert)
+            else:
+                table = pa.json.read_json(file)
+        table.validate(full=True)  # pyarrow takes any bytes for text
+        return _typed(table)
+    except (pa.ArrowException, ValueError, OSError) as error:
         raise UserError(f"manifest {path} cannot be read: {error}") from error
 
 

@@ -67,7 +67,7 @@ def _speaker(file: IO[bytes] | None) -> str:
     """The json's `speaker`; empty where it names none."""
     try:
         content = json.loads(file.read()) if file else None
-    except ValueError:
+    except (ValueError, RecursionError):
         return ""
     named = content.get("speaker") if isinstance(content, dict) else None
     return "" if named is None else str(named)

@@ -178,7 +178,7 @@ def check_meta(data: bytes) -> dict[str, Any]:
     """Bytes of a sample's json → its fields, each present and of its type."""
     try:
         meta: dict[str, Any] = json.loads(data)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ShardError(f"metadata is not JSON: {error}") from error
     for name, kind in META_FIELDS.items():
         if not isinstance(meta, dict) or type(meta.get(name)) is not kind:

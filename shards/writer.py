@@ -44,7 +44,9 @@ def read_metadata(path: Location) -> dict[str, Any]:
 def read_table(path: Location, **options: Any) -> pa.Table:
     """`pyarrow.parquet.read_table`. Raises ShardError for a file that is damaged."""
     with naming(path):
-        return pq.read_table(parquet_source(path), page_checksum_verification=True, **options)
+        table = pq.read_table(parquet_source(path), page_checksum_verification=True, **options)
+        table.validate(full=True)  # pyarrow takes any bytes for text
+        return table
 
 
 def parquet_source(path: Location) -> Path | io.BytesIO:
@@ -57,7 +59,7 @@ def naming(path: Location) -> Iterator[None]:
     """Turns what pyarrow raises on a damaged file into a ShardError that names it."""
     try:
         yield
-    except (pa.ArrowException, ValueError, OSError, MemoryError) as error:
+    except (pa.ArrowException, ValueError, OSError, MemoryError, RecursionError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ShardError(f"{path}: damaged, or no file of ours ({reason}); make it again by its stage") from error
 

@@ -157,7 +157,7 @@ def _from_export(directory: Path) -> Codec48k:
         config = json.loads((directory / "config.json").read_text())
         provenance = json.loads((directory / PROVENANCE).read_text())
         _check_crc32(directory / "pytorch_model.bin")
-    except (OSError, ValueError, zipfile.BadZipFile) as error:
+    except (OSError, ValueError, RecursionError, zipfile.BadZipFile) as error:
         raise UserError(f"{directory} is not a directory made by `just export`: {error}") from error
     if not isinstance(config, dict) or not isinstance(provenance, dict) or "snac" not in provenance:
         raise UserError(f"{directory}: config.json or {PROVENANCE} is not what `just export` writes")

@@ -68,7 +68,7 @@ def tail(path: Path) -> Iterator[dict[str, Any]]:
         for line in file.read().splitlines():
             try:
                 entry = json.loads(line)
-            except ValueError:
+            except (ValueError, RecursionError):
                 continue
             if isinstance(entry, dict):
                 yield entry
@@ -107,6 +107,6 @@ def _values(line: dict[str, Any]) -> str:
 def _read(path: Path) -> dict[str, Any]:
     try:
         found: dict[str, Any] = json.loads(path.read_text())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return found

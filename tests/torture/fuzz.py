@@ -1,0 +1,129 @@
+"""Coverage-guided fuzzing of every reader, so many SECONDS for each: `just fuzz SECONDS OUT` (atheris, on Linux).
+
+Anything but a value or an error of ours is a crash; so is a file that is written elsewhere, a process that is started,
+a connection, an unpickled class. The input that did it is left in OUT, with what was printed.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from tests.torture.readers import Reader
+
+INSTRUMENTED = ["shards", "configs", "codec", "pipeline", "trainer", "json", "tarfile", "zipfile", "numpy.lib"]
+NEVER = {"subprocess.Popen", "os.exec", "os.posix_spawn", "os.system", "socket.connect", "socket.getaddrinfo",
+         "pickle.find_class"}  # fmt: skip
+CHANGES = {"os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.link", "os.symlink", "os.truncate", "os.chmod"}
+MAX_MIB, MAX_SECONDS = 4096, 20  # that one input may take
+
+_watched: Path | None = None
+_installed = False
+
+
+class EscapeError(BaseException):
+    """Something was done that reading does not need. No `except Exception` hides it."""
+
+
+def _audit(event: str, given: tuple[Any, ...]) -> None:
+    if _watched is None:
+        return
+    writes = event in CHANGES or (event == "open" and given[2] & (os.O_WRONLY | os.O_RDWR))
+    inside = writes and (isinstance(given[0], int) or Path(os.fsdecode(given[0])).resolve().is_relative_to(_watched))
+    if event in NEVER or (writes and not inside):
+        raise EscapeError(f"{event} {given}")
+
+
+@contextmanager
+def watching(folder: Path) -> Iterator[None]:
+    """Meanwhile, whatever this process does beyond `folder` raises EscapeError."""
+    global _watched, _installed
+    if not _installed:
+        sys.addaudithook(_audit)
+        _installed = True
+    before, tempfile.tempdir, _watched = tempfile.tempdir, str(folder), folder.resolve()
+    try:
+        yield
+    finally:
+        tempfile.tempdir, _watched = before, None
+
+
+def feeder(reader: Reader, folder: Path) -> Callable[[bytes], None]:
+    """Gives the reader a file of these bytes, and lets through what it must not raise."""
+    from tests.torture.readers import OURS
+
+    def feed(data: bytes) -> None:
+        path = folder / reader.name
+        path.write_bytes(data)
+        with suppress(*OURS):
+            reader.read(path)
+
+    return feed
+
+
+def fuzz(name: str, corpus: Path, options: list[str]) -> None:
+    """In a process of its own, which libFuzzer ends."""
+    import atheris
+
+    with atheris.instrument_imports(include=INSTRUMENTED):
+        from tests.torture.readers import READERS
+    (reader,) = (reader for reader in READERS if reader.name == name)
+    with tempfile.TemporaryDirectory() as folder:
+        feed = feeder(reader, Path(folder))
+        for path in sorted(corpus.iterdir()):
+            feed(path.read_bytes())  # what is imported late, is imported now
+        atheris.Setup([sys.argv[0], str(corpus), *options], feed)
+        with watching(Path(folder)):
+            atheris.Fuzz()
+
+
+def main(seconds: int, out: Path) -> None:
+    from benchmarks.harness import report
+    from tests.torture.readers import READERS, finished
+
+    out.mkdir(parents=True)
+    finished(out / "finished")
+    limits = [f"-max_total_time={seconds}", f"-rss_limit_mb={MAX_MIB}", f"-timeout={MAX_SECONDS}", "-seed=1"]
+    rows = []
+    for reader in READERS:
+        corpus = out / reader.name / "corpus"
+        corpus.mkdir(parents=True)
+        seeds = [*reader.seeds(out / "finished"), *reader.hostile]
+        for number, seed in enumerate(seeds):
+            (corpus / f"seed_{number}").write_bytes(seed)
+        options = [*limits, f"-artifact_prefix={out / reader.name}/", f"-max_len={4 * max(map(len, seeds))}"]
+        words = [sys.executable, "-m", "tests.torture.fuzz", "one", reader.name, str(corpus), *options]
+        with (out / reader.name / "log").open("w") as log:
+            ended = subprocess.run(words, stdout=log, stderr=subprocess.STDOUT, check=False).returncode
+        text = (out / reader.name / "log").read_text(errors="replace")
+        runs = re.search(r"^Done (\d+) runs in (\d+) second", text, re.MULTILINE)
+        cover = re.findall(r"cov: (\d+)", text)
+        rows.append(
+            {
+                "reader": reader.name,
+                "seconds": int(runs[2]) if runs else None,
+                "inputs": int(runs[1]) if runs else None,
+                "branches": int(cover[-1]) if cover else None,
+                "inputs_kept": len(list(corpus.iterdir())),
+                "crashes": int(ended != 0),
+            }
+        )
+        print(rows[-1], flush=True)
+    report("fuzz", rows, seconds_each=seconds)
+    if any(row["crashes"] for row in rows):
+        sys.exit(f"error: crashes; their inputs and logs are in {out}")
+
+
+if __name__ == "__main__":
+    if sys.argv[1] == "one":
+        fuzz(sys.argv[2], Path(sys.argv[3]), sys.argv[4:])
+    else:
+        main(int(sys.argv[1]), Path(sys.argv[2]))
