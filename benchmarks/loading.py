@@ -54,18 +54,21 @@ VOICES = 8
 Sample = tuple[dict[str, Any], dict[str, bytes]]
 
 
-def made() -> list[Sample]:
-    """Sidecar rows and members of all samples."""
+def made(coarse: int) -> list[Sample]:
+    """Sidecar rows and members of all samples, so many coarse tokens each."""
     random = np.random.default_rng(0)
     targets = [
-        flac_bytes(synthesize(voice, 0, 5.0)[: COARSE * COARSE_48K].astype(np.float32), 16) for voice in range(VOICES)
+        flac_bytes(
+            synthesize(voice, 0, coarse * COARSE_48K / TARGET_RATE + 1)[: coarse * COARSE_48K].astype(np.float32), 16
+        )
+        for voice in range(VOICES)
     ]
     samples = []
     for number in range(SHARDS * PER_SHARD):
         place = {"recording": f"{number}", "group": f"{number % 7}", "segment": 0, "start_seconds": 0.0}
-        size = {"n_coarse": COARSE, "context_before": 0, "context_after": 0, "n_samples": COARSE * COARSE_48K}
+        size = {"n_coarse": coarse, "context_before": 0, "context_after": 0, "n_samples": coarse * COARSE_48K}
         meta = {**place, **size, "format_version": FORMAT_VERSION, "sampling_rate": TARGET_RATE}
-        codes = random.integers(0, CODEBOOK_SIZE, COARSE * TOKENS).astype(np.int16)
+        codes = random.integers(0, CODEBOOK_SIZE, coarse * TOKENS).astype(np.int16)
         members = {
             CODES_SUFFIX: npy_bytes(codes),
             TARGET_SUFFIX: targets[number % VOICES],
@@ -121,7 +124,7 @@ def flac_alone(samples: list[Sample]) -> None:
 
 def main() -> None:
     torch.set_num_threads(1)
-    samples = made()
+    samples = made(COARSE)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         write(folder, samples)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import random
+import socket
 import subprocess
 import sys
 import time
@@ -31,9 +33,9 @@ from tests.training_helpers import (
 from trainer import checkpoint
 from trainer.loop import train
 
-KILLS = 20
+KILLS, KILLS_OF_ONE_IN_TWO = 20, 2
 SETTINGS = {"checkpoint_every": 1, "eval_every": 2, "max_steps": 5}
-
+TOGETHER = SETTINGS | {"batch_size": 3}  # ranks take one crop and two
 
 FORTY = {
     "checkpoint_every": 17, "eval_every": 20, "max_steps": 40, "keep_last": 9, "phase1_steps": 10, "ema_decay": 0.9,
@@ -55,6 +57,14 @@ def context() -> Iterator[ForkServerContext]:
         patch.setenv("OMP_NUM_THREADS", "1")
         patch.setenv("PYTHONPATH", str(ROOT))
         yield forkserver
+
+
+def train_as_rank(rank: int, port: int, work: Path, run: Path, changes: dict[str, Any]) -> None:
+    """One of two processes, as torchrun starts them."""
+    where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", **where}
+    sys.stderr = Path(os.devnull).open("w")  # noqa: SIM115 (until the process ends)
+    train_quietly(work, run, changes)
 
 
 def start(context: ForkServerContext, work: Path, run: Path, changes: dict[str, Any] = SETTINGS) -> BaseProcess:
@@ -105,6 +115,41 @@ def test_killed_twenty_times(context: ForkServerContext, work: Path, tmp_path: P
         assert not list(run.rglob("*.tmp"))
         number += 1
     assert len(resumed) >= 3, f"the kills fell at too few places: {resumed}"
+
+
+def start_two(context: ForkServerContext, work: Path, run: Path) -> list[BaseProcess]:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    pair = [context.Process(target=train_as_rank, args=(rank, port, work, run, TOGETHER)) for rank in range(2)]
+    for process in pair:
+        process.start()
+    return pair
+
+
+def test_one_of_two_processes_is_killed(
+    context: ForkServerContext, work: Path, tmp_path: Path, times: int, tally: Tally
+) -> None:
+    """The other leaves with an error, of itself; two more go on, and end as two do that nothing disturbed."""
+    undisturbed = start_two(context, work, tmp_path / "undisturbed")
+    assert [process.join() or process.exitcode for process in undisturbed] == [0, 0]
+    expected, delays, kills, number = last_state(tmp_path / "undisturbed"), random.Random(1), 0, 0
+    while kills < KILLS_OF_ONE_IN_TWO * times:
+        run, number = tmp_path / str(number), number + 1
+        pair = start_two(context, work, run)
+        wait_for_step(pair[0], run, 1 + delays.randrange(2))
+        victim = delays.randrange(2)
+        pair[victim].join(delays.uniform(0, 0.2))
+        if pair[victim].is_alive():
+            pair[victim].kill()
+            kills += 1
+            tally["SIGKILL, training by two processes", f"rank {victim}"] += 1
+            pair[1 - victim].join(60)
+            assert pair[1 - victim].exitcode in (0, 1), "the other process hangs"  # 0 where only the end was left
+            pair = start_two(context, work, run)
+        assert [process.join() or process.exitcode for process in pair] == [0, 0]
+        assert_same_state(last_state(run), expected)
+        assert as_logged(run) == as_logged(tmp_path / "undisturbed")
 
 
 @pytest.mark.parametrize("recipe", [{}, {**ADVERSARIAL, "balance_losses": True}], ids=["base", "adversarial"])
