@@ -121,6 +121,10 @@ torture *args="--times 10": _env
 fuzz seconds out: _env
     @{{ python }} -m tests.torture.fuzz "{{ seconds }}" "{{ out }}"
 
+# training killed again and again beside the same left alone, memory and files watched: just soak 4000 OUT
+soak steps out: _env
+    @{{ python }} -m tests.torture.soak "{{ steps }}" "{{ out }}"
+
 # everything optional too: metrics, ONNX, Ray, remote storage, W&B
 extras:
     @just _install requirements-all.lock

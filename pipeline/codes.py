@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from functools import cached_property
 from itertools import groupby
 from operator import itemgetter
 from typing import Any
@@ -64,10 +65,15 @@ class CodesStage(Stage):
 
     def __init__(self, settings: CodesSettings) -> None:
         super().__init__(settings)
-        device, *_ = [device_of(gpu) for gpu in settings.devices()]
-        model, weights = load_snac(settings.pretrained_model)
-        self.model = prepared(model.to(device))
+        if settings.execute != "ray":  # whose cluster has other devices than this machine
+            self._device, *_ = [device_of(gpu) for gpu in settings.devices()]
+        self._snac, weights = load_snac(settings.pretrained_model)
         self._provenance = {"snac": weights.describe(), "snac_sha256": weights.sha256}
+
+    @cached_property
+    def model(self) -> SNAC:
+        """On its device, which a process that only hands out shards leaves alone."""
+        return prepared(self._snac.to(self._device))
 
     @property
     def folder(self) -> Location:

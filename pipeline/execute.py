@@ -92,6 +92,13 @@ def attempt(stage: Stage, number: int, advance: Any) -> str | None:
     return None
 
 
+def described(error: BaseException) -> str:
+    """In one line, for another process."""
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.strerror}: {error.filename or 'while writing'}"
+    return str(error) or type(error).__name__
+
+
 def here(stage: Stage, numbers: Iterable[int], progress: Progress) -> None:
     """One after the other, in this process."""
     for number in numbers:
@@ -134,11 +141,21 @@ def _others_are_done(stage: Stage, mine: range) -> bool:
 
 
 def _executor(settings: ExecutionSettings) -> Any:
+    if not makes_elsewhere(settings):
+        return here
     if settings.execute == "ray":
         return import_module("pipeline.on_ray").actors
-    if len(settings.devices()) > 1 or (settings.workers or 1) > 1:
-        return import_module("pipeline.processes").processes
-    return here
+    return import_module("pipeline.processes").processes
+
+
+def makes_elsewhere(settings: ExecutionSettings) -> bool:
+    """Whether other processes than this one make the shards."""
+    return settings.execute == "ray" or len(settings.devices()) > 1 or (settings.workers or 1) > 1
+
+
+def ask(kind: type[Stage], settings: ExecutionSettings) -> Any:
+    """What a stage finds out with its model, from one of those that make shards: this process loads none."""
+    return import_module("pipeline.on_ray" if settings.execute == "ray" else "pipeline.processes").ask(kind, settings)
 
 
 def selected(shards: int, settings: ExecutionSettings) -> range:

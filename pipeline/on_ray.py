@@ -13,8 +13,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from pipeline.execute import FATAL, Progress, attempt
-from pipeline.processes import described
+from pipeline.execute import FATAL, Progress, attempt, described
+from pipeline.processes import answer
 from pipeline.settings import ExecutionSettings
 from pipeline.stage import Stage
 from shards.errors import UserError
@@ -39,26 +39,35 @@ class Maker:
             return {"number": number, "problem": "", "fatal": described(error)}
 
 
+def ask(kind: type[Stage], settings: ExecutionSettings) -> Any:
+    """`kind(settings).known`, as a node finds that makes shards. Raises UserError for what it cannot."""
+    with _connected(settings):
+        import ray
+
+        asked = ray.remote(num_cpus=1, num_gpus=0 if settings.gpu == "cpu" else 1, max_calls=1)(answer)
+        try:
+            found, problem = ray.get(asked.remote(kind, _of_one(settings)))
+        except ray.exceptions.RayError as error:
+            raise UserError(f"Ray gave up: {str(error).strip().splitlines()[0]}; the same command goes on") from error
+    if problem:
+        raise UserError(problem)
+    return found
+
+
 def actors(stage: Stage, numbers: Sequence[int], progress: Progress) -> None:
     """Makes these shards. Raises UserError for what an actor says concerns the whole run, or when Ray gives up."""
-    try:
+    settings = stage.settings
+    on_gpu = settings.gpu != "cpu"
+    with _connected(settings):
         import ray
         import ray.data
-    except ImportError as error:
-        raise UserError(f"execute=ray: {error}: `just extras` installs Ray") from error
-    settings = stage.settings
-    with _connected(settings):
-        on_gpu = settings.gpu != "cpu"
+
         size = settings.workers or (int(ray.cluster_resources().get("GPU", 0)) if on_gpu else 1)
-        if not size:
-            raise UserError("execute=ray: the cluster has no GPU; gpu=cpu runs on its CPUs")
-        alone = {"execute": "local", "workers": None, "slice_index": None, "slice_count": None}
-        one = settings.model_copy(update={**alone, "gpu": 0 if on_gpu else "cpu"})  # Ray shows an actor its own GPU
         left = list(numbers)
         for attempts_left in reversed(range(RETRIES + 1)):
             rows = ray.data.from_items([{"number": n} for n in left], override_num_blocks=len(left)).map(
                 Maker,
-                fn_constructor_args=(type(stage), one),
+                fn_constructor_args=(type(stage), _of_one(settings)),
                 compute=ray.data.ActorPoolStrategy(size=min(size, len(left))),
                 num_gpus=1 if on_gpu else 0,
                 num_cpus=1,
@@ -81,9 +90,12 @@ def actors(stage: Stage, numbers: Sequence[int], progress: Progress) -> None:
 
 @contextmanager
 def _connected(settings: ExecutionSettings) -> Iterator[None]:
-    """Ray, quiet: the bar is ours."""
-    import ray
-    import ray.data
+    """Ray, quiet: the bar is ours. Raises UserError where it is missing, or lacks what `settings` ask for."""
+    try:
+        import ray
+        import ray.data
+    except ImportError as error:
+        raise UserError(f"execute=ray: {error}: `just extras` installs Ray") from error
 
     environment = {"env_vars": {"PYTHONPATH": str(ROOT), "RAY_DATA_DISABLE_PROGRESS_BARS": "1"}}
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # what it would say of an end on purpose, we say
@@ -96,6 +108,12 @@ def _connected(settings: ExecutionSettings) -> Iterator[None]:
     context.enable_progress_bars = False
     context.execution_options.preserve_order = False
     try:
+        if settings.gpu != "cpu" and not ray.cluster_resources().get("GPU"):
+            raise UserError("execute=ray: the cluster has no GPU; gpu=cpu runs on its CPUs")
         yield
     finally:
         ray.shutdown()
+
+
+def _of_one(settings: ExecutionSettings) -> ExecutionSettings:
+    return settings.of_one("cpu" if settings.gpu == "cpu" else 0)  # Ray shows each process its own GPU

@@ -19,7 +19,8 @@ from multiprocessing.context import ForkServerContext
 from multiprocessing.process import BaseProcess
 from typing import Any
 
-from pipeline.execute import FATAL, Progress, attempt
+from pipeline.execute import FATAL, Progress, attempt, described
+from pipeline.settings import ExecutionSettings
 from pipeline.stage import Stage
 from shards.errors import UserError
 
@@ -64,9 +65,8 @@ def processes(stage: Stage, numbers: Sequence[int], progress: Progress) -> None:
 
 def _start(context: ForkServerContext, stage: Stage, device: str, count: int) -> Worker:
     ours, theirs = context.Pipe()
-    one = {"execute": "local", "gpu": device if device == "cpu" else int(device), "workers": None}
-    settings = stage.settings.model_copy(update={**one, "slice_index": None, "slice_count": None})
-    process = context.Process(target=work, args=(type(stage), settings, theirs, count), daemon=True)
+    arguments = type(stage), stage.settings.of_one(device), theirs, count
+    process = context.Process(target=work, args=arguments, daemon=True)
     process.start()
     theirs.close()
     return Worker(device, process, ours)
@@ -131,7 +131,35 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def described(error: BaseException) -> str:
-    if isinstance(error, OSError) and error.strerror:
-        return f"{error.strerror}: {error.filename or 'while writing'}"
-    return str(error) or type(error).__name__
+def ask(kind: type[Stage], settings: ExecutionSettings) -> Any:
+    """`kind(settings).known`, as a process of the first device finds. Raises UserError for what it cannot."""
+    context = multiprocessing.get_context("forkserver")
+    ours, theirs = context.Pipe()
+    process = context.Process(target=_tell, args=(kind, settings.of_one(settings.devices()[0]), theirs), daemon=True)
+    process.start()
+    theirs.close()
+    try:
+        found, problem = ours.recv()
+    except EOFError:
+        process.join()
+        problem = f"the process that loads the model died (exit code {process.exitcode}; −9: memory ran out)"
+    finally:
+        process.kill()
+        ours.close()
+    if problem:
+        raise UserError(problem)
+    return found
+
+
+def _tell(kind: type[Stage], settings: Any, connection: Connection[Any, Any]) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    connection.send(answer(kind, settings))
+
+
+def answer(kind: type[Stage], settings: Any) -> tuple[Any, str]:
+    """What a stage finds out when it is built, and what kept it from that."""
+    try:
+        return kind(settings).known, ""
+    except FATAL as error:
+        return None, described(error)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import Field, model_validator
 
@@ -10,6 +10,8 @@ from configs.loader import Local, Place, Settings
 
 Gpu = Literal["cpu"] | Annotated[int, Field(ge=0)]
 Gpus = Gpu | Annotated[str, Field(pattern=r"^\d+(,\d+)+$")]
+
+Some = TypeVar("Some", bound="ExecutionSettings")
 
 
 class ExecutionSettings(Settings):
@@ -43,6 +45,12 @@ class ExecutionSettings(Settings):
 
     def devices(self) -> list[str]:
         return str(self.gpu).split(",")
+
+    def of_one(self: Some, gpu: str | int) -> Some:
+        """What a process is told that makes shards on this device for others."""
+        gpu = gpu if gpu == "cpu" else int(gpu)
+        alone = {"execute": "local", "workers": None, "slice_index": None, "slice_count": None}
+        return self.model_copy(update={**alone, "gpu": gpu})
 
 
 class CodesSettings(ExecutionSettings):

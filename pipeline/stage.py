@@ -17,9 +17,10 @@ Advance = Callable[[float], object]  # seconds of audio that are done
 
 
 class Stage(ABC):
-    """Models are loaded once, when it is built. It holds no state: shards may be made in any order, anywhere."""
+    """Models are loaded once, where shards are made. It holds no state: shards may be made in any order, anywhere."""
 
     doing: ClassVar[str]  # as the progress bar says it
+    known: Any = None  # what it takes the model to find out, for processes that do not load it
 
     def __init__(self, settings: CodesSettings | TargetsSettings) -> None:
         self.settings = settings

@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
 from itertools import groupby
 from typing import Any
 
@@ -15,15 +17,15 @@ import soundfile
 from codec.audio import AudioError
 from pipeline.ahead import map_ahead
 from pipeline.calibrate import FILE as CALIBRATION
-from pipeline.calibrate import calibrated
+from pipeline.calibrate import calibrated, check, show
 from pipeline.codes import codes_path
-from pipeline.execute import alone, holding, run
+from pipeline.execute import alone, ask, holding, makes_elsewhere, run
 from pipeline.fidelity import check_alignment
 from pipeline.judging import judge
 from pipeline.plan import Plan
 from pipeline.settings import JudgeSettings, TargetsSettings
 from pipeline.stage import Advance, Stage
-from pipeline.teachers import Taught, Teacher
+from pipeline.teachers import RECORDING, Taught, Teacher
 from shards.contract import (
     COARSE_48K,
     CODES_SUFFIX,
@@ -52,12 +54,32 @@ def shard_targets(settings: TargetsSettings) -> None:
     """Writes `shards/SPLIT/000000.tar` with its sidecar for each shard of the plan, then `shards/index.parquet`."""
     Plan(settings.work / PLAN_NAME)  # before the teacher is loaded
     with holding(settings):
-        stage = TargetsStage(settings)
+        stage = TargetsStage(settings, known_to(settings))
+        if stage.known.calibration:
+            show(stage.known.calibration)
+            check(stage.known.calibration, settings)
         if run(stage):
             sidecars = [stage.table(number) for number in range(len(stage.plan.shards))]
             check_alignment(sidecars, settings.max_lag_samples / 2)
             with alone(settings, stage.folder):
-                compact(stage.folder, stage.plan.shards, {"calibration": stage.calibration})
+                compact(stage.folder, stage.plan.shards, {"calibration": stage.known.calibration})
+
+
+@dataclass(frozen=True)
+class Known:
+    """What a run must know of its teacher, wherever that is loaded."""
+
+    provenance: Row
+    calibration: Row | None  # None without SIDON
+
+
+def known_to(settings: TargetsSettings) -> Known | None:
+    """Found out elsewhere, where other processes restore; None where this one may find out itself."""
+    if settings.teacher == RECORDING or not makes_elsewhere(settings):
+        return None
+    with alone(settings, settings.work / CALIBRATION):
+        found: Known = ask(TargetsStage, settings)
+    return found
 
 
 class TargetsStage(Stage):
@@ -66,11 +88,19 @@ class TargetsStage(Stage):
     doing = "writing targets"
     settings: TargetsSettings
 
-    def __init__(self, settings: TargetsSettings) -> None:
+    known: Known
+
+    def __init__(self, settings: TargetsSettings, known: Known | None = None) -> None:
         super().__init__(settings)
-        self.teacher = Teacher(settings)
-        with alone(settings, settings.work / CALIBRATION):
-            self.calibration = calibrated(settings, self.plan, self.teacher)
+        self.known = known or self._find_out()
+
+    def _find_out(self) -> Known:
+        with alone(self.settings, self.settings.work / CALIBRATION):
+            return Known(self.teacher.provenance, calibrated(self.settings, self.plan, self.teacher))
+
+    @cached_property
+    def teacher(self) -> Teacher:
+        return Teacher(self.settings)
 
     @property
     def folder(self) -> Location:
@@ -80,7 +110,7 @@ class TargetsStage(Stage):
         codes = _codes_fingerprint(self.settings.work, self.plan, number)
         made = {"format_version": FORMAT_VERSION, "target_bits": self.settings.target_bits}
         limits = self.settings.model_dump(include=set(JudgeSettings.model_fields))
-        return {**made, **codes, **self.teacher.provenance, "limits": limits}
+        return {**made, **codes, **self.known.provenance, "limits": limits}
 
     def made(self, number: int) -> bool:
         sidecar = self.table(number)

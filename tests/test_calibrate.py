@@ -24,6 +24,7 @@ from shards.errors import UserError
 from shards.writer import read_metadata
 from tests.helpers import codes_settings, targets_settings
 from tests.sidon_standin import build, random_pattern, recording
+from tests.test_execute import contents
 
 Samples = npt.NDArray[np.float32]
 
@@ -155,3 +156,30 @@ def test_coherence_tells_a_copy_from_a_resynthesis() -> None:
     spread = {name: [value] * 3 for name, value in copy.items()}
     assert "teacher=sidon and L1 suit" in words(spread)
     assert "teacher=hybrid" in words({name: [value] * 3 for name, value in resynthesis.items()})
+
+
+def assert_same_without_a_model(
+    settings: Callable[..., TargetsSettings], elsewhere: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever hands out shards loads none; calibration and shards are those of one process."""
+    work = settings().work
+    assert isinstance(work, Path)
+    shard_targets(settings())
+    alone = contents(work)
+    shutil.rmtree(work / "shards")
+    (work / FILE).unlink()
+    monkeypatch.setattr("pipeline.teachers.load_sidon", lambda *_: pytest.fail("a model was loaded here"))
+    shard_targets(settings(*elsewhere))
+    assert contents(work) == alone
+
+
+def test_who_hands_out_shards_loads_no_model(
+    settings: Callable[..., TargetsSettings], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert_same_without_a_model(settings, ["workers=2"], monkeypatch)
+    assert capsys.readouterr().out.count("calibration on 6 recordings") == 2
+
+
+def test_a_model_that_cannot_be_loaded_elsewhere_is_one_line(settings: Callable[..., TargetsSettings]) -> None:
+    with pytest.raises(UserError, match=r"decoder_cpu\.pt"):
+        shard_targets(settings("workers=2", "weights=configs/weights.json"))

@@ -121,10 +121,18 @@ def start_two(context: ForkServerContext, work: Path, run: Path) -> list[BasePro
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    pair = [context.Process(target=train_as_rank, args=(rank, port, work, run, TOGETHER)) for rank in range(2)]
+    pair: list[BaseProcess] = [
+        context.Process(target=train_as_rank, args=(rank, port, work, run, TOGETHER)) for rank in range(2)
+    ]
     for process in pair:
         process.start()
     return pair
+
+
+def ended(pair: list[BaseProcess]) -> list[int | None]:
+    for process in pair:
+        process.join()
+    return [process.exitcode for process in pair]
 
 
 def test_one_of_two_processes_is_killed(
@@ -132,7 +140,7 @@ def test_one_of_two_processes_is_killed(
 ) -> None:
     """The other leaves with an error, of itself; two more go on, and end as two do that nothing disturbed."""
     undisturbed = start_two(context, work, tmp_path / "undisturbed")
-    assert [process.join() or process.exitcode for process in undisturbed] == [0, 0]
+    assert ended(undisturbed) == [0, 0]
     expected, delays, kills, number = last_state(tmp_path / "undisturbed"), random.Random(1), 0, 0
     while kills < KILLS_OF_ONE_IN_TWO * times:
         run, number = tmp_path / str(number), number + 1
@@ -147,7 +155,7 @@ def test_one_of_two_processes_is_killed(
             pair[1 - victim].join(60)
             assert pair[1 - victim].exitcode in (0, 1), "the other process hangs"  # 0 where only the end was left
             pair = start_two(context, work, run)
-        assert [process.join() or process.exitcode for process in pair] == [0, 0]
+        assert ended(pair) == [0, 0]
         assert_same_state(last_state(run), expected)
         assert as_logged(run) == as_logged(tmp_path / "undisturbed")
 

@@ -14,10 +14,12 @@ import psutil
 import pytest
 
 from pipeline.codes import shard_codes
+from pipeline.settings import TargetsSettings
 from pipeline.targets import shard_targets
 from shards.contract import PLAN_NAME
 from tests.command_helpers import refused, targets_words
 from tests.helpers import codes_settings, targets_settings
+from tests.test_calibrate import assert_same_without_a_model, coded, settings, standin
 from tests.test_execute import SMALL, same, whole
 
 pytestmark = [
@@ -26,7 +28,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::FutureWarning"),
     pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
 ]
-__all__ = ["whole"]
+__all__ = ["coded", "settings", "standin", "whole"]
 
 ray = pytest.importorskip("ray", reason="Ray is not installed (just extras)")
 
@@ -99,6 +101,13 @@ def test_an_actor_and_a_node_are_killed(cluster: Any, recordings: Path, whole: P
     assert not killing.is_alive()
     same(work, whole)
     cluster.add_node(num_cpus=1, object_store_memory=80 << 20)  # for whoever comes next
+
+
+def test_a_head_that_computes_nothing_loads_no_model(
+    cluster: Any, settings: Callable[..., TargetsSettings], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    on_ray = ["execute=ray", f"ray_address={cluster.address}", "workers=1"]
+    assert_same_without_a_model(settings, on_ray, monkeypatch)
 
 
 def test_what_an_actor_refuses_is_one_line(cluster: Any, whole: Path, tmp_path: Path) -> None:
