@@ -13,9 +13,11 @@ SPEECH = "SPEECH"  # in whose place the folder of recordings is put
 ON_CPU = {
     "decoding": (), "streaming": (SPEECH,), "training_step": (), "loading": (), "encoding": (SPEECH,),
     "sidon": (SPEECH, "4"), "planning": (), "index_memory": (), "judging": (SPEECH,), "corpus": (SPEECH,),
+    "on_the_fly": (), "memory": (),
 }  # fmt: skip
 ON_GPU = {
     "training_step": ("gpu=0", "crops=32", "seconds=4"), "encoding": (SPEECH, "0"), "sidon": (SPEECH, "10"),
+    "on_the_fly": ("gpu=0", "crops=32", "seconds=4"),
 }  # fmt: skip
 
 

@@ -27,6 +27,7 @@ from benchmarks.harness import interleaved, report
 from codec.audio import AudioError, Recording, Resampler, probe
 from codec.encoder import quicken
 from configs.loader import load_settings
+from pipeline import bandwidth, fidelity
 from pipeline.judging import judge
 from pipeline.settings import TargetsSettings
 from pipeline.sidon import FRAME, HIGH_PASS_HZ, INPUT_RATE, PADDING, Native, Sidon, high_passed
@@ -141,7 +142,8 @@ def parts(bench: Bench) -> list[dict[str, Any]]:
             _row(bench, "decoder", lambda: bench.sidon.model.decode(hidden_BTC, frames),
                  lambda: [bench.plain.decoder(row[None].float().transpose(1, 2)) for row in hidden_BTC],
                  gflops / DECODER_GFLOP, "a matrix product at the same precision"),
-            _row(bench, "judging", lambda: [judge(s, s, HOST) for s in sources]),
+            _row(bench, "judging", lambda: [judge(s, s, HOST) for s in sources], None,
+                 partial(_judged_spectra, sources), "its four spectra alone"),
             _row(bench, "FLAC", lambda: [flac_bytes(s, 16) for s in sources], None,
                  lambda: [_plain_flac(s) for s in sources], "libsndfile alone"),
         ]  # fmt: skip
@@ -166,6 +168,16 @@ def _plain_flac(samples: Samples) -> bytes:
 def _spectra(frames_FN: Tensor) -> None:
     for block in frames_FN.split(BLOCK_FRAMES):
         torch.fft.rfft(block, N_FFT)
+
+
+def _judged_spectra(sources: list[Samples]) -> None:
+    """Envelopes and bandwidth, of recording and target."""
+    window = torch.hann_window(fidelity.N_FFT)
+    for samples in [*sources, *sources]:
+        wav = torch.from_numpy(samples)
+        torch.stft(wav, fidelity.N_FFT, fidelity.HOP, window=window, pad_mode="constant", return_complex=True)
+        frames = np.lib.stride_tricks.sliding_window_view(samples, bandwidth.N_FFT)[:: bandwidth.N_FFT // 2]
+        np.fft.rfft(frames)
 
 
 def matmul_gflops(bench: Bench) -> float:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from functools import cached_property
 from typing import Any, ClassVar
 
+from codec.memory import keep_freed_memory
 from pipeline.plan import Plan
 from pipeline.settings import CodesSettings, TargetsSettings
 from shards.contract import FAILED, PLAN_NAME
@@ -24,6 +25,7 @@ class Stage(ABC):
 
     def __init__(self, settings: CodesSettings | TargetsSettings) -> None:
         self.settings = settings
+        keep_freed_memory()
 
     @cached_property
     def plan(self) -> Plan:

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from codec.memory import keep_freed_memory
 from codec.snac import load_snac
 from shards.contract import COARSE_48K, TARGET_RATE, coarse_tokens
 from shards.errors import SettingsError, UserError
@@ -43,6 +44,7 @@ def train(settings: TrainSettings) -> None:
     """Trains to the end, or until SIGTERM: then saves and leaves with exit code 143 (1 where torchrun stands above)."""
     if isinstance(settings.gpu, str) and settings.gpu != "cpu" and not distributed.under_torchrun():
         distributed.launch(settings.gpu)
+    keep_freed_memory()
     process = distributed.start(settings.gpu)
     with exclusive(settings.run) if process.is_first else nullcontext():
         finished = Trainer(settings, process).run()
