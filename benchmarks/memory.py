@@ -1,13 +1,13 @@
 """Does memory grow with the input? The peak of each stage over an input and over one a hundred times as large.
 
 Usage: python -m benchmarks.memory. Once with a hundred times as many recordings, once with one recording a hundred
-times as long; stand-in SNAC, each recording its own target. Each command runs in a process of its own, whose largest
-resident set the system reports when it has ended.
+times as long; stand-in SNAC, each recording its own target. Each command runs in a process of its own and says in the
+end what its largest resident set was.
 """
 
 from __future__ import annotations
 
-import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -48,6 +48,13 @@ def long(folder: Path, times: int) -> Path:
     return folder
 
 
+WATCHED = """
+import atexit, pathlib, runpy, sys
+status, module = pathlib.Path(sys.argv[1]), sys.argv[2]
+atexit.register(lambda: status.write_bytes(pathlib.Path("/proc/self/status").read_bytes()))
+sys.argv = sys.argv[2:]
+runpy.run_module(module, run_name="__main__")
+"""
 INPUTS = {"recordings": many, "length": long}
 
 
@@ -62,13 +69,11 @@ def commands(audio: Path, work: Path) -> dict[str, list[str]]:
     }
 
 
-def peak_mib(words: list[str]) -> float:
-    process = subprocess.Popen([sys.executable, "-m", *words])
-    _, status, usage = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode:
-        sys.exit(f"error: {' '.join(words)} failed")
-    return usage.ru_maxrss / 1024
+def peak_mib(words: list[str], folder: Path) -> float:
+    subprocess.run([sys.executable, "-c", WATCHED, str(folder / "status"), *words], check=True)
+    peak = re.search(r"^VmHWM:\s+(\d+) kB", (folder / "status").read_text(), re.MULTILINE)
+    assert peak, "Linux says it"
+    return int(peak[1]) / 1024
 
 
 def main() -> None:
@@ -79,7 +84,7 @@ def main() -> None:
                 (Path(folder) / "audio").mkdir()
                 audio = make(Path(folder) / "audio", times)
                 for command, words in commands(audio, Path(folder) / "work").items():
-                    peaks.setdefault((command, grows), []).append(peak_mib(words))
+                    peaks.setdefault((command, grows), []).append(peak_mib(words, Path(folder)))
     rows: list[dict[str, Any]] = [
         {"command": command, "grows": grows, "peak_mib": small, "peak_mib_100_times": large, "ratio": large / small}
         for (command, grows), (small, large) in peaks.items()

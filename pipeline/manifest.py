@@ -114,5 +114,7 @@ def _typed(table: pa.Table) -> pa.Table:
     """The columns that we know, each of its type: a speaker 7 becomes "7", a start "x" is an error."""
     known = [name for name in table.column_names if name in COLUMNS]
     for name in known:
+        if known.count(name) > 1:
+            raise ValueError(f"column {name} stands there more than once")
         table = table.set_column(table.column_names.index(name), name, table[name].cast(COLUMNS[name]))
     return table

@@ -132,7 +132,7 @@ READERS = (
         "list.csv",
         given("path,id,start,end,speaker,split\na.wav,a,0,1.5,x,train\nb/c.wav,,,,y,\n"),
         read_manifest,
-        (b"path,\xd8\na,b\n", b"path,speaker\na,\xd8\n"),
+        (b"path,\xd8\na,b\n", b"path,speaker\na,\xd8\n", b"path,end,end\na,1,2\n"),
     ),
     Reader(
         "list.jsonl",
