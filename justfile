@@ -137,13 +137,12 @@ pins:
 
 # .venv holds exactly requirements.lock, or requirements-all.lock once `just extras` has run
 _env:
-    @cmp -s requirements.lock .venv/.installed || cmp -s requirements-all.lock .venv/.installed \
-        || just _install requirements.lock
+    @lock=$(cat .venv/.lock 2>/dev/null || echo requirements.lock); cmp -s "$lock" .venv/.installed || just _install "$lock"
 
 # the stamp is written last
 _install lock:
     @echo "installing {{ lock }} into .venv" >&2
-    @rm -f .venv/.installed
     @test -x {{ python }} || uv venv --quiet .venv
+    @rm -f .venv/.installed && echo {{ lock }} > .venv/.lock
     @uv pip sync --python {{ python }} {{ lock }} >&2
     @cp {{ lock }} .venv/.installed
