@@ -36,10 +36,10 @@ from shards.contract import (
     TOO_SHORT,
     coarse_tokens,
 )
-from shards.errors import UserError
+from shards.errors import ShardError, UserError
 from shards.files import exclusive, file_sha256, replacing
 from shards.storage import Location, Url
-from shards.writer import differences, encode_metadata, naming, parquet_source, read_metadata, read_table
+from shards.writer import check_columns, differences, encode_metadata, naming, parquet_source, read_metadata, read_table
 
 PLANNED_BY = ("audio", "segment_length", "min_seconds", "segments_per_shard", "validation_fraction", "seed")
 METADATA = {"settings", "shards", "seconds", "rows_sha256", "listed_sha256"}
@@ -54,10 +54,11 @@ class Plan:
         if not path.exists():
             raise UserError(f"{path} is missing: run `just shard-codes` first")
         with naming(path):
-            self._file = pq.ParquetFile(parquet_source(path))
+            self._file = pq.ParquetFile(parquet_source(path), page_checksum_verification=True)
         metadata = read_metadata(path)
         if not metadata.keys() >= METADATA:
             raise UserError(f"{path} is no plan: delete it and run `just shard-codes` again")
+        check_columns(path, self._file.schema_arrow, PLAN_SCHEMA)
         self._path = path
         self.shards: list[tuple[str, int]] = [(split, shard) for split, shard in metadata["shards"]]
         self.seconds: list[float] = metadata["seconds"]
@@ -68,7 +69,11 @@ class Plan:
     def table(self, number: int) -> pa.Table:
         """The rows of the shard that is `number` in `shards`."""
         with naming(self._path):
-            return self._file.read_row_group(number)
+            rows = self._file.read_row_group(number)
+            rows.validate(full=True)  # pyarrow takes any bytes for text
+        if rows_sha256(rows) != self.rows_sha256[number]:
+            raise ShardError(f"{self._path}: damaged: shard {number} is not what was planned; delete it and plan again")
+        return rows
 
     def rows(self, number: int) -> list[dict[str, Any]]:
         rows: list[dict[str, Any]] = self.table(number).to_pylist()
@@ -263,9 +268,8 @@ class Segments:
 
 
 def _writer(path: Path) -> pq.ParquetWriter:
-    return pq.ParquetWriter(
-        path, PLAN_SCHEMA, compression="zstd", use_dictionary=["split", "group", "status", "reason"]
-    )
+    few = ["split", "group", "status", "reason"]
+    return pq.ParquetWriter(path, PLAN_SCHEMA, compression="zstd", use_dictionary=few, write_page_checksum=True)
 
 
 def _divided_up(numbers: Int64, by: Int64 | int) -> Int64:

@@ -22,7 +22,7 @@ from shards.errors import ShardError
 from shards.files import file_sha256, replacing
 from shards.reader import decode_sample, split_members
 from shards.storage import Location
-from shards.writer import differences, encode_metadata, naming, parquet_source, read_metadata, read_table
+from shards.writer import check_columns, differences, encode_metadata, naming, parquet_source, read_metadata, read_table
 
 GROUP_ROWS = 1 << 16  # of an index in memory at once
 
@@ -138,8 +138,10 @@ def _mapped(path: Location, split: str) -> tuple[pa.Table, Counter[int]]:
     counts = Counter[int]()
     with tempfile.NamedTemporaryFile(suffix=".arrow") as file:
         with pa.ipc.new_file(file.name, schema) as written, pq.ParquetFile(parquet_source(path)) as parquet:
+            check_columns(path, parquet.schema_arrow, INDEX_SCHEMA)
             for rows in parquet.iter_batches(GROUP_ROWS, columns=[*columns, "split", "status"]):
                 usable = rows.filter(pc.and_(pc.equal(rows["split"], split), pc.equal(rows["status"], OK)))
+                usable.validate(full=True)  # pyarrow takes any bytes for text
                 written.write_batch(usable.select(columns))
                 for found in usable["shard"].value_counts().to_pylist():
                     counts[found["values"]] += found["counts"]
@@ -237,9 +239,6 @@ def _common(fingerprint: dict[str, Any]) -> dict[str, Any]:
 def _index_rows(folder: Location, split: str, shard: int) -> pa.Table:
     path = tar_path(folder, split, shard).with_suffix(".parquet")
     rows = read_table(path)
-    if rows.schema != SIDECAR_SCHEMA:
-        found = {field.name: field.type for field in rows.schema}
-        changed = differences({field.name: field.type for field in SIDECAR_SCHEMA}, found) or "their order"
-        raise ShardError(f"{path}: its columns are not those of a sidecar ({changed})")
+    check_columns(path, rows.schema, SIDECAR_SCHEMA)
     where = [pa.array([split] * len(rows), pa.string()), pa.array([shard] * len(rows), pa.int32())]
     return pa.table([*where, *rows.columns], schema=INDEX_SCHEMA)

@@ -70,6 +70,13 @@ def differences(found: Mapping[str, Any], expected: Mapping[str, Any]) -> str:
     return "; ".join(f"{key} is {found.get(key)}, now {expected.get(key)}" for key in keys)
 
 
+def check_columns(path: Location, found: pa.Schema, expected: pa.Schema) -> None:
+    """Raises ShardError saying how they differ."""
+    if found != expected:
+        columns = ({field.name: field.type for field in schema} for schema in (expected, found))
+        raise ShardError(f"{path}: its columns are not those of its kind ({differences(*columns) or 'their order'})")
+
+
 def is_done(path: Location, fingerprint: Mapping[str, Any]) -> bool:
     """Whether the table at `path` stands and was made by this very run. Raises ShardError when by another."""
     if not path.exists():

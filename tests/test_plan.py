@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 import pytest
 import soundfile
 
@@ -207,3 +209,21 @@ def test_a_damaged_plan_is_named(tmp_path: Path) -> None:
     (tmp_path / PLAN_NAME).write_bytes(b"PAR1 no more")
     with pytest.raises(UserError, match=rf"{PLAN_NAME}: damaged"):
         Plan(tmp_path / PLAN_NAME)
+
+
+def test_rows_that_were_not_planned_are_refused(recordings: Path, tmp_path: Path) -> None:
+    """A file that is whole, but says something else."""
+    make_plan(codes_settings(recordings, tmp_path))
+    path = tmp_path / PLAN_NAME
+    table, metadata = pq.read_table(path), pq.read_metadata(path).metadata
+    metadata = {key: value for key, value in metadata.items() if key != b"ARROW:schema"}
+    first = table.column_names.index("first_frame")
+    for column, message in (
+        (table["first_frame"].fill_null(0), "its columns are not those of its kind"),
+        (pc.add(table["first_frame"], 1), "shard 0 is not what was planned"),
+    ):
+        name = "frame" if message.startswith("its") else "first_frame"
+        changed = table.set_column(first, name, column)
+        pq.write_table(changed.replace_schema_metadata(metadata), path)
+        with pytest.raises(UserError, match=message):
+            Plan(path).rows(0)

@@ -40,7 +40,7 @@ from shards.contract import (
 )
 from shards.errors import ShardError, UserError
 from shards.files import exclusive, file_sha256, replacing
-from shards.index import compact, load, problems, read_sums, shard_list, unlisted
+from shards.index import compact, load, problems, read_sums, shard_list, unlisted, write_sums
 from shards.reader import decode_sample, read_sample, split_members
 from shards.writer import ShardWriter, is_done, read_metadata, write_table
 from tests.helpers import ROOT, run_command, targets_settings
@@ -585,6 +585,16 @@ def test_a_damaged_index_is_an_error_of_one_kind(shards: Path) -> None:
             assert intact or all_problems(shards)
         path.write_bytes(good)
     assert refused > 10
+
+
+def test_an_index_of_other_columns_is_refused(shards: Path) -> None:
+    path = shards / "index.parquet"
+    table = pq.read_table(path)
+    changed = table.rename_columns({"crc32": "crc38"})
+    pq.write_table(changed.replace_schema_metadata(table.schema.metadata), path)
+    write_sums(shards, {**read_sums(shards), path.name: file_sha256(path)})
+    with pytest.raises(ShardError, match="crc32 is uint32, now None"):
+        load(shards, "train")
 
 
 def test_an_index_of_another_format_is_refused(shards: Path) -> None:
