@@ -39,8 +39,7 @@ def processes(stage: Stage, numbers: Sequence[int], progress: Progress) -> None:
     """Makes these shards. Raises UserError for what a process says concerns the whole run."""
     waiting, deaths = deque(numbers), Counter[int]()
     devices = stage.settings.devices() * (stage.settings.workers or 1)
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([type(stage).__module__])
+    context = _context(type(stage))
     workers = [_start(context, stage, device, len(devices)) for device in devices[: len(waiting)]]
     try:
         while waiting or any(worker.number is not None for worker in workers):
@@ -61,6 +60,13 @@ def processes(stage: Stage, numbers: Sequence[int], progress: Progress) -> None:
             worker.process.kill()  # what it has begun is left out, for the next run
             worker.process.join()
             worker.connection.close()
+
+
+def _context(kind: type[Stage]) -> ForkServerContext:
+    """Processes that start with everything imported."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([kind.__module__])
+    return context
 
 
 def _start(context: ForkServerContext, stage: Stage, device: str, count: int) -> Worker:
@@ -133,7 +139,7 @@ def _end_with_parent() -> None:
 
 def ask(kind: type[Stage], settings: ExecutionSettings) -> Any:
     """`kind(settings).known`, as a process of the first device finds. Raises UserError for what it cannot."""
-    context = multiprocessing.get_context("forkserver")
+    context = _context(kind)
     ours, theirs = context.Pipe()
     process = context.Process(target=_tell, args=(kind, settings.of_one(settings.devices()[0]), theirs), daemon=True)
     process.start()

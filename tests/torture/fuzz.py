@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 INSTRUMENTED = ["shards", "configs", "codec", "pipeline", "trainer", "json", "tarfile", "zipfile", "numpy.lib"]
 NEVER = {"subprocess.Popen", "os.exec", "os.posix_spawn", "os.system", "socket.connect", "socket.getaddrinfo",
          "pickle.find_class"}  # fmt: skip
-CHANGES = {"os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.link", "os.symlink", "os.truncate", "os.chmod"}
+OF_TWO = {"os.rename", "os.link", "os.symlink"}
+CHANGES = {*OF_TWO, "os.mkdir", "os.remove", "os.rmdir", "os.truncate", "os.chmod"}
 MAX_MIB, MAX_SECONDS = 4096, 20  # that one input may take
 
 _watched: Path | None = None
@@ -37,8 +38,9 @@ def _audit(event: str, given: tuple[Any, ...]) -> None:
     if _watched is None:
         return
     writes = event in CHANGES or (event == "open" and given[2] & (os.O_WRONLY | os.O_RDWR))
-    inside = writes and (isinstance(given[0], int) or Path(os.fsdecode(given[0])).resolve().is_relative_to(_watched))
-    if event in NEVER or (writes and not inside):
+    names = [name for name in given[: 2 if event in OF_TWO else 1] if writes and not isinstance(name, int)]
+    outside = [name for name in names if not Path(os.fsdecode(name)).resolve().is_relative_to(_watched)]
+    if event in NEVER or outside:
         raise EscapeError(f"{event} {given}")
 
 

@@ -47,14 +47,14 @@ def test_a_value_or_an_error_of_ours(reader: Reader, whole: Path, tmp_path: Path
     [
         lambda outside: (outside / "file").write_text(""),
         lambda outside: (outside / "folder").mkdir(),
-        lambda outside: (outside / "whole").rename(outside / "elsewhere"),
+        lambda outside: (outside / "inside" / "whole").rename(outside / "elsewhere"),
         lambda outside: os.close(os.open(outside / "file", os.O_WRONLY | os.O_CREAT)),
         lambda outside: subprocess.run(["true"], check=True),
     ],
 )
 def test_escapes_are_seen(escape: Callable[[Path], object], tmp_path: Path) -> None:
     (tmp_path / "inside").mkdir()
-    (tmp_path / "whole").touch()
+    (tmp_path / "inside" / "whole").touch()
     with watching(tmp_path / "inside"), pytest.raises(EscapeError):
         escape(tmp_path)
     escape(tmp_path)
