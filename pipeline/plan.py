@@ -18,6 +18,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+from pydantic import BaseModel
 from tqdm import tqdm
 
 from pipeline.measure import measure
@@ -42,9 +43,21 @@ from shards.storage import Location, Url
 from shards.writer import check_columns, differences, encode_metadata, naming, parquet_source, read_metadata, read_table
 
 PLANNED_BY = ("audio", "segment_length", "min_seconds", "segments_per_shard", "validation_fraction", "seed")
-METADATA = {"settings", "shards", "seconds", "rows_sha256", "listed_sha256"}
 
 Int64 = npt.NDArray[np.int64]
+
+
+class Told(BaseModel):
+    """What plan.parquet says of itself."""
+
+    settings: dict[str, Any]
+    shards: list[tuple[str, int]]  # split and number, in the order of the row groups
+    seconds: list[float]
+    rows_sha256: list[str]
+    listed_sha256: str | None
+
+
+METADATA = Told.model_fields.keys()
 
 
 class Plan:
@@ -60,11 +73,12 @@ class Plan:
             raise UserError(f"{path} is no plan: delete it and run `just shard-codes` again")
         check_columns(path, self._file.schema_arrow, PLAN_SCHEMA)
         self._path = path
-        self.shards: list[tuple[str, int]] = [(split, shard) for split, shard in metadata["shards"]]
-        self.seconds: list[float] = metadata["seconds"]
-        self.rows_sha256: list[str] = metadata["rows_sha256"]
-        self.settings: dict[str, Any] = metadata["settings"]
-        self.listed_sha256: str | None = metadata["listed_sha256"]
+        with naming(path):
+            told = Told.model_validate({name: metadata[name] for name in METADATA})
+            if not len(told.shards) == len(told.seconds) == len(told.rows_sha256) == self._file.num_row_groups:
+                raise ValueError(f"{self._file.num_row_groups} row groups for {len(told.shards)} shards")
+        self.shards, self.seconds, self.rows_sha256 = told.shards, told.seconds, told.rows_sha256
+        self.settings, self.listed_sha256 = told.settings, told.listed_sha256
 
     def table(self, number: int) -> pa.Table:
         """The rows of the shard that is `number` in `shards`."""

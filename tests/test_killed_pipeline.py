@@ -97,15 +97,16 @@ def undisturbed(context: ForkServerContext, stage: str, audio: Path, work: Path)
     return seconds
 
 
-def killed(process: BaseProcess, seconds: float) -> bool:
-    """Whether it was still running after `seconds` of computing; now it is not."""
+def killed(process: BaseProcess, seconds: float) -> float | None:
+    """None where it was still running after `seconds` of computing; else how long it took."""
+    took = 0.0
     with suppress(OSError):
-        while process.is_alive() and cpu_seconds(process) < seconds:
+        while process.is_alive() and (took := cpu_seconds(process)) < seconds:
             time.sleep(0.001)
     process.kill()
     process.join()
     assert process.exitcode in (0, -signal.SIGKILL)
-    return process.exitcode != 0
+    return took if process.exitcode == 0 else None
 
 
 @pytest.fixture(scope="module")
@@ -161,16 +162,21 @@ def test_killed_twenty_times(
     left: list[list[str]] = []
     early, kills_here, work = 0, 0, fresh("first")
     while len(left) < kills:
-        if killed(start(context, stage, audio, work), moments[len(left)]):
+        took = killed(start(context, stage, audio, work), moments[len(left)])
+        if took is None:
             left.append(sorted(contents(work)))
             tally[f"SIGKILL, {stage}", place(left[-1])] += 1
             kills_here += 1
             if kills_here < KILLS_OF_ONE_FOLDER and len(left) < kills:
                 continue
             undisturbed(context, stage, audio, work)
-        else:  # little was left to do: this kill is tried again, on a new folder
+        else:  # this kill is tried again, on a new folder
             early += 1
-            moments[len(left)] *= 0.9
+            if kills_here:  # little was left to do
+                moments[len(left)] *= 0.9
+            else:  # the machine is quicker now than when it was timed
+                quicker = min(took / moments[len(left)], 0.9)
+                moments[len(left) :] = [moment * quicker for moment in moments[len(left) :]]
             assert early < 2 * kills, "most runs ended before they were killed"
         found = contents(work)
         assert found.keys() == expected.keys()

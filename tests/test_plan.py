@@ -213,17 +213,24 @@ def test_a_damaged_plan_is_named(tmp_path: Path) -> None:
 
 def test_rows_that_were_not_planned_are_refused(recordings: Path, tmp_path: Path) -> None:
     """A file that is whole, but says something else."""
-    make_plan(codes_settings(recordings, tmp_path))
+    plan = make_plan(codes_settings(recordings, tmp_path))
     path = tmp_path / PLAN_NAME
-    table, metadata = pq.read_table(path), pq.read_metadata(path).metadata
-    metadata = {key: value for key, value in metadata.items() if key != b"ARROW:schema"}
-    first = table.column_names.index("first_frame")
-    for column, message in (
-        (table["first_frame"].fill_null(0), "its columns are not those of its kind"),
-        (pc.add(table["first_frame"], 1), "shard 0 is not what was planned"),
+    tables = [plan.table(number) for number in range(len(plan.shards))]
+    metadata = {name: value for name, value in pq.read_metadata(path).metadata.items() if name != b"ARROW:schema"}
+    first = PLAN_SCHEMA.names.index("first_frame")
+
+    def later(table: pa.Table) -> pa.Table:
+        return table.set_column(first, "first_frame", pc.add(table["first_frame"], 1))
+
+    for change, left_out, message in (
+        (lambda table: table.rename_columns({"first_frame": "frame"}), 0, "its columns are not those of its kind"),
+        (later, 0, "shard 0 is not what was planned"),
+        (lambda table: table, 1, f"{len(tables) - 1} row groups for {len(tables)} shards"),
     ):
-        name = "frame" if message.startswith("its") else "first_frame"
-        changed = table.set_column(first, name, column)
-        pq.write_table(changed.replace_schema_metadata(metadata), path)
+        changed = [change(table) for table in tables[left_out:]]
+        with pq.ParquetWriter(path, changed[0].schema) as writer:
+            for table in changed:
+                writer.write_table(table)
+            writer.add_key_value_metadata(metadata)
         with pytest.raises(UserError, match=message):
             Plan(path).rows(0)
