@@ -109,9 +109,9 @@ check: _env
     @{{ python }} -m ruff check .
     @{{ python }} -m mypy
 
-# the tests
+# the tests, in two processes (up to 3 GB each)
 test *args: _env
-    @{{ python }} -m pytest "$@"
+    @{{ python }} -m pytest --numprocesses 2 --dist worksteal "$@"
 
 # kills, damage and strange input, many times over: just torture --times 20 (hours)
 torture *args="--times 10": _env
