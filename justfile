@@ -93,13 +93,13 @@ bench speech: _env
 
 # the figures of a GPU: just bench-gpu SPEECH
 bench-gpu speech: _env
-    @{{ python }} -m benchmarks "{{ speech }}" gpu
+    @{{ python }} -m benchmarks --gpu "{{ speech }}"
 
 # results of benchmarks → the tables in README.md and docs/
 bench-report: _env
     @{{ python }} -m benchmarks.tables
 
-# which recipe gives the best voice? just bench-quality SPEECH OUT minutes=30 (stand-in SNAC; run again to go on)
+# which recipe gives the best voice? just bench-quality SPEECH OUT --minutes 30 (stand-in SNAC; run again to go on)
 bench-quality *args: _env
     @{{ python }} -m benchmarks.quality "$@"
 

@@ -1,13 +1,12 @@
 """How fast does the page decode, and does it say what torch says? At the true size (random weights), in Chromium.
 
-Usage: python -m benchmarks.browser [onnxruntime-web's .tgz]. Needs chromium and chromium-driver. Served plainly the
+Needs chromium and chromium-driver. Served plainly the
 page has one thread, with the headers that isolate it up to four. Beside it: the step decoder of `just decode`.
 """
 
 from __future__ import annotations
 
 import shutil
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -18,6 +17,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import click
 import numpy as np
 import torch
 
@@ -105,7 +105,9 @@ def decoded(browser: Any, url: str, codes: Path) -> tuple[float, float, np.ndarr
     return loaded, took, np.array(browser.execute_script("return Array.from(window.result.samples)"), np.float32)
 
 
-def main() -> None:
+@click.command(help=__doc__)
+@click.option("--runtime", type=click.Path(exists=True, path_type=Path), help="onnxruntime-web's .tgz")
+def main(runtime: Path | None) -> None:
     codec = true_size()
     codes = np.random.default_rng(0).integers(0, CODEBOOK_SIZE, (COARSE, TOKENS)).astype(np.int16)
     with torch.inference_mode():
@@ -114,7 +116,7 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     with TemporaryDirectory() as temporary, chromium() as browser:
         page, path = Path(temporary) / "page", Path(temporary) / "codes.npy"
-        write_page(codec, page, Path(sys.argv[1]) if len(sys.argv) > 1 else None)
+        write_page(codec, page, runtime)
         path.write_bytes(npy_bytes(flatten_codes(codes)))
         for way, handler in (("page, one thread", Handler), ("page, isolated", IsolatedHandler)):
             with served(page, handler) as url:

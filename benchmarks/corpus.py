@@ -1,6 +1,6 @@
 """What do 10,000 and 100,000 hours need? GPU hours, bytes, files and cost, from measured bytes and assumed rates.
 
-Usage: python -m benchmarks.corpus SPEECH, after benchmarks.planning. Runs both stages over some minutes of real speech
+After benchmarks.planning. Runs both stages over some minutes of real speech
 and counts bytes per hour (with a stand-in SNAC, whose weights no size depends on, and `teacher=recording`); then
 derives the table of docs/scale.md. What was not measured here is a constant below, and is called assumed.
 """
@@ -14,10 +14,11 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import click
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from benchmarks.harness import RESULTS, report
+from benchmarks.harness import RESULTS, of_speech, report
 from codec.audio import EXTENSIONS
 from shards.contract import OK, TARGET_RATE
 
@@ -81,6 +82,8 @@ def needs(hours: int, measured: dict[str, float], plan_bytes_per_segment: float)
     return row | {f"days_on_{gpus}": row["gpu_hours"] / 24 / gpus for gpus in GPUS}
 
 
+@click.command(help=__doc__)
+@of_speech
 def main(speech: Path) -> None:
     planning = json.loads((RESULTS / "planning.json").read_text())["rows"][-1]
     with tempfile.TemporaryDirectory() as work:
@@ -91,4 +94,4 @@ def main(speech: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main()

@@ -1,24 +1,24 @@
 """Stage 1 against the plain way: one recording after the other through the stock package, on the same files.
 
-Usage: python -m benchmarks.encoding SPEECH [gpu]. SNAC's true size (19.8 M) with random weights: speed does not depend
+SNAC's true size (19.8 M) with random weights: speed does not depend
 on their values. Both ways read, resample and encode; the tokens must be the same, token for token. The floor is the
 encoder alone, on one long window that is read already.
 """
 
 from __future__ import annotations
 
-import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import click
 import numpy as np
 import soundfile
 import torch
 from snac import SNAC
 
-from benchmarks.harness import interleaved, report
+from benchmarks.harness import interleaved, of_speech, on_device, report
 from codec.audio import EXTENSIONS, Recording, Resampler, probe
 from codec.encoder import prepared
 from codec.memory import keep_freed_memory
@@ -98,6 +98,9 @@ def check(rows: list[dict[str, Any]], expected: dict[str, list[Any]], found: lis
     return compared
 
 
+@click.command(help=__doc__)
+@of_speech
+@on_device
 def main(speech: Path, gpu: str) -> None:
     device = device_of(gpu)
     stock, ours = true_size().to(device), prepared(true_size().to(device))
@@ -131,4 +134,4 @@ def main(speech: Path, gpu: str) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2] if len(sys.argv) > 2 else "cpu")
+    main()

@@ -17,9 +17,13 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import click
+
 from shards.files import replacing
 
 RESULTS = Path(__file__).parent / "results"
+of_speech = click.argument("speech", type=click.Path(exists=True, file_okay=False, path_type=Path))
+on_device = click.option("--gpu", default="cpu", show_default=True, help="Number of a GPU.")
 PACKAGES = ("torch", "torchaudio", "snac", "transformers", "numpy", "webdataset", "soundfile", "pyarrow")
 
 

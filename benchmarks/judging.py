@@ -1,23 +1,23 @@
 """Are good targets let through and bad ones found? Real speech, a stand-in that re-synthesises, faults planted.
 
-Usage: python -m benchmarks.judging SPEECH, a folder of recordings. The stand-in keeps the magnitudes of a recording
+The stand-in keeps the magnitudes of a recording
 and draws its phases anew, so that waveforms have nothing in common; it says nothing of how SIDON itself scores.
 """
 
 from __future__ import annotations
 
-import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import click
 import numpy as np
 import numpy.typing as npt
 import torch
 from tqdm import tqdm
 
-from benchmarks.harness import report
+from benchmarks.harness import of_speech, report
 from codec.audio import AudioError, Recording, Resampler, probe
 from configs.loader import load_settings
 from pipeline.judging import judge
@@ -138,8 +138,11 @@ def run(speech: Path, number: int, seed: int = 0) -> tuple[list[dict[str, Any]],
     return rows, context
 
 
-def main() -> None:
-    rows, context = run(Path(sys.argv[1]), int(sys.argv[2]) if len(sys.argv) > 2 else 400)
+@click.command(help=__doc__)
+@of_speech
+@click.option("--segments", default=400, show_default=True, help="Of speech, at most.")
+def main(speech: Path, segments: int) -> None:
+    rows, context = run(speech, segments)
     report("judging", rows, **context)
 
 

@@ -1,14 +1,14 @@
 """Which level does each loss ask for? The warm start's output times a gain, against the targets.
 
-Usage: python -m benchmarks.level SHARDS (made with the stand-in SNAC, as `just bench-quality` leaves them in OUT/work).
+SHARDS are made with the stand-in SNAC, as `just bench-quality` leaves them in OUT/work.
 Where waveforms of codec and target have little in common, L1 is least for silence, whatever the decoder could learn.
 """
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
+import click
 import torch
 
 from benchmarks.harness import report
@@ -29,11 +29,13 @@ WEIGHTS = dict.fromkeys(("l1", "stft", "log_stft", "mel"), 1.0)
 
 
 @torch.no_grad()
-def main() -> None:
+@click.command(help=__doc__)
+@click.argument("shards", type=click.Path(exists=True, file_okay=False, path_type=Path))
+def main(shards: Path) -> None:
     snac, _ = load_snac(SNAC)
     model = CropDecoder(CodesToLatent(snac), warm_start(snac, "zero", 0))
     n_ffts = load_settings(TrainSettings, "decoder_48khz.json", []).n_ffts
-    (batch,) = fixed_batches(load(Path(sys.argv[1]), "validation"), CROPS, CROPS, coarse_tokens(SECONDS), 0)
+    (batch,) = fixed_batches(load(shards, "validation"), CROPS, CROPS, coarse_tokens(SECONDS), 0)
     wav_BN = batch.select(model(batch.tokens_BT7))
     distances = {name: float(values_B.nanmean()) for name, values_B in crop_distances(wav_BN, batch).items()}
     rows = []

@@ -1,6 +1,5 @@
 """After how many epochs has precomputing paid for itself? Against encoder, VQ and SIDON inside the training loop.
 
-Usage: python -m benchmarks.on_the_fly [gpu=0] [crops=2] [seconds=1.0] [rounds=3]
 All models have their true size (random weights) and run as this project runs them on both sides, so the ratio holds
 what precomputing spares and nothing else. A batch from shards is read, checked and decoded in this process; the other
 way gets its samples at 24, 16 and 48 kHz for nothing, and keeps the encoder's and SIDON's weights in memory.
@@ -8,18 +7,18 @@ way gets its samples at 24, 16 and 48 kHz for nothing, and keeps the encoder's a
 
 from __future__ import annotations
 
-import sys
 import tempfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import click
 import numpy as np
 import torch
 
 from benchmarks.encoding import true_size
-from benchmarks.harness import interleaved, report
+from benchmarks.harness import interleaved, on_device, report
 from benchmarks.loading import made, write
 from benchmarks.sidon import HOST, RandomNative
 from benchmarks.training_step import ours, random_batch
@@ -103,17 +102,20 @@ def one_after_the_other(*parts: Callable[[], None]) -> Callable[[], None]:
     return whole
 
 
-def main() -> None:
+@click.command(help=__doc__)
+@on_device
+@click.option("--crops", default=2, show_default=True, help="In a batch.")
+@click.option("--seconds", default=1.0, show_default=True, help="Of a crop.")
+@click.option("--rounds", default=3, show_default=True, help="Of which medians are taken.")
+def main(gpu: str, crops: int, seconds: float, rounds: int) -> None:
     keep_freed_memory()
-    options = dict(word.split("=", 1) for word in sys.argv[1:])
-    device, rounds = device_of(options.get("gpu", "cpu")), int(options.get("rounds", 3))
-    crops, length = int(options.get("crops", 2)), coarse_tokens(float(options.get("seconds", 1.0)))
+    device, length = device_of(gpu), coarse_tokens(seconds)
     with tempfile.TemporaryDirectory() as folder:
-        seconds = measured(device, crops, length, rounds, Path(folder))
+        took = measured(device, crops, length, rounds, Path(folder))
     each = length * COARSE_48K / TARGET_RATE
-    once, shards, loop = seconds[PRECOMPUTE], seconds[FROM_SHARDS], seconds[ON_THE_FLY]
+    once, shards, loop = took[PRECOMPUTE], took[FROM_SHARDS], took[ON_THE_FLY]
     rows: list[dict[str, Any]] = [
-        {"what": name, "ms_per_audio_second": 1000 * took / (crops * each)} for name, took in seconds.items()
+        {"what": name, "ms_per_audio_second": 1000 * n / (crops * each)} for name, n in took.items()
     ]
     rows += [
         {"what": f"{n} epochs, precomputing counted", "times_faster": n * loop / (once + n * shards)} for n in EPOCHS

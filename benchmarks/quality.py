@@ -1,6 +1,5 @@
 """Which recipe gives the best 48 kHz voice? Stand-in SNAC, real speech, `teacher=recording`, voices held out.
 
-Usage: python -m benchmarks.quality SPEECH OUT [minutes=30] [steps=20000] [recipes=base,mel] [compile=true]
 SPEECH/{letters,toys,channels}/LANGUAGE/… holds recordings; languages that the stand-in never heard are judged.
 
 Recipes take turns of a few minutes, each at its own checkpoint, so the table means something after half an hour and
@@ -20,9 +19,10 @@ import time
 from pathlib import Path
 from typing import Any
 
+import click
 import pyarrow.parquet as pq
 
-from benchmarks.harness import report
+from benchmarks.harness import of_speech, report
 from codec.audio import EXTENSIONS
 from trainer import checkpoint
 
@@ -65,8 +65,9 @@ def write_manifest(speech: Path, manifest: Path) -> None:
 
 
 def command(*words: object) -> None:
-    """A command of the front door."""
-    subprocess.run([sys.executable, "-m", *map(str, words)], check=True)
+    """A command of the front door, which says itself why it fails."""
+    if code := subprocess.run([sys.executable, "-m", *map(str, words)], check=False).returncode:
+        sys.exit(code)
 
 
 def prepare(speech: Path, out: Path) -> Path:
@@ -88,10 +89,10 @@ def step_of(run: Path) -> int:
     return 0 if path is None else int(path.stem.split("_")[1])
 
 
-def turn(name: str, out: Path, shards: Path, steps: int, more: dict[str, Any]) -> bool:
+def turn(name: str, out: Path, shards: Path, steps: int) -> bool:
     """Trains one recipe for TURN_STEPS. False when it may not yet begin, or has come to its end."""
     run, begun = out / name, step_of(out / name)
-    settings = {**COMMON, **RECIPES[name], **more}
+    settings = {**COMMON, **RECIPES[name]}
     if name.startswith("adversarial"):
         start = checkpoint.step_path(out / "mel", ADVERSARIAL_FROM)
         if not start.exists():
@@ -137,19 +138,21 @@ def by_system(rows: list[dict[str, Any]], steps: dict[str, int]) -> list[dict[st
     return list(table.values())
 
 
-def main() -> None:
-    speech, out = Path(sys.argv[1]), Path(sys.argv[2])
-    options = dict(word.split("=", 1) for word in sys.argv[3:])
-    until = time.monotonic() + 60 * float(options.pop("minutes", 30))
-    steps = int(options.pop("steps", 20_000))
-    names = options.pop("recipes", ",".join(RECIPES)).split(",")
+@click.command(help=__doc__)
+@of_speech
+@click.argument("out", type=click.Path(file_okay=False, path_type=Path))
+@click.option("--minutes", default=30.0, show_default=True, help="After which it ends; the same command goes on.")
+@click.option("--steps", default=20_000, show_default=True, help="Of every recipe.")
+@click.option("--recipe", "names", type=click.Choice(list(RECIPES)), multiple=True, default=list(RECIPES))
+def main(speech: Path, out: Path, minutes: float, steps: int, names: list[str]) -> None:
+    until = time.monotonic() + 60 * minutes
     shards = prepare(speech, out)
     moving = True
     while moving and time.monotonic() < until:
         moving = False
         for name in names:
             if time.monotonic() < until:
-                moving = turn(name, out, shards, steps, options) or moving
+                moving = turn(name, out, shards, steps) or moving
     judge(out, shards, names)
 
 

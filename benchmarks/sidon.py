@@ -1,19 +1,19 @@
 """How fast is stage 2, and what stands between it and its floor? With random weights of the true size.
 
-Usage: python -m benchmarks.sidon SPEECH [SECONDS], a folder of recordings. Each part is given in audio seconds per
+Each part is given in audio seconds per
 second, beside the plain way (stock packages, fp32, one recording after the other) and a floor measured in the same run.
 """
 
 from __future__ import annotations
 
 import io
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import click
 import numpy as np
 import numpy.typing as npt
 import soundfile
@@ -23,7 +23,7 @@ from snac.layers import Decoder
 from torch import Tensor
 from transformers import SeamlessM4TFeatureExtractor, Wav2Vec2BertConfig, Wav2Vec2BertModel
 
-from benchmarks.harness import interleaved, report
+from benchmarks.harness import interleaved, of_speech, report
 from codec.audio import AudioError, Recording, Resampler, probe
 from codec.encoder import quicken
 from configs.loader import load_settings
@@ -238,8 +238,10 @@ def whole(bench: Bench) -> dict[str, Any]:
     return _row(bench, "whole", ours, lambda: [bench.plain.restore(path, bench.seconds) for path in bench.paths])
 
 
-def main() -> None:
-    speech, seconds = Path(sys.argv[1]), int(sys.argv[2]) if len(sys.argv) > 2 else 2
+@click.command(help=__doc__)
+@of_speech
+@click.option("--seconds", default=2, show_default=True, help="Of each recording.")
+def main(speech: Path, seconds: int) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     number = 64 if device.type == "cuda" else 2
     precision = "bf16" if device.type == "cuda" else "fp32"

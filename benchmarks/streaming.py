@@ -1,4 +1,4 @@
-"""What look-ahead costs and buys: `python -m benchmarks.streaming SPEECH` (a folder of recordings).
+"""What look-ahead costs and buys.
 
 Exactness: SNR of the stream against the whole decode, with the stand-in SNAC on real speech (its tokens, its warm-start
 decoder), and with random weights of the true size on random tokens. Speed: at the true size, frame by frame, on this
@@ -10,17 +10,17 @@ from __future__ import annotations
 
 import os
 import statistics
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
+import click
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from benchmarks.decoding import true_size
-from benchmarks.harness import report
+from benchmarks.harness import of_speech, report
 from codec.audio import Recording, Resampler, probe
 from codec.snac import Window, coarse_length, encode, load_snac
 from shards.contract import COARSE_24K, COARSE_48K, CODEC_RATE, TARGET_RATE
@@ -92,19 +92,21 @@ def _or_exact(value: float) -> float | str:
 
 
 @torch.inference_mode()
-def main() -> None:
+@click.command(help=__doc__)
+@of_speech
+def main(speech: Path) -> None:
     snac = load_snac(SNAC)[0]
-    speech = StepDecoder(snac, warm_start(snac, "zero", 0)), speech_tokens(Path(sys.argv[1]))
+    spoken = StepDecoder(snac, warm_start(snac, "zero", 0)), speech_tokens(speech)
     codec = true_size()
     model = StepDecoder(codec.snac, codec.decoder)
     tokens = [np.random.default_rng(0).integers(0, 4096, (FRAMES, 7)).astype(np.int16)]
-    rows = [row(model, tokens, speech, n) for n in range(EXACT + 1)]
+    rows = [row(model, tokens, spoken, n) for n in range(EXACT + 1)]
     load = os.getloadavg()[0]  # of other work too, against which the timings are to be read
     report(
         "streaming",
         rows,
         load_average=load,
-        recordings=len(speech[1]),
+        recordings=len(spoken[1]),
         speech_codec="stand-in snac_tiny_24khz, warm start",
     )
 

@@ -1,20 +1,19 @@
 """How fast is a training step? Stock classes in plain float32 against this trainer's, on one batch.
 
-Usage: python -m benchmarks.training_step [gpu=0] [crops=2] [seconds=1.0] [rounds=5]
 The decoder has the true size (13.0 M parameters, random weights); losses are the base recipe's. The floor is
 arithmetic: 31 GFLOP per audio second, forward and backward, at what a matrix product of this device reaches.
 """
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Callable
 
+import click
 import torch
 from snac import SNAC
 
-from benchmarks.harness import interleaved, report
+from benchmarks.harness import interleaved, on_device, report
 from codec.memory import keep_freed_memory
 from codec.snac import device_of
 from configs.loader import load_settings
@@ -96,10 +95,13 @@ def _wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def main() -> None:
-    options = dict(word.split("=", 1) for word in sys.argv[1:])
-    device = device_of(options.get("gpu", "cpu"))
-    crops, length = int(options.get("crops", 2)), coarse_tokens(float(options.get("seconds", 1.0)))
+@click.command(help=__doc__)
+@on_device
+@click.option("--crops", default=2, show_default=True, help="In a batch.")
+@click.option("--seconds", default=1.0, show_default=True, help="Of a crop.")
+@click.option("--rounds", default=5, show_default=True, help="Of which medians are taken.")
+def main(gpu: str, crops: int, seconds: float, rounds: int) -> None:
+    device, length = device_of(gpu), coarse_tokens(seconds)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         snac = SNAC(**SNAC_24KHZ).eval().requires_grad_(False)
@@ -114,7 +116,6 @@ def main() -> None:
     if device.type == "cpu":  # bfloat16 is emulated on most
         ways = {name: way for name, way in ways.items() if "bf16" not in name}
     began = time.perf_counter()
-    rounds = int(options.get("rounds", 5))
     medians = interleaved(stock, rounds, warm_up=2)
     keep_freed_memory()  # as training does; there is no way back, so what is stock comes first
     medians |= interleaved(ways, rounds, warm_up=2)

@@ -13,8 +13,11 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import click
 
 if TYPE_CHECKING:
     from tests.torture.readers import Reader
@@ -87,7 +90,14 @@ def fuzz(name: str, corpus: Path, options: list[str]) -> None:
             atheris.Fuzz()
 
 
+@click.command(help=__doc__)
+@click.argument("seconds", type=click.IntRange(min=1))
+@click.argument("out", type=click.Path(path_type=Path))
 def main(seconds: int, out: Path) -> None:
+    if out.exists():
+        sys.exit(f"error: {out} exists: name a new folder")
+    if find_spec("atheris") is None:
+        sys.exit("error: atheris is missing: `just extras` installs it (Linux, x86_64)")
     from benchmarks.harness import report
     from tests.torture.readers import READERS, finished
 
@@ -125,7 +135,7 @@ def main(seconds: int, out: Path) -> None:
 
 
 if __name__ == "__main__":
-    if sys.argv[1] == "one":
+    if sys.argv[1:2] == ["one"]:
         fuzz(sys.argv[2], Path(sys.argv[3]), sys.argv[4:])
     else:
-        main(int(sys.argv[1]), Path(sys.argv[2]))
+        main()

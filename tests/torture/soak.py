@@ -16,12 +16,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import click
 import psutil
+from tqdm import tqdm
 
 from benchmarks.harness import report
 from demo.run import CODES, SNAC, TARGETS, TRAIN
 from demo.voice import write_voices
 from tests.training_helpers import assert_same_state, last_state
+from trainer import checkpoint
 
 KILL_AFTER = (20, 120)  # seconds
 WATCH_EVERY = 5.0  # seconds
@@ -49,6 +52,11 @@ def start(shards: Path, run: Path, steps: int) -> psutil.Popen:
     return psutil.Popen(command("trainer", "train", *words), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
 
+def steps_done(run: Path) -> int:
+    newest = checkpoint.newest(run)
+    return 0 if newest is None else int(newest.stem.removeprefix("step_"))
+
+
 def observed(process: psutil.Popen) -> dict[str, float]:
     """Of the process and those that read for it."""
     family = [process, *process.children(recursive=True)]
@@ -64,8 +72,11 @@ def soak(shards: Path, out: Path, steps: int) -> tuple[list[dict[str, float]], i
     alone, killed = start(shards, out / "alone", steps), start(shards, out / "killed", steps)
     began = time.monotonic()
     kill_at = began + chance.uniform(*KILL_AFTER)
+    progress = tqdm(total=2 * steps, desc="both trainings", unit=" step")
     while alone.poll() is None or killed.poll() is None:
         time.sleep(WATCH_EVERY)
+        progress.update(sum(map(steps_done, (out / "alone", out / "killed"))) - progress.n)
+        progress.set_postfix(kills=kills)
         if alone.is_running() and alone.poll() is None:
             observations.append({"seconds": time.monotonic() - began, **observed(alone)})
         if killed.poll() is None and time.monotonic() > kill_at:
@@ -73,6 +84,7 @@ def soak(shards: Path, out: Path, steps: int) -> tuple[list[dict[str, float]], i
             killed.wait()
             kills += 1
             killed, kill_at = start(shards, out / "killed", steps), time.monotonic() + chance.uniform(*KILL_AFTER)
+    progress.close()
     if (alone.returncode, killed.returncode) != (0, 0):
         sys.exit(f"error: a training failed; see {out}")
     return observations, kills
@@ -89,7 +101,12 @@ def quarters(observations: list[dict[str, float]]) -> Iterator[dict[str, Any]]:
         }
 
 
+@click.command(help=__doc__)
+@click.argument("steps", type=click.IntRange(min=1))
+@click.argument("out", type=click.Path(path_type=Path))
 def main(steps: int, out: Path) -> None:
+    if out.exists():
+        sys.exit(f"error: {out} exists: name a new folder")
     out.mkdir(parents=True)
     os.environ["OMP_NUM_THREADS"] = "1"
     observations, kills = soak(make_shards(out), out, steps)
@@ -99,4 +116,4 @@ def main(steps: int, out: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), Path(sys.argv[2]))
+    main()
