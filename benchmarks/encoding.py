@@ -53,7 +53,9 @@ def plan_rows(speech: Path, folder: Path) -> tuple[list[dict[str, Any]], CodesSe
         path = folder / f"{number}.flac"
         pieces: list[np.ndarray[Any, Any]] = []
         while sum(map(len, pieces)) < seconds * RATE:
-            pieces.append(next(clips))
+            if (clip := next(clips, None)) is None:
+                raise click.ClickException(f"{speech} holds less than {sum(SECONDS)} s of speech that can be used")
+            pieces.append(clip)
         soundfile.write(path, np.concatenate(pieces)[: seconds * RATE], RATE)
         lines.append(f"{path},speaker {number % 2}")
     (folder / "list.csv").write_text("\n".join(lines) + "\n")

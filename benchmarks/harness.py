@@ -19,12 +19,22 @@ from typing import Any
 
 import click
 
+from codec.audio import EXTENSIONS
 from shards.files import replacing
 
 RESULTS = Path(__file__).parent / "results"
-of_speech = click.argument("speech", type=click.Path(exists=True, file_okay=False, path_type=Path))
-on_device = click.option("--gpu", default="cpu", show_default=True, help="Number of a GPU.")
 PACKAGES = ("torch", "torchaudio", "snac", "transformers", "numpy", "webdataset", "soundfile", "pyarrow")
+
+
+def _of_recordings(_: click.Context, __: click.Parameter, folder: Path) -> Path:
+    if not any(path.suffix.lower() in EXTENSIONS for path in folder.rglob("*")):
+        raise click.BadParameter(f"{folder} holds no recordings ({', '.join(sorted(EXTENSIONS))})")
+    return folder
+
+
+FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
+of_speech = click.argument("speech", type=FOLDER, callback=_of_recordings)
+on_device = click.option("--gpu", default="cpu", show_default=True, help="Number of a GPU.")
 
 
 def interleaved(ways: Mapping[str, Callable[[], object]], rounds: int, warm_up: int = 1) -> dict[str, float]:

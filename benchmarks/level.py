@@ -11,7 +11,7 @@ from pathlib import Path
 import click
 import torch
 
-from benchmarks.harness import report
+from benchmarks.harness import FOLDER, report
 from benchmarks.quality import SNAC
 from codec.snac import load_snac
 from configs.loader import load_settings
@@ -30,7 +30,7 @@ WEIGHTS = dict.fromkeys(("l1", "stft", "log_stft", "mel"), 1.0)
 
 @torch.no_grad()
 @click.command(help=__doc__)
-@click.argument("shards", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.argument("shards", type=FOLDER)
 def main(shards: Path) -> None:
     snac, _ = load_snac(SNAC)
     model = CropDecoder(CodesToLatent(snac), warm_start(snac, "zero", 0))

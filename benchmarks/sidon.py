@@ -114,6 +114,10 @@ def chosen(speech: Path, number: int, seconds: int) -> list[Path]:
             paths.append(path)
         if len(paths) == number:
             break
+    if len(paths) < number:
+        raise click.ClickException(
+            f"{speech} holds {len(paths)} of {number} recordings of {seconds} s, 44.1 kHz or more"
+        )
     return paths
 
 

@@ -21,7 +21,7 @@ import torch
 
 from benchmarks.decoding import true_size
 from benchmarks.harness import of_speech, report
-from codec.audio import Recording, Resampler, probe
+from codec.audio import EXTENSIONS, Recording, Resampler, probe
 from codec.snac import Window, coarse_length, encode, load_snac
 from shards.contract import COARSE_24K, COARSE_48K, CODEC_RATE, TARGET_RATE
 from trainer.decoder import warm_start
@@ -39,7 +39,7 @@ Tokens = npt.NDArray[np.int16]
 def speech_tokens(folder: Path) -> list[Tokens]:
     """Of RECORDINGS files spread over the folder, their first seconds."""
     snac = load_snac(SNAC)[0]
-    files = sorted(path for path in folder.rglob("*") if path.suffix in (".wav", ".ogg"))
+    files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in EXTENSIONS)
     found = []
     for path in files[:: max(len(files) // RECORDINGS, 1)][:RECORDINGS]:
         recording = Recording(path, probe(path))
