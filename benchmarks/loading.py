@@ -1,6 +1,6 @@
 """Shards → batches, written and checked: how fast, and what stands between that and the disk?
 
-Usage: python -m benchmarks.loading. A folder of shards of made voices (crops of 4 s, random tokens), in one process.
+A folder of shards of made voices (segments of 4 s, random tokens; crops of all of it and of 1 s), in one process.
 Loading is compared with plain webdataset and DataLoader on the same tars, and with decoding their FLAC alone, which is
 its floor; writing with copying the bytes to disk, checking with reading them.
 """
@@ -23,6 +23,7 @@ import webdataset
 from torch.utils.data import DataLoader
 
 from benchmarks.harness import interleaved, report
+from codec.memory import keep_freed_memory
 from demo.voice import synthesize
 from pipeline.settings import VerifySettings
 from pipeline.targets import flac_bytes
@@ -48,8 +49,8 @@ from shards.stream import Stage, Stream
 from shards.writer import ShardWriter
 from trainer.data import training_batches
 
-SHARDS, PER_SHARD, BATCH = 4, 96, 32
-COARSE = coarse_tokens(4.0)
+SHARDS, PER_SHARD, BATCH, ROUNDS = 4, 96, 32, 5
+COARSE, SHORT = coarse_tokens(4.0), coarse_tokens(1.0)
 VOICES = 8
 Sample = tuple[dict[str, Any], dict[str, bytes]]
 
@@ -95,26 +96,26 @@ def copy(folder: Path, tars: list[bytes]) -> None:
             os.fsync(file.fileno())
 
 
-def ours(index: Index) -> None:
-    stream = Stream((Order(index.counts, 0, 1, 16),), (1,), (Stage(0, COARSE, BATCH),), 0)
+def ours(index: Index, coarse: int) -> None:
+    stream = Stream((Order(index.counts, 0, 1, 16),), (1,), (Stage(0, coarse, BATCH),), 0)
     for batch in training_batches((index,), stream, range(stream.steps(1)), 0, 0, 1):
-        assert batch.target_BN.shape == (BATCH, COARSE * COARSE_48K)
+        assert batch.target_BN.shape == (BATCH, coarse * COARSE_48K)
 
 
-def plain(folder: Path) -> None:
-    """What one would write: nothing is checked, and the order is the tars'."""
+def plain(folder: Path, coarse: int) -> None:
+    """What one would write: nothing is checked, and the order is the tars'; crops are cut from what was decoded."""
     urls = [str(path) for path in sorted((folder / "train").glob("*.tar"))]
-    dataset = webdataset.WebDataset(urls, shardshuffle=False).map(_decoded).batched(BATCH)
+    dataset = webdataset.WebDataset(urls, shardshuffle=False).map(partial(_decoded, coarse=coarse)).batched(BATCH)
     for codes, target in DataLoader(dataset, batch_size=None):
         assert codes.shape[1:] == (COARSE * TOKENS,)
-        assert target.shape[1:] == (COARSE * COARSE_48K,)
+        assert target.shape[1:] == (coarse * COARSE_48K,)
 
 
-def _decoded(sample: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
+def _decoded(sample: dict[str, Any], coarse: int) -> tuple[torch.Tensor, torch.Tensor]:
     target, _ = soundfile.read(io.BytesIO(sample[TARGET_SUFFIX]), dtype="float32")
     return torch.from_numpy(
         np.load(io.BytesIO(sample[CODES_SUFFIX]), allow_pickle=False).astype(np.int64)
-    ), torch.from_numpy(target)
+    ), torch.from_numpy(target[: coarse * COARSE_48K])
 
 
 def flac_alone(samples: list[Sample]) -> None:
@@ -130,26 +131,32 @@ def main() -> None:
         write(folder, samples)
         tars = [path.read_bytes() for path in sorted((folder / "train").glob("*.tar"))]
         index, shards = load(folder, "train"), VerifySettings(shards=folder)
+        stock: dict[str, tuple[str, Callable[[], object]]] = {
+            "batches: plain webdataset": ("loading", partial(plain, folder, COARSE)),
+            "batches of short crops: plain webdataset": ("short crops", partial(plain, folder, SHORT)),
+        }
         ways: dict[str, tuple[str, Callable[[], object]]] = {
-            "batches: ours": ("loading", partial(ours, index)),
-            "batches: plain webdataset": ("loading", partial(plain, folder)),
+            "batches: ours": ("loading", partial(ours, index, COARSE)),
+            "batches of short crops: ours": ("short crops", partial(ours, index, SHORT)),
             "floor: their FLAC decoded": ("loading", partial(flac_alone, samples)),
             "samples read and checked": ("reading", lambda: [read_sample(index, n) for n in range(len(index))]),
             "just verify": ("checking", partial(verify, shards)),
             "shards written": ("writing", partial(write, folder, samples)),
             "floor: the same bytes to disk": ("writing", partial(copy, folder, tars)),
         }
-        seconds = interleaved({name: way for name, (_, way) in ways.items()}, rounds=5)
+        seconds = interleaved({name: way for name, (_, way) in stock.items()}, ROUNDS)
+        keep_freed_memory()  # as training does; there is no way back, so what is stock comes first
+        seconds |= interleaved({name: way for name, (_, way) in ways.items()}, ROUNDS)
     audio, megabytes = len(samples) * COARSE * COARSE_48K / TARGET_RATE, sum(map(len, tars)) / 1e6
     floors = {"loading": seconds["floor: their FLAC decoded"], "writing": seconds["floor: the same bytes to disk"]}
     rows = [
         {
             "way": name,
-            "audio_s_per_s": audio / seconds[name],
+            "audio_s_per_s": audio * (SHORT / COARSE if kind == "short crops" else 1) / seconds[name],
             "mb_per_s": megabytes / seconds[name],
             "share_of_floor": floors[kind] / seconds[name] if kind in floors else None,
         }
-        for name, (kind, _) in ways.items()
+        for name, (kind, _) in (stock | ways).items()
     ]
     report("loading", rows, samples=len(samples), megabytes=megabytes, batch=BATCH)
 

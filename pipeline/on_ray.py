@@ -8,6 +8,7 @@ whole job, so actors answer with what went wrong instead.
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -91,6 +92,7 @@ def actors(stage: Stage, numbers: Sequence[int], progress: Progress) -> None:
 @contextmanager
 def _connected(settings: ExecutionSettings) -> Iterator[None]:
     """Ray, quiet: the bar is ours. Raises UserError where it is missing, or lacks what `settings` ask for."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # Ray tells its makers nothing
     try:
         import ray
         import ray.data

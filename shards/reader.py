@@ -7,13 +7,24 @@ import os
 import tarfile
 import time
 import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 import soundfile
 
-from shards.contract import CODES_SUFFIX, META_SUFFIX, TARGET_SUFFIX, check_meta, check_sample, load_codes, tar_path
+from shards.contract import (
+    COARSE_48K,
+    CODES_SUFFIX,
+    META_SUFFIX,
+    TARGET_SUFFIX,
+    check_meta,
+    check_sample,
+    load_codes,
+    tar_path,
+)
 from shards.errors import ShardError
 from shards.storage import Location, StorageError
 
@@ -28,40 +39,59 @@ def split_members(data: bytes, key: str, path: Location) -> dict[str, Any]:
     expected = {f"{key}.{suffix}": suffix for suffix in (CODES_SUFFIX, TARGET_SUFFIX, META_SUFFIX)}
     try:
         with tarfile.open(fileobj=io.BytesIO(data + bytes(2 * tarfile.BLOCKSIZE)), mode="r:") as tar:
-            names = sorted(info.name if info.isreg() else f"{info.name} (no plain file)" for info in tar)
-            if names != sorted(expected):
-                raise ShardError(f"{path}: {key}: holds {names}, expected {sorted(expected)}")
-            files = {expected[name]: tar.extractfile(name) for name in names}
-            members = {suffix: file.read() for suffix, file in files.items() if file}
+            infos = tar.getmembers()
+        names = sorted(info.name if info.isreg() else f"{info.name} (no plain file)" for info in infos)
+        if names != sorted(expected):
+            raise ShardError(f"{path}: {key}: holds {names}, expected {sorted(expected)}")
+        ends = {info.name: info.offset_data + info.size for info in infos}
+        if max(ends.values()) > len(data):
+            raise ShardError(f"{path}: {key}: ends after {len(data)} of {max(ends.values())} bytes")
+        members = {expected[info.name]: data[info.offset_data : ends[info.name]] for info in infos}
     except tarfile.TarError as error:
         raise ShardError(f"{path}: {key}: not a whole tar: {error}") from error
     return {"__key__": key, "__url__": str(path), **members}
 
 
-def decode_sample(members: dict[str, Any]) -> dict[str, Any]:
+def _whole(meta: dict[str, Any]) -> range:
+    return range(meta["n_coarse"])
+
+
+def decode_sample(members: dict[str, Any], part: Callable[[dict[str, Any]], range] = _whole) -> dict[str, Any]:
     """Members as `split_members` gives them → `codes` (T, 7) int16, `target` float32 in [−1, 1) and `meta`.
 
+    Of the target only the coarse tokens are decoded that `part` chooses, given `meta`; the codes are all there.
     Raises ShardError naming shard and key when they are not as the contract says.
     """
     try:
         meta = check_meta(members[META_SUFFIX])
         codes_T7 = load_codes(members[CODES_SUFFIX])
-        target, rate = _read_target(members[TARGET_SUFFIX])
-        check_sample(codes_T7, len(target), rate, meta)
+        with _opened(members[TARGET_SUFFIX]) as file:
+            check_sample(codes_T7, file.frames, file.samplerate, meta)
+            target = _read(file, part(meta))
     except ShardError as error:
         raise ShardError(f"{members['__url__']}: {members['__key__']}: {error}") from error
     return {"codes": codes_T7, "target": target, "meta": meta}
 
 
-def _read_target(data: bytes) -> tuple[npt.NDArray[np.float32], int]:
+@contextmanager
+def _opened(data: bytes) -> Iterator[soundfile.SoundFile]:
     try:
         with soundfile.SoundFile(io.BytesIO(data)) as file:
             if file.format != "FLAC" or file.channels != 1:
                 raise ShardError(f"target is {file.format} of {file.channels} channels, expected FLAC of one")
-            samples: npt.NDArray[np.float32] = file.read(dtype="float32")
-            return samples, file.samplerate
+            yield file
     except soundfile.LibsndfileError as error:
         raise ShardError(f"target is not readable FLAC: {error}") from error
+
+
+def _read(file: soundfile.SoundFile, tokens: range) -> npt.NDArray[np.float32]:
+    """Frames of FLAC are compressed each for itself: what lies before and after is not decoded."""
+    if tokens.start:
+        file.seek(tokens.start * COARSE_48K)
+    samples: npt.NDArray[np.float32] = file.read(len(tokens) * COARSE_48K, dtype="float32")
+    if len(samples) != len(tokens) * COARSE_48K:
+        raise ShardError(f"target ends after {len(samples)} of {len(tokens) * COARSE_48K} samples")
+    return samples
 
 
 def read_sample(index: Index, sample: int) -> dict[str, Any]:

@@ -49,6 +49,9 @@ def cluster() -> Iterator[Any]:
             cluster.add_node(num_cpus=1, **small)
         cluster.wait_for_nodes()
         yield cluster
+        assert not [thread for thread in threading.enumerate() if "usage" in thread.name], (
+            "Ray collects what it is used for"
+        )
         ray.shutdown()
         cluster.shutdown()
 

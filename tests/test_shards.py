@@ -760,6 +760,18 @@ def test_a_sample_against_the_contract_is_refused_by_name(suffix: str, data: byt
     assert str(error.value).startswith(f"some.tar: {KEY}: ")
 
 
+@pytest.mark.parametrize("bits", [16, 24])
+def test_any_part_of_a_target_is_that_of_the_whole(bits: int) -> None:
+    target = np.random.default_rng(0).uniform(-0.5, 0.5, 4 * 4096).astype(np.float32)
+    members = {**some_members(7), TARGET_SUFFIX: flac_bytes(target, bits), "__key__": KEY, "__url__": "some.tar"}
+    whole = decode_sample(members)
+    for first in range(4):
+        for last in range(first + 1, 5):
+            part = decode_sample(members, lambda meta, first=first, last=last: range(first, last))  # type: ignore[misc]
+            assert np.array_equal(part["target"], whole["target"][first * 4096 : last * 4096])
+            assert np.array_equal(part["codes"], whole["codes"])
+
+
 # The commands
 
 

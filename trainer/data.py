@@ -69,24 +69,29 @@ class Batch:
 
 def crop(members: dict[str, Any], length: int, seed: int) -> Crop:
     """`length` coarse tokens of a segment at a place given by its position in the stream; all of a shorter segment."""
-    sample = decode_sample(members)
-    meta, codes_T7 = sample["meta"], sample["codes"]
-    length = min(length, meta["n_coarse"])
-    places = meta["n_coarse"] - length + 1
-    start = int(random_words(1, seed, "crop", members["position"])[0] % places)
-    first = meta["context_before"] + start  # in codes_T7
+    word = int(random_words(1, seed, "crop", members["position"])[0])
+
+    def place(meta: dict[str, Any]) -> range:
+        size = min(length, meta["n_coarse"])
+        start = word % (meta["n_coarse"] - size + 1)
+        return range(start, start + size)
+
+    sample = decode_sample(members, place)
+    meta, codes_T7, tokens = sample["meta"], sample["codes"], place(sample["meta"])
+    first = meta["context_before"] + tokens.start  # in codes_T7
     before = min(first, CONTEXT_COARSE)
-    target = sample["target"][start * COARSE_48K : min((start + length) * COARSE_48K, meta["n_samples"])]
-    return Crop(members["__key__"], codes_T7[first - before : first + length + CONTEXT_COARSE], before, target)
+    target = sample["target"][: meta["n_samples"] - tokens.start * COARSE_48K]
+    return Crop(members["__key__"], codes_T7[first - before : first + len(tokens) + CONTEXT_COARSE], before, target)
 
 
 def collate(crops: list[Crop], length: int) -> Batch:
     """A batch of the same shape whatever its crops: `length` coarse tokens and full context."""
     tokens = np.full((len(crops), length + 2 * CONTEXT_COARSE, TOKENS), PADDING_TOKEN, dtype=np.int64)
-    target = np.zeros((len(crops), length * COARSE_48K), dtype=np.float32)
+    target = np.empty((len(crops), length * COARSE_48K), dtype=np.float32)
     for place, item in enumerate(crops):
         tokens[place, : len(item.codes_T7)] = item.codes_T7
         target[place, : len(item.target)] = item.target
+        target[place, len(item.target) :] = 0
     return Batch(
         keys=[item.key for item in crops],
         tokens_BT7=torch.from_numpy(tokens),

@@ -11,6 +11,7 @@ import re
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from importlib.util import find_spec
@@ -31,6 +32,7 @@ MAX_MIB, MAX_SECONDS = 4096, 20  # that one input may take
 
 _watched: Path | None = None
 _installed = False
+_others: set[int | None] = set()  # threads that were there before, which do not read
 
 
 class EscapeError(BaseException):
@@ -38,7 +40,7 @@ class EscapeError(BaseException):
 
 
 def _audit(event: str, given: tuple[Any, ...]) -> None:
-    if _watched is None:
+    if _watched is None or threading.get_ident() in _others:
         return
     writes = event in CHANGES or (event == "open" and given[2] & (os.O_WRONLY | os.O_RDWR))
     names = [name for name in given[: 2 if event in OF_TWO else 1] if writes and not isinstance(name, int)]
@@ -49,11 +51,12 @@ def _audit(event: str, given: tuple[Any, ...]) -> None:
 
 @contextmanager
 def watching(folder: Path) -> Iterator[None]:
-    """Meanwhile, whatever this process does beyond `folder` raises EscapeError."""
-    global _watched, _installed
+    """Meanwhile, whatever this thread and those it starts do beyond `folder` raises EscapeError."""
+    global _watched, _installed, _others
     if not _installed:
         sys.addaudithook(_audit)
         _installed = True
+    _others = {thread.ident for thread in threading.enumerate()} - {threading.get_ident()}
     before, tempfile.tempdir, _watched = tempfile.tempdir, str(folder), folder.resolve()
     try:
         yield

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import subprocess
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -58,3 +59,19 @@ def test_escapes_are_seen(escape: Callable[[Path], object], tmp_path: Path) -> N
     with watching(tmp_path / "inside"), pytest.raises(EscapeError):
         escape(tmp_path)
     escape(tmp_path)
+
+
+def test_what_other_threads_do_is_no_escape(tmp_path: Path) -> None:
+    (tmp_path / "inside").mkdir()
+    begin = threading.Event()
+
+    def touch() -> None:
+        begin.wait()
+        (tmp_path / "file").touch()
+
+    other = threading.Thread(target=touch)
+    other.start()
+    with watching(tmp_path / "inside"):
+        begin.set()
+        other.join()
+    assert (tmp_path / "file").exists()
