@@ -111,7 +111,7 @@ check: _env
 
 # the tests, in two processes (up to 3 GB each)
 test *args: _env
-    @{{ python }} -m pytest --numprocesses 2 --dist worksteal "$@"
+    @{{ python }} -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder "$@"
 
 # kills, damage and strange input, many times over: just torture --times 20 (hours)
 torture *args="--times 10": _env
