@@ -1,7 +1,7 @@
 """How fast does the page decode, and does it say what torch says? At the true size (random weights), in Chromium.
 
-Needs chromium and chromium-driver. Served plainly the
-page has one thread, with the headers that isolate it up to four. Beside it: the step decoder of `just decode`.
+Needs chromium and chromium-driver. Served plainly the page has one thread, with the headers that isolate it up to four.
+Beside it: the step decoder of `just decode`.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """What do 10,000 and 100,000 hours need? GPU hours, bytes, files and cost, from measured bytes and assumed rates.
 
-After benchmarks.planning. Runs both stages over some minutes of real speech
-and counts bytes per hour (with a stand-in SNAC, whose weights no size depends on, and `teacher=recording`); then
-derives the table of docs/scale.md. What was not measured here is a constant below, and is called assumed.
+After benchmarks.planning. Runs both stages over some minutes of real speech and counts bytes per hour (with a stand-in
+SNAC, whose weights no size depends on, and `teacher=recording`); then derives the table of docs/scale.md. What was not
+measured here is a constant below, and is called assumed.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Stage 1 against the plain way: one recording after the other through the stock package, on the same files.
 
-SNAC's true size (19.8 M) with random weights: speed does not depend
-on their values. Both ways read, resample and encode; the tokens must be the same, token for token. The floor is the
-encoder alone, on one long window that is read already.
+SNAC's true size (19.8 M) with random weights: speed does not depend on their values. Both ways read, resample and
+encode; the tokens must be the same, token for token. The floor is the encoder alone, on one long window that is read
+already.
 """
 
 from __future__ import annotations

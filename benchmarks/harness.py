@@ -11,6 +11,7 @@ import json
 import os
 import platform
 import statistics
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
@@ -35,6 +36,23 @@ def _of_recordings(_: click.Context, __: click.Parameter, folder: Path) -> Path:
 FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
 of_speech = click.argument("speech", type=FOLDER, callback=_of_recordings)
 on_device = click.option("--gpu", default="cpu", show_default=True, help="Number of a GPU.")
+of_crops = click.option("--crops", type=click.IntRange(min=1), default=2, show_default=True, help="In a batch.")
+of_seconds = click.option(
+    "--seconds", type=click.FloatRange(min=0.1), default=1.0, show_default=True, help="Of a crop."
+)
+
+
+def in_rounds(default: int) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    number = click.IntRange(min=1)
+    return click.option("--rounds", type=number, default=default, show_default=True, help="Of which medians are taken.")
+
+
+def make_new(folder: Path) -> None:
+    """Ends the process with a line where it cannot be made, or is there."""
+    try:
+        folder.mkdir(parents=True)
+    except OSError as error:
+        sys.exit(f"error: {folder}: {error.strerror}: name a new folder")
 
 
 def interleaved(ways: Mapping[str, Callable[[], object]], rounds: int, warm_up: int = 1) -> dict[str, float]:

@@ -1,7 +1,7 @@
 """Are good targets let through and bad ones found? Real speech, a stand-in that re-synthesises, faults planted.
 
-The stand-in keeps the magnitudes of a recording
-and draws its phases anew, so that waveforms have nothing in common; it says nothing of how SIDON itself scores.
+The stand-in keeps the magnitudes of a recording and draws its phases anew, so that waveforms have nothing in common; it
+says nothing of how SIDON itself scores.
 """
 
 from __future__ import annotations
@@ -140,7 +140,7 @@ def run(speech: Path, number: int, seed: int = 0) -> tuple[list[dict[str, Any]],
 
 @click.command(help=__doc__)
 @of_speech
-@click.option("--segments", default=400, show_default=True, help="Of speech, at most.")
+@click.option("--segments", type=click.IntRange(min=1), default=400, show_default=True, help="Of speech, at most.")
 def main(speech: Path, segments: int) -> None:
     rows, context = run(speech, segments)
     report("judging", rows, **context)

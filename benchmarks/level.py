@@ -28,9 +28,9 @@ CROPS, SECONDS = 48, 1.0
 WEIGHTS = dict.fromkeys(("l1", "stft", "log_stft", "mel"), 1.0)
 
 
-@torch.no_grad()
 @click.command(help=__doc__)
 @click.argument("shards", type=FOLDER)
+@torch.no_grad()
 def main(shards: Path) -> None:
     snac, _ = load_snac(SNAC)
     model = CropDecoder(CodesToLatent(snac), warm_start(snac, "zero", 0))

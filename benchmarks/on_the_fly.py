@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from benchmarks.encoding import true_size
-from benchmarks.harness import interleaved, on_device, report
+from benchmarks.harness import in_rounds, interleaved, of_crops, of_seconds, on_device, report
 from benchmarks.loading import made, write
 from benchmarks.sidon import HOST, RandomNative
 from benchmarks.training_step import ours, random_batch
@@ -104,9 +104,9 @@ def one_after_the_other(*parts: Callable[[], None]) -> Callable[[], None]:
 
 @click.command(help=__doc__)
 @on_device
-@click.option("--crops", default=2, show_default=True, help="In a batch.")
-@click.option("--seconds", default=1.0, show_default=True, help="Of a crop.")
-@click.option("--rounds", default=3, show_default=True, help="Of which medians are taken.")
+@of_crops
+@of_seconds
+@in_rounds(3)
 def main(gpu: str, crops: int, seconds: float, rounds: int) -> None:
     keep_freed_memory()
     device, length = device_of(gpu), coarse_tokens(seconds)

@@ -24,6 +24,7 @@ import pyarrow.parquet as pq
 
 from benchmarks.harness import of_speech, report
 from codec.audio import EXTENSIONS
+from shards.files import replacing
 from trainer import checkpoint
 
 SNAC = "demo/snac_tiny_24khz"
@@ -32,6 +33,7 @@ TURN_STEPS = 100
 ADVERSARIAL_FROM = 200  # steps of `mel`
 METRICS = "lsd,lsd_reached,mel,si_sdr,level,high_band,visqol"
 CLIPS = 96
+MINUTES = click.FloatRange(min=0, min_open=True)
 COMMON = {
     "pretrained_model": SNAC, "gpu": "cpu", "resume": "auto", "batch_size": 6, "segment_length": 0.51,
     "learning_rate": 3e-4, "rate_schedule": "constant", "warmup_steps": 20, "ema_decay": 0.99, "phase1_steps": 0,
@@ -55,11 +57,14 @@ RECIPES: dict[str, dict[str, Any]] = {
 
 def write_manifest(speech: Path, manifest: Path) -> None:
     files = sorted(path for path in speech.rglob("*") if path.suffix.lower() in EXTENSIONS)
-    with manifest.open("w", newline="") as file:
+    with replacing(manifest) as temporary, temporary.open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["path", "id", "speaker", "split"])
         for path in files:
-            language = path.relative_to(speech).parts[1]
+            parts = path.relative_to(speech).parts
+            if len(parts) < 3:
+                raise click.ClickException(f"{path} is not in {speech}/PART/LANGUAGE: its language is not known")
+            language = parts[1]
             split = "validation" if language in HELD_OUT else "train"
             writer.writerow([path.resolve(), path.relative_to(speech).as_posix(), language, split])
 
@@ -84,14 +89,9 @@ def prepare(speech: Path, out: Path) -> Path:
     return work / "shards"
 
 
-def step_of(run: Path) -> int:
-    path = checkpoint.newest(run)
-    return 0 if path is None else int(path.stem.split("_")[1])
-
-
 def turn(name: str, out: Path, shards: Path, steps: int) -> bool:
     """Trains one recipe for TURN_STEPS. False when it may not yet begin, or has come to its end."""
-    run, begun = out / name, step_of(out / name)
+    run, begun = out / name, checkpoint.newest_step(out / name)
     settings = {**COMMON, **RECIPES[name]}
     if name.startswith("adversarial"):
         start = checkpoint.step_path(out / "mel", ADVERSARIAL_FROM)
@@ -121,7 +121,7 @@ def judge(out: Path, shards: Path, names: list[str]) -> None:
         f"out={out / 'eval'}", f"samples={CLIPS}", f"metrics={METRICS}", "keep_audio=4",
     )  # fmt: skip
     rows = pq.read_table(out / "eval" / "summary.parquet").to_pylist()
-    steps = {name: step_of(out / name) for name in models}
+    steps = {name: checkpoint.newest_step(out / name) for name in models}
     settings = {name: {**COMMON, **RECIPES[name]} for name in models}
     report("quality", by_system(rows, steps), steps=steps, settings=settings, clips=CLIPS)
 
@@ -141,8 +141,8 @@ def by_system(rows: list[dict[str, Any]], steps: dict[str, int]) -> list[dict[st
 @click.command(help=__doc__)
 @of_speech
 @click.argument("out", type=click.Path(file_okay=False, path_type=Path))
-@click.option("--minutes", default=30.0, show_default=True, help="After which it ends; the same command goes on.")
-@click.option("--steps", default=20_000, show_default=True, help="Of every recipe.")
+@click.option("--minutes", type=MINUTES, default=30.0, show_default=True, help="It ends then; run it again to go on.")
+@click.option("--steps", type=click.IntRange(min=1), default=20_000, show_default=True, help="Of every recipe.")
 @click.option("--recipe", "names", type=click.Choice(list(RECIPES)), multiple=True, default=list(RECIPES))
 def main(speech: Path, out: Path, minutes: float, steps: int, names: list[str]) -> None:
     until = time.monotonic() + 60 * minutes

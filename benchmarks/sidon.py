@@ -1,7 +1,7 @@
 """How fast is stage 2, and what stands between it and its floor? With random weights of the true size.
 
-Each part is given in audio seconds per
-second, beside the plain way (stock packages, fp32, one recording after the other) and a floor measured in the same run.
+Each part is given in audio seconds per second, beside the plain way (stock packages, fp32, one recording after the
+other) and a floor measured in the same run.
 """
 
 from __future__ import annotations
@@ -244,7 +244,7 @@ def whole(bench: Bench) -> dict[str, Any]:
 
 @click.command(help=__doc__)
 @of_speech
-@click.option("--seconds", default=2, show_default=True, help="Of each recording.")
+@click.option("--seconds", type=click.IntRange(min=1), default=2, show_default=True, help="Of each recording.")
 def main(speech: Path, seconds: int) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     number = 64 if device.type == "cuda" else 2

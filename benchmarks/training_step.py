@@ -13,7 +13,7 @@ import click
 import torch
 from snac import SNAC
 
-from benchmarks.harness import interleaved, on_device, report
+from benchmarks.harness import in_rounds, interleaved, of_crops, of_seconds, on_device, report
 from codec.memory import keep_freed_memory
 from codec.snac import device_of
 from configs.loader import load_settings
@@ -97,9 +97,9 @@ def _wait(device: torch.device) -> None:
 
 @click.command(help=__doc__)
 @on_device
-@click.option("--crops", default=2, show_default=True, help="In a batch.")
-@click.option("--seconds", default=1.0, show_default=True, help="Of a crop.")
-@click.option("--rounds", default=5, show_default=True, help="Of which medians are taken.")
+@of_crops
+@of_seconds
+@in_rounds(5)
 def main(gpu: str, crops: int, seconds: float, rounds: int) -> None:
     device, length = device_of(gpu), coarse_tokens(seconds)
     with torch.random.fork_rng(devices=[]):

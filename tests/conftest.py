@@ -35,6 +35,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--times", type=int, default=1, help="how often what tortures is repeated (just torture)")
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    if (times := config.getoption("--times")) < 1:
+        raise pytest.UsageError(f"--times={times}: at least 1, or nothing is tortured")
+
+
 @pytest.fixture(scope="session")
 def times(request: pytest.FixtureRequest) -> int:
     found: int = request.config.getoption("--times")

@@ -76,6 +76,12 @@ def newest(run: Path) -> Path | None:
     return found[-1] if found else None
 
 
+def newest_step(run: Path) -> int:
+    """0 before the first checkpoint."""
+    path = newest(run)
+    return 0 if path is None else int(path.stem.removeprefix("step_"))
+
+
 def step_path(run: Path, step: int) -> Path:
     return folder(run) / f"step_{step:09d}.pt"
 

@@ -97,14 +97,12 @@ def fuzz(name: str, corpus: Path, options: list[str]) -> None:
 @click.argument("seconds", type=click.IntRange(min=1))
 @click.argument("out", type=click.Path(path_type=Path))
 def main(seconds: int, out: Path) -> None:
-    if out.exists():
-        sys.exit(f"error: {out} exists: name a new folder")
     if find_spec("atheris") is None:
         sys.exit("error: atheris is missing: `just extras` installs it (Linux, x86_64)")
-    from benchmarks.harness import report
+    from benchmarks.harness import make_new, report
     from tests.torture.readers import READERS, finished
 
-    out.mkdir(parents=True)
+    make_new(out)
     finished(out / "finished")
     limits = [f"-max_total_time={seconds}", f"-rss_limit_mb={MAX_MIB}", f"-timeout={MAX_SECONDS}", "-seed=1"]
     rows = []

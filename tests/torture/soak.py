@@ -20,7 +20,7 @@ import click
 import psutil
 from tqdm import tqdm
 
-from benchmarks.harness import report
+from benchmarks.harness import make_new, report
 from demo.run import CODES, SNAC, TARGETS, TRAIN
 from demo.voice import write_voices
 from tests.training_helpers import assert_same_state, last_state
@@ -52,11 +52,6 @@ def start(shards: Path, run: Path, steps: int) -> psutil.Popen:
     return psutil.Popen(command("trainer", "train", *words), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
 
-def steps_done(run: Path) -> int:
-    newest = checkpoint.newest(run)
-    return 0 if newest is None else int(newest.stem.removeprefix("step_"))
-
-
 def observed(process: psutil.Popen) -> dict[str, float]:
     """Of the process and those that read for it."""
     family = [process, *process.children(recursive=True)]
@@ -75,7 +70,7 @@ def soak(shards: Path, out: Path, steps: int) -> tuple[list[dict[str, float]], i
     progress = tqdm(total=2 * steps, desc="both trainings", unit=" step")
     while alone.poll() is None or killed.poll() is None:
         time.sleep(WATCH_EVERY)
-        progress.update(sum(map(steps_done, (out / "alone", out / "killed"))) - progress.n)
+        progress.update(sum(checkpoint.newest_step(out / name) for name in ("alone", "killed")) - progress.n)
         progress.set_postfix(kills=kills)
         if alone.is_running() and alone.poll() is None:
             observations.append({"seconds": time.monotonic() - began, **observed(alone)})
@@ -105,9 +100,7 @@ def quarters(observations: list[dict[str, float]]) -> Iterator[dict[str, Any]]:
 @click.argument("steps", type=click.IntRange(min=1))
 @click.argument("out", type=click.Path(path_type=Path))
 def main(steps: int, out: Path) -> None:
-    if out.exists():
-        sys.exit(f"error: {out} exists: name a new folder")
-    out.mkdir(parents=True)
+    make_new(out)
     os.environ["OMP_NUM_THREADS"] = "1"
     observations, kills = soak(make_shards(out), out, steps)
     (out / "observed.json").write_text(json.dumps(observations) + "\n")
