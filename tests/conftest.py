@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -90,6 +91,12 @@ def work(recordings: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     shard_codes(codes_settings(recordings, folder))
     shard_targets(targets_settings(folder))
     return folder
+
+
+@pytest.fixture
+def shards(work: Path, tmp_path: Path) -> Path:
+    """A copy of the shards that a test may damage."""
+    return Path(shutil.copytree(work / "shards", tmp_path / "shards"))
 
 
 @pytest.fixture(scope="session")

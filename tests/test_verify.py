@@ -1,0 +1,123 @@
+"""`just verify` and `just inspect`, and making damaged shards again."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from pipeline.inspect import inspect
+from pipeline.settings import InspectSettings, VerifySettings
+from pipeline.targets import shard_targets
+from pipeline.verify import verify
+from shards.errors import ShardError, UserError
+from shards.index import compact, load, shard_list
+from tests.helpers import run_command, targets_settings
+from tests.shard_helpers import all_problems, flip
+
+
+def test_verify_finds_whole_shards_whole(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    verify(VerifySettings(shards=work / "shards"))
+    assert "4 shards are whole" in capsys.readouterr().out
+
+
+def test_verify_as_a_command_says_each_problem_in_one_line(shards: Path) -> None:
+    whole = run_command("pipeline", "verify", f"shards={shards}")
+    assert (whole.returncode, whole.stdout) == (0, f"{shards}: 4 shards are whole\n")
+
+    index = load(shards, "train")
+    row = index.table.slice(0, 1).to_pylist()[0]
+    flip(shards / "train" / "000000.tar", row["offset"] + 700, 1)
+    (shards / "train" / "000001.tar").unlink()
+    damaged = run_command("pipeline", "verify", f"shards={shards}")
+    assert damaged.returncode == 1
+    assert damaged.stdout.splitlines() == [
+        f"{shards}/train/000000.tar: its sha256 is not the sidecar's",
+        f"{shards}/train/000000.tar: {row['key']}: crc32 differs",
+        f"{shards}/train/000001.tar: missing",
+    ]
+    assert damaged.stderr.splitlines()[-1].startswith("error: 3 problem(s) in 4 shards")
+    assert "Traceback" not in damaged.stderr
+
+
+def test_verify_of_no_shards_says_what_to_run(tmp_path: Path) -> None:
+    with pytest.raises(ShardError, match="just shard-targets"):
+        verify(VerifySettings(shards=tmp_path))
+
+
+def test_verify_names_shards_that_the_index_does_not_know(shards: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    compact(shards, shard_list(shards)[1:])
+    with pytest.raises(ShardError, match=r"2 problem\(s\) in 3 shards"):
+        verify(VerifySettings(shards=shards))
+    assert capsys.readouterr().out.splitlines() == [
+        f"{shards}/train/000000.parquet: not in the index",
+        f"{shards}/train/000000.tar: not in the index",
+    ]
+
+
+def test_what_is_damaged_can_be_made_again(work: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(work, tmp_path / "work"))
+    os.truncate(copy / "shards" / "train" / "000000.tar", 5000)
+    (copy / "shards" / "train" / "000001.tar").unlink()
+    (copy / "shards" / "train" / "000002.parquet").unlink()
+    shard_targets(targets_settings(copy))
+    assert all_problems(copy / "shards") == []
+    assert (copy / "shards" / "index.parquet").read_bytes() == (work / "shards" / "index.parquet").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("file", "expected"),
+    [
+        ("plan.parquet", ["29 rows", "segment_length", "statuses: {'ok': 24, 'too_short': 5}", "usable: 24 segments"]),
+        ("codes/train/000000.parquet", ["8 rows", "snac_sha256", "key=000000-00000", "codes=["]),
+        ("shards/train/000000.parquet", ["8 rows", "tar_sha256", "key=000000-00000", "level_db="]),
+        ("shards/index.parquet", ["29 rows", "fingerprint", "split=train"]),
+        ("shards/train/000000.tar", ["18 members, 6 samples", "000000-00000: codes (10, 7), target (28672,)"]),
+        ("shards", ["index.parquet: 29 rows"]),
+        (".", ["shards/index.parquet: 29 rows"]),
+    ],
+)
+def test_inspect_prints_each_kind_of_file(
+    file: str, expected: list[str], work: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    inspect(InspectSettings(path=work / file, rows=2))
+    out = capsys.readouterr().out
+    for text in expected:
+        assert text in out
+    assert len(re.findall(r"^  (?:\d{6}-\d{5}: |key=|split=)", out, flags=re.MULTILINE)) == 2
+
+
+def test_inspect_says_what_it_expects(work: Path, tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("text")
+    (tmp_path / "cut.parquet").write_bytes((work / "plan.parquet").read_bytes()[:1000])
+    (tmp_path / "alone.tar").write_bytes((work / "shards" / "train" / "000000.tar").read_bytes())
+    (tmp_path / "folder.tar").mkdir()
+    for name, message in [
+        ("notes.txt", r"expected a \.parquet or \.tar of ours, or a folder with index\.parquet"),
+        ("absent.parquet", "expected a"),
+        (".", "expected a"),
+        ("folder.tar", "expected a"),
+        ("cut.parquet", "damaged, or no file of ours"),
+        ("alone.tar", r"expected its sidecar alone\.parquet beside it"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            inspect(InspectSettings(path=tmp_path / name, rows=2))
+
+
+@pytest.mark.parametrize("length", [0, 100, 3000, 100_000])
+def test_inspect_names_a_cut_tar(length: int, shards: Path) -> None:
+    path = shards / "train" / "000000.tar"
+    os.truncate(path, length)
+    with pytest.raises(ShardError, match=re.escape(str(path))):
+        inspect(InspectSettings(path=path, rows=1000))
+
+
+def test_coreutils_check_the_sums(shards: Path) -> None:
+    check = ["sha256sum", "--check", "--quiet", "SHA256SUMS"]
+    assert subprocess.run(check, cwd=shards, check=False).returncode == 0
+    flip(shards / "index.parquet", 100, 0)
+    assert subprocess.run(check, cwd=shards, check=False, capture_output=True).returncode == 1
