@@ -36,7 +36,7 @@ def main(shards: Path) -> None:
     model = CropDecoder(CodesToLatent(snac), warm_start(snac, "zero", 0))
     n_ffts = load_settings(TrainSettings, "decoder_48khz.json", []).n_ffts
     (batch,) = fixed_batches(load(shards, "validation"), CROPS, CROPS, coarse_tokens(SECONDS), 0)
-    wav_BN = batch.select(model(batch.tokens_BT7))
+    wav_BN = batch.only_real(model(batch.tokens_BT7))
     distances = {name: float(values_B.nanmean()) for name, values_B in crop_distances(wav_BN, batch).items()}
     rows = []
     for gain_db in GAINS_DB:

@@ -19,7 +19,7 @@ from codec.snac import device_of
 from configs.loader import load_settings
 from shards.contract import COARSE_48K, CODEBOOK_SIZE, CONTEXT_COARSE, TARGET_RATE, TOKENS, coarse_tokens
 from trainer.data import Batch
-from trainer.decoder import CodesToLatent, CropDecoder, trainable, warm_start
+from trainer.decoder import CodesToLatent, trainable, warm_start
 from trainer.distributed import Process
 from trainer.learner import Learner
 from trainer.losses import reconstruction, weighted
@@ -39,7 +39,6 @@ def random_batch(crops: int, length: int) -> Batch:
     return Batch(
         keys=[str(number) for number in range(crops)],
         tokens_BT7=torch.randint(CODEBOOK_SIZE, shape, generator=generator),
-        before_B=torch.full((crops,), CONTEXT_COARSE),
         target_BN=0.1 * torch.randn(crops, length * COARSE_48K, generator=generator),
         valid_B=torch.full((crops,), length * COARSE_48K),
     )
@@ -49,13 +48,13 @@ def plain(snac: SNAC, batch: Batch, settings: TrainSettings, device: torch.devic
     """What one would write first: stock modules, float32, AdamW as it comes."""
     decoder = warm_start(snac, "zero", 0)
     trainable(decoder, 2, "zero")
-    model = CropDecoder(CodesToLatent(snac), decoder).to(device)
+    to_latent, decoder, context = CodesToLatent(snac).to(device), decoder.to(device), CONTEXT_COARSE * COARSE_48K
     optimizer = torch.optim.AdamW(decoder.parameters(), settings.learning_rate, BETAS)
     on_device = batch.to(device)
 
     def step() -> None:
         optimizer.zero_grad()
-        wav_BN = on_device.select(model(on_device.tokens_BT7))
+        wav_BN = decoder(to_latent(on_device.tokens_BT7))[:, 0, context:-context]
         terms = reconstruction(wav_BN, on_device.target_BN, on_device.valid_B, settings.weights, settings.n_ffts)
         weighted(terms, settings.weights).mean().backward()
         torch.nn.utils.clip_grad_norm_(decoder.parameters(), settings.gradient_clip)

@@ -38,7 +38,6 @@ def batch_of(valid: list[int], coarse: int = 2) -> Batch:
     return Batch(
         keys=[str(n) for n in valid],
         tokens_BT7=torch.zeros(len(valid), coarse + 2 * CONTEXT_COARSE, TOKENS, dtype=torch.long),
-        before_B=torch.zeros(len(valid), dtype=torch.long),
         target_BN=0.1 * torch.randn(len(valid), coarse * COARSE_48K) * real_BN,
         valid_B=torch.tensor(valid),
     )
@@ -146,7 +145,7 @@ def test_who_learns_from_what() -> None:
 def test_a_crops_loss_does_not_depend_on_the_others_or_on_its_padding() -> None:
     """Frames of a map that begin after the crop's end do not count, whatever they hold."""
     gan, batch = adversary(), batch_of([2 * COARSE_48K, COARSE_48K, 5000])
-    wav_BN = batch.select(torch.randn(3, 8 * COARSE_48K))
+    wav_BN = batch.only_real(torch.randn(3, 2 * COARSE_48K))
     together = {"d": gan.discriminator_loss(wav_BN, batch), **gan.generator_terms(wav_BN, batch)}
     for place, part in enumerate(batch.split(1)):
         crop_1N = wav_BN[place : place + 1]
@@ -157,7 +156,7 @@ def test_a_crops_loss_does_not_depend_on_the_others_or_on_its_padding() -> None:
 
 def test_quiet_targets_are_not_blown_up() -> None:
     gan, batch = adversary(), batch_of([2 * COARSE_48K])
-    silent = Batch(batch.keys, batch.tokens_BT7, batch.before_B, torch.zeros_like(batch.target_BN), batch.valid_B)
+    silent = Batch(batch.keys, batch.tokens_BT7, torch.zeros_like(batch.target_BN), batch.valid_B)
     loud = gan.generator_terms(batch.target_BN, batch)["adversarial"]
     assert gan.generator_terms(1e-4 * torch.randn_like(batch.target_BN), silent)["features"].max() < loud.max()
 

@@ -111,37 +111,38 @@ def test_crops_are_whole_tokens() -> None:
 
 
 def test_batches_have_one_shape_and_say_what_is_real() -> None:
-    crops = [crop(ramp_sample(n, 0, 0, missing=7), LENGTH, seed=0) for n in (1, 2, 3)]
+    sizes, context = (1, 2, 3), ((0, 0), (2, 3), (3, 1))
+    crops = [crop(ramp_sample(n, *around, missing=7), LENGTH, 0) for n, around in zip(sizes, context, strict=True)]
     batch = collate(crops, LENGTH)
     assert batch.tokens_BT7.shape == (3, LENGTH + 2 * CONTEXT_COARSE, TOKENS)
     assert batch.target_BN.shape == (3, LENGTH * COARSE_48K)
-    assert batch.valid_B.tolist() == [n * COARSE_48K - 7 for n in (1, 2, 3)]
-    for n, tokens_T7, target_N, valid in zip((1, 2, 3), batch.tokens_BT7, batch.target_BN, batch.valid_B, strict=True):
-        assert bool((tokens_T7[n:] == PADDING_TOKEN).all())
-        assert bool((tokens_T7[:n] != PADDING_TOKEN).all())
-        assert not target_N[valid:].any()
+    assert batch.valid_B.tolist() == [n * COARSE_48K - 7 for n in sizes]
+    for place, (item, n, (before, after)) in enumerate(zip(crops, sizes, context, strict=True)):
+        given = torch.from_numpy(item.codes_T7.astype(np.int64))
+        real = slice(CONTEXT_COARSE - before, CONTEXT_COARSE + n + after)
+        assert torch.equal(batch.tokens_BT7[place, real], given)
+        assert int((batch.tokens_BT7[place] != PADDING_TOKEN).sum()) == given.numel()
+        assert not batch.target_BN[place, batch.valid_B[place] :].any()
     one = collate(crops[:1], LENGTH)
     assert one.tokens_BT7.shape[1:] == batch.tokens_BT7.shape[1:]
     assert one.target_BN.shape[1:] == batch.target_BN.shape[1:]
 
 
-def test_select_cuts_each_crop_and_silences_what_is_not_real() -> None:
-    before, valid = [0, 3, 2], [LENGTH * COARSE_48K, 100, 2 * COARSE_48K]
+def test_what_is_not_real_is_silenced() -> None:
+    valid = [LENGTH * COARSE_48K, 100, 2 * COARSE_48K]
     batch = Batch(
         keys=["a", "b", "c"],
         tokens_BT7=torch.zeros(3, LENGTH + 2 * CONTEXT_COARSE, TOKENS),
-        before_B=torch.tensor(before),
         target_BN=torch.zeros(3, LENGTH * COARSE_48K),
         valid_B=torch.tensor(valid),
     )
-    wav_BN = torch.arange(1.0, 1 + 3 * 9 * COARSE_48K).reshape(3, -1)
-    for wav_N, crop_N, coarse, n in zip(wav_BN, batch.select(wav_BN), before, valid, strict=True):
-        first = coarse * COARSE_48K
-        assert torch.equal(crop_N[:n], wav_N[first : first + n])
-        assert not crop_N[n:].any()
+    wav_BN = torch.arange(1.0, 1 + 3 * LENGTH * COARSE_48K).reshape(3, -1)
+    for wav_N, real_N, n in zip(wav_BN, batch.only_real(wav_BN), valid, strict=True):
+        assert torch.equal(real_N[:n], wav_N[:n])
+        assert not real_N[n:].any()
     parts = list(batch.split(2))
     assert [part.keys for part in parts] == [["a", "b"], ["c"]]
-    assert torch.equal(torch.cat([part.select(wav_BN[:2]) for part in parts[:1]]), batch.select(wav_BN)[:2])
+    assert torch.equal(parts[0].only_real(wav_BN[:2]), batch.only_real(wav_BN)[:2])
 
 
 def contents(batches: list[Batch]) -> tuple[list[str], Tensor, Tensor]:

@@ -22,6 +22,8 @@ from trainer.decoder import (
     TAPS,
     CodesToLatent,
     CropDecoder,
+    folded_depthwise,
+    padded,
     silence_noise,
     trainable,
     warm_start,
@@ -189,12 +191,12 @@ def test_a_short_crop_in_a_long_batch_decodes_as_it_does_alone(
     free_decoder: CropDecoder, dtype: torch.dtype, tolerance: float
 ) -> None:
     model, lengths = free_decoder.to(dtype), [2, 5, 1, 4]
-    tokens = random_tokens(len(lengths), max(lengths))
+    tokens = padded(random_tokens(len(lengths), max(lengths)))
     for row, length in zip(tokens, lengths, strict=True):
-        row[length:] = PADDING_TOKEN
+        row[CONTEXT_COARSE + length :] = PADDING_TOKEN
     together = model(tokens)
     for row, wav, length in zip(tokens, together, lengths, strict=True):
-        alone = model(row[None, :length])[0]
+        alone = whole(model, row[None, CONTEXT_COARSE:][:, :length])
         assert float((wav[: length * COARSE_48K] - alone).detach().abs().max()) < tolerance
 
 
@@ -205,23 +207,52 @@ def gradients(model: CropDecoder, loss: Tensor) -> Tensor:
     return torch.cat(found)
 
 
-def region(model: CropDecoder, tokens: Tensor, first: int, length: int) -> Tensor:
-    return model(tokens)[0, first * COARSE_48K : (first + length) * COARSE_48K]
+def whole(model: CropDecoder, tokens_1T7: Tensor) -> Tensor:
+    """By the stock class."""
+    return model.decoder(model.to_latent(tokens_1T7))[0, 0]
 
 
-def test_three_coarse_tokens_of_context_make_a_crop_part_of_the_whole(free_decoder: CropDecoder) -> None:
-    tokens, first, length = random_tokens(1, 12), 5, 2
-    whole = region(free_decoder, tokens, first, length)
-    whole_gradients = gradients(free_decoder, whole.square().sum())
-    errors = []
-    for context in (CONTEXT_COARSE, CONTEXT_COARSE - 1):
-        cut = region(free_decoder, tokens[:, first - context : first + length + context], context, length)
-        error = (
-            gradients(free_decoder, cut.square().sum()) - whole_gradients
-        ).abs().max() / whole_gradients.abs().max()
-        errors.append((float((cut - whole).detach().abs().max()), float(error)))
-    assert max(errors[0]) < 1e-9
-    assert min(errors[1]) > 1e-8, "two coarse tokens suffice here, so this test shows nothing"
+CROPS = [(5, 2), (0, 3), (1, 4), (9, 3), (11, 1)]  # of 12 tokens: where they begin, and how many
+
+
+@pytest.mark.parametrize(("length", "dilation"), [(64, 1), (64, 3), (64, 9), (65, 9), (5, 9)])
+def test_a_folded_depthwise_convolution_is_the_dilated_one(length: int, dilation: int) -> None:
+    torch.manual_seed(0)
+    x_BCN, kernel_C1K, bias_C = (torch.randn(*shape, requires_grad=True) for shape in ((2, 5, length), (5, 1, 7), (5,)))
+    expected = nn.functional.conv1d(x_BCN, kernel_C1K, bias_C, padding=3 * dilation, dilation=dilation, groups=5)
+    found, upstream = folded_depthwise(x_BCN, kernel_C1K, bias_C, dilation), torch.randn(2, 5, length)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
+    for a, b in zip(
+        *(torch.autograd.grad(y, (x_BCN, kernel_C1K, bias_C), upstream) for y in (found, expected)), strict=True
+    ):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("first", "length"), CROPS)
+def test_a_crop_with_its_context_is_part_of_the_whole(free_decoder: CropDecoder, first: int, length: int) -> None:
+    tokens = random_tokens(1, 12)
+    expected = whole(free_decoder, tokens)[first * COARSE_48K :][: length * COARSE_48K]
+    expected_gradients = gradients(free_decoder, expected.square().sum())
+    found = free_decoder(padded(tokens)[:, first:][:, : length + 2 * CONTEXT_COARSE])[0]
+    found_gradients = gradients(free_decoder, found.square().sum())
+    assert float((found - expected).detach().abs().max()) < 1e-9
+    assert float((found_gradients - expected_gradients).abs().max() / expected_gradients.abs().max()) < 1e-9
+
+
+@torch.no_grad()
+def test_no_layer_is_given_context_that_it_does_not_need(free_decoder: CropDecoder, stock: SNAC) -> None:
+    tokens = random_tokens(1, 8)
+    for model in (free_decoder, CropDecoder(CodesToLatent(stock), copy.deepcopy(stock.decoder)).double()):
+        silence_noise(model)
+        per_coarse = whole(model, tokens).shape[0] // 8
+        expected = whole(model, tokens)[3 * per_coarse :][: 2 * per_coarse]
+        needed = list(model.context)
+        assert float((model(tokens)[0] - expected).abs().max()) < 1e-13
+        for number, frames in enumerate(needed):
+            if frames == 0:
+                continue
+            model.context = needed[:number] + [min(other, frames - 1) for other in needed[number:]]
+            assert float((model(tokens)[0] - expected).abs().max()) > 1e-11, f"layer {number} needs less"
 
 
 def learning(module: nn.Module) -> set[str]:

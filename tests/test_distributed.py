@@ -13,7 +13,7 @@ import torch
 
 from shards.errors import UserError
 from tests.helpers import ROOT
-from tests.training_helpers import ADVERSARIAL, largest_difference, last_state, metrics, small_training, train_words
+from tests.training_helpers import ADVERSARIAL, largest_difference, last_state, metrics, train_words
 from trainer import distributed
 
 SETTINGS = {"batch_size": 3, "micro_batch": 1, "eval_samples": 3}  # ranks take one crop and two
@@ -25,8 +25,8 @@ main()
 """
 
 
-def two_processes(*program: str, words: list[str]) -> None:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *program]
+def processes(number: int, *program: str, words: list[str]) -> None:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={number}", *program]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     ended = subprocess.run(
         [*command, "train", *words], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
@@ -44,24 +44,22 @@ def assert_same_metrics(found: Path, expected: Path, relative: float) -> None:
 RECIPE = {**SETTINGS, **ADVERSARIAL, "balance_losses": True, "ema_decay": 0.9}
 
 
-def alone(work: Path, run: Path, **changes: Any) -> dict[str, Any]:
-    """By one process, in float64: Adam magnifies rounding, a gradient of 1e-12 moves a weight as far as one of 1."""
-    torch.set_default_dtype(torch.float64)
-    try:
-        return small_training(work, run, **{**RECIPE, "micro_batch": "auto", **changes})
-    finally:
-        torch.set_default_dtype(torch.float32)
-
-
 @pytest.mark.parametrize("steps_before", [0, 3], ids=["from the beginning", "resumed"])
 def test_two_processes_are_one_to_rounding(steps_before: int, work: Path, tmp_path: Path) -> None:
-    """Decoder, running mean, discriminators, their optimizers and the balancer; also where one process began."""
+    """Decoder, running mean, discriminators, their optimizers and the balancer; also where one process began.
+
+    In float64, because Adam magnifies rounding: a gradient of 1e-12 moves a weight as far as one of 1.
+    """
     script = tmp_path / "double_precision.py"
     script.write_text(DOUBLE_PRECISION)
+
+    def train(number: int, run: str, **changes: Any) -> dict[str, Any]:
+        processes(number, str(script), words=train_words(work, tmp_path / run, **{**RECIPE, **changes}))
+        return last_state(tmp_path / run)
+
     if steps_before:
-        alone(work, tmp_path / "two", max_steps=steps_before)
-    two_processes(str(script), words=train_words(work, tmp_path / "two", **RECIPE))
-    together, expected = last_state(tmp_path / "two"), alone(work, tmp_path / "one")
+        train(1, "two", micro_batch="auto", max_steps=steps_before)
+    together, expected = train(2, "two"), train(1, "one", micro_batch="auto")
     assert together["step"] == expected["step"] == 6
     assert together["decoder"]["model.8.bias"].dtype == torch.float64
     for weights in ("decoder", "ema"):

@@ -202,14 +202,14 @@ def global_batches(work: Path, batch: int, ranks: int, workers: int, steps: rang
 
 def joined(parts: tuple[Batch, ...]) -> Batch:
     keys = [key for part in parts for key in part.keys]
-    names = ("tokens_BT7", "before_B", "target_BN", "valid_B")
+    names = ("tokens_BT7", "target_BN", "valid_B")
     return Batch(keys, *(torch.cat([getattr(part, name) for part in parts]) for name in names))
 
 
 def assert_same(found: list[Batch], expected: list[Batch]) -> None:
     assert [batch.keys for batch in found] == [batch.keys for batch in expected]
     for a, b in zip(found, expected, strict=True):
-        for name in ("tokens_BT7", "before_B", "target_BN", "valid_B"):
+        for name in ("tokens_BT7", "target_BN", "valid_B"):
             assert torch.equal(getattr(a, name), getattr(b, name)), name
 
 

@@ -31,7 +31,7 @@ class Adversary:
         self.discriminators = discriminators.to(device)
         self.bf16 = bf16
         self.optimizer = torch.optim.AdamW(
-            self.discriminators.parameters(), settings.discriminator_learning_rate, BETAS, fused=device.type == "cuda"
+            self.discriminators.parameters(), settings.discriminator_learning_rate, BETAS, fused=True
         )
 
     def discriminator_loss(self, wav_BN: Tensor, batch: Batch) -> Tensor:

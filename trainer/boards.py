@@ -14,11 +14,11 @@ from snac import SNAC
 from torch import Tensor
 
 from codec.audio import sinc_resampler
-from shards.contract import TARGET_RATE, coarse_tokens
+from shards.contract import COARSE_48K, CONTEXT_COARSE, TARGET_RATE, coarse_tokens
 from shards.errors import UserError
 from trainer.corpus import Corpus
 from trainer.data import fixed_batches
-from trainer.decoder import CodesToLatent, CropDecoder
+from trainer.decoder import CodesToLatent, CropDecoder, padded
 from trainer.losses import magnitudes
 from trainer.settings import TrainSettings
 
@@ -55,7 +55,7 @@ class Boards:
         device = next(model.decoder.parameters()).device
         for batch, (stock_N, target_N) in zip(self._clips, self._references, strict=True):
             (key,), on_device = batch.keys, batch.to(device)
-            decoded_N = on_device.select(model(on_device.tokens_BT7))[0, : len(target_N)].float().cpu()
+            decoded_N = model(on_device.tokens_BT7)[0, : len(target_N)].float().cpu()
             if not self._references_shown:
                 self._tensorboard.audio(f"{key}/stock + sinc", 0, stock_N)
                 self._tensorboard.audio(f"{key}/target", 0, target_N)
@@ -78,8 +78,9 @@ class References:
     def __call__(self, batch: Any) -> tuple[Tensor, Tensor]:
         valid = int(batch.valid_B)
         with torch.random.fork_rng(devices=[]):  # of noise blocks
-            stock_BN = batch.select(self._sinc(self._stock(batch.tokens_BT7)))
-        return stock_BN[0, :valid].float(), batch.target_BN[0, :valid]
+            wav_N = self._sinc(self._stock(padded(batch.tokens_BT7)))[0]  # with its context
+        start = CONTEXT_COARSE * COARSE_48K
+        return wav_N[start : start + valid].float(), batch.target_BN[0, :valid]
 
 
 class TensorBoard:

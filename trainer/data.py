@@ -38,11 +38,13 @@ class Crop:
 
 @dataclass(frozen=True)
 class Batch:
-    """B crops. Shorter ones are padded at the end: tokens with PADDING_TOKEN, targets with zeros."""
+    """B crops, each with its first token at CONTEXT_COARSE.
+
+    Where a recording has no context and where a crop is shorter than others, tokens are PADDING_TOKEN, targets zero.
+    """
 
     keys: list[str]
     tokens_BT7: Tensor
-    before_B: Tensor
     target_BN: Tensor
     valid_B: Tensor  # real samples of each crop
 
@@ -50,21 +52,17 @@ class Batch:
         return len(self.keys)
 
     def to(self, device: torch.device) -> Batch:
-        tensors = (self.tokens_BT7, self.before_B, self.target_BN, self.valid_B)
+        tensors = (self.tokens_BT7, self.target_BN, self.valid_B)
         return Batch(self.keys, *(tensor.to(device, non_blocking=True) for tensor in tensors))
 
     def split(self, size: int) -> Iterator[Batch]:
         for start in range(0, len(self), size):
             part = slice(start, start + size)
-            yield Batch(
-                self.keys[part], self.tokens_BT7[part], self.before_B[part], self.target_BN[part], self.valid_B[part]
-            )
+            yield Batch(self.keys[part], self.tokens_BT7[part], self.target_BN[part], self.valid_B[part])
 
-    def select(self, wav_BN: Tensor) -> Tensor:
-        """The decoder's output for all tokens → its crops, with zeros after each crop's real samples."""
-        samples = torch.arange(self.target_BN.shape[1], device=wav_BN.device)
-        crops = wav_BN.gather(1, self.before_B[:, None] * COARSE_48K + samples)
-        return crops * (samples < self.valid_B[:, None])
+    def only_real(self, wav_BN: Tensor) -> Tensor:
+        """Decoded crops, with zeros after each crop's real samples as in its target."""
+        return wav_BN * (torch.arange(wav_BN.shape[1], device=wav_BN.device) < self.valid_B[:, None])
 
 
 def crop(members: dict[str, Any], length: int, seed: int) -> Crop:
@@ -89,13 +87,13 @@ def collate(crops: list[Crop], length: int) -> Batch:
     tokens = np.full((len(crops), length + 2 * CONTEXT_COARSE, TOKENS), PADDING_TOKEN, dtype=np.int64)
     target = np.empty((len(crops), length * COARSE_48K), dtype=np.float32)
     for place, item in enumerate(crops):
-        tokens[place, : len(item.codes_T7)] = item.codes_T7
+        start = CONTEXT_COARSE - item.before
+        tokens[place, start : start + len(item.codes_T7)] = item.codes_T7
         target[place, : len(item.target)] = item.target
         target[place, len(item.target) :] = 0
     return Batch(
         keys=[item.key for item in crops],
         tokens_BT7=torch.from_numpy(tokens),
-        before_B=torch.tensor([item.before for item in crops]),
         target_BN=torch.from_numpy(target),
         valid_B=torch.tensor([len(item.target) for item in crops]),
     )

@@ -5,6 +5,7 @@ Shapes: tokens_BT7 (batch, coarse tokens, 7), z_BCL (batch, latent channels, lat
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -12,17 +13,18 @@ from snac import SNAC
 from snac.layers import Decoder, DecoderBlock, NoiseBlock, ResidualUnit
 from torch import Tensor, nn
 
-from shards.contract import LATENT_PER_COARSE
+from shards.contract import CONTEXT_COARSE, LATENT_PER_COARSE
 from shards.errors import UserError
 
 STOCK_RATES = [8, 8, 4, 2]
 RATES_48K = [*STOCK_RATES, 2]
 NEW_BLOCK = 6  # index in Decoder.model: two input convolutions and four stock blocks stand before it
+CONTEXT_FRAMES = CONTEXT_COARSE * LATENT_PER_COARSE
 TAPS = 7  # of the stock head, each carried by one channel of the new block
 HALF_BAND = (-1 / 16, 0, 9 / 16, 1, 9 / 16, 0, -1 / 16)
 SHIFTS = {0: (0, 0), 2: (2, 0), 4: (1, 1), 6: (0, 2)}  # samples → steps of dilation 1 and of dilation 3, one direction
 LINEAR_ALPHA = 1e-6  # Snake is x + sin²(αx)/α: with this α it is the identity to about −100 dB
-PADDING_TOKEN = -1  # in batches only: marks the places after a crop's last token
+PADDING_TOKEN = -1  # in batches only: marks the places before a recording's first token and after its last
 
 
 def warm_start(snac: SNAC, noise: str, seed: int) -> Decoder:
@@ -148,35 +150,90 @@ class CodesToLatent(nn.Module):
 
 
 class CropDecoder(nn.Module):
-    """Tokens → audio, in batches whose crops may end before the batch does.
+    """Crops with CONTEXT_COARSE tokens of context at both ends → the audio of the crops alone.
 
-    After a crop's last token every convolution must see the zeros that it sees at a recording's real end; so its
-    input is masked there, layer by layer, and a short crop in a long batch decodes as it does alone.
+    Where a recording begins or ends, tokens are PADDING_TOKEN, and the input of every convolution is masked: it sees
+    the zeros that it sees when the recording is decoded whole. Each layer gets only the context that its successors
+    can reach, which is next to nothing at the rates where decoding takes its time.
     """
 
     def __init__(self, to_latent: CodesToLatent, decoder: Decoder) -> None:
         super().__init__()
         self.to_latent, self.decoder = to_latent, decoder
+        self.context = context_frames(decoder.model)
+        assert self.context[0] <= CONTEXT_FRAMES
 
     def forward(self, tokens_BT7: Tensor) -> Tensor:
         real_BT = tokens_BT7[..., 0] != PADDING_TOKEN
         real_BL = None if real_BT.all() else real_BT.repeat_interleave(LATENT_PER_COARSE, dim=1)
-        wav_BN: Tensor = run_layers(self.decoder.model, self.to_latent(tokens_BT7), real_BL)[:, 0]
-        return wav_BN
+        return self.decode(self.to_latent(tokens_BT7), real_BL)
+
+    def decode(self, z_BCL: Tensor, real_BL: Tensor | None) -> Tensor:
+        x_BCN, frames, given = z_BCL, z_BCL.shape[-1], CONTEXT_FRAMES
+        for number, needed in enumerate(self.context):
+            spare = given - needed
+            x_BCN = _without_ends(x_BCN, spare * (x_BCN.shape[-1] // frames))
+            real_BL = None if real_BL is None else _without_ends(real_BL, spare)
+            x_BCN = self.run_layer(number, x_BCN, real_BL)
+            frames, given = frames - 2 * spare, needed
+        return x_BCN[:, 0]
+
+    def run_layer(self, number: int, x_BCN: Tensor, real_BL: Tensor | None) -> Tensor:
+        return run_module(self.decoder.model[number], x_BCN, real_BL)
 
 
-def run_layers(layer: nn.Module, x_BCN: Tensor, real_BL: Tensor | None) -> Tensor:
-    """`layer(x_BCN)`, but every convolution sees zeros where `real_BL` (batch, latent frames) is false."""
-    if real_BL is None:
-        return layer(x_BCN)
-    if isinstance(layer, nn.Sequential):
-        for inner in layer:
-            x_BCN = run_layers(inner, x_BCN, real_BL)
+def context_frames(layers: nn.Sequential) -> list[int]:
+    """Latent frames of context that each layer must be given at both ends, for the audio between them to be exact."""
+    convolutions = [[m for m in layer.modules() if isinstance(m, nn.Conv1d | nn.ConvTranspose1d)] for layer in layers]
+    reach, found = 0, list[int]()  # in samples at the rate before a layer
+    per_frame = math.prod(conv.stride[0] for of_layer in convolutions for conv in of_layer)
+    for of_layer in reversed(convolutions):
+        for conv in reversed(of_layer):
+            if isinstance(conv, nn.ConvTranspose1d):
+                reach = (reach + int(conv.padding[0]) - 1) // conv.stride[0] + 1
+                per_frame //= conv.stride[0]
+            else:
+                reach += conv.dilation[0] * (conv.kernel_size[0] // 2)
+        found.append(-(-reach // per_frame))
+    return found[::-1]
+
+
+def padded(tokens_BT7: Tensor) -> Tensor:
+    """Whole recordings as crops without context."""
+    return nn.functional.pad(tokens_BT7, (0, 0, CONTEXT_COARSE, CONTEXT_COARSE), value=PADDING_TOKEN)
+
+
+def _without_ends(x: Tensor, size: int) -> Tensor:
+    return x[..., size : x.shape[-1] - size]
+
+
+def run_module(module: nn.Module, x_BCN: Tensor, real_BL: Tensor | None) -> Tensor:
+    """`module(x_BCN)`, but every convolution sees zeros where `real_BL` (batch, latent frames) is false."""
+    if isinstance(module, nn.Sequential):
+        for inner in module:
+            x_BCN = run_module(inner, x_BCN, real_BL)
         return x_BCN
-    if isinstance(layer, DecoderBlock):
-        return run_layers(layer.block, x_BCN, real_BL)
-    if isinstance(layer, ResidualUnit):
-        return x_BCN + run_layers(layer.block, x_BCN, real_BL)
-    if isinstance(layer, nn.Conv1d | nn.ConvTranspose1d):
-        x_BCN = x_BCN * real_BL.repeat_interleave(x_BCN.shape[-1] // real_BL.shape[1], dim=1)[:, None]
-    return layer(x_BCN)
+    if isinstance(module, DecoderBlock):
+        return run_module(module.block, x_BCN, real_BL)
+    if isinstance(module, ResidualUnit):
+        return x_BCN + run_module(module.block, x_BCN, real_BL)
+    if isinstance(module, nn.Conv1d | nn.ConvTranspose1d):
+        if real_BL is not None:
+            x_BCN = x_BCN * real_BL.repeat_interleave(x_BCN.shape[-1] // real_BL.shape[1], dim=1)[:, None]
+        if module.groups == module.in_channels and x_BCN.device.type == "cpu":
+            return folded_depthwise(x_BCN, module.weight, module.bias, module.dilation[0])
+    return module(x_BCN)
+
+
+def folded_depthwise(x_BCN: Tensor, kernel_C1K: Tensor, bias_C: Tensor | None, dilation: int) -> Tensor:
+    """A dilated depthwise convolution that keeps the length, as an undilated one down an image as wide as the dilation.
+
+    On a CPU oneDNN takes a third of the time for it in this form, forward and backward.
+    """
+    length, rows = x_BCN.shape[-1], -(-x_BCN.shape[-1] // dilation)
+    image_BCRD = nn.functional.pad(x_BCN, (0, rows * dilation - length)).unflatten(-1, (rows, dilation))
+    padding = (kernel_C1K.shape[-1] // 2, 0)
+    image_BCRD = nn.functional.conv2d(
+        image_BCRD, kernel_C1K[..., None], bias_C, padding=padding, groups=len(kernel_C1K)
+    )
+    return image_BCRD.flatten(-2)[..., :length]

@@ -51,7 +51,7 @@ class Learner:
         self.decoder = decoder
         self.ema = Ema(decoder, settings.ema_decay)
         self.averaged = CropDecoder(to_latent, self.ema.model)
-        self.optimizer = torch.optim.AdamW(decoder.parameters(), settings.learning_rate, BETAS, fused=on_gpu)
+        self.optimizer = torch.optim.AdamW(decoder.parameters(), settings.learning_rate, BETAS, fused=True)
         adversarial = settings.adversarial_weight or settings.feature_weight
         self.adversary = Adversary(settings, device, bf16) if adversarial else None
         self.balancer = Balancer(self.weights) if settings.balance_losses else None
@@ -138,7 +138,7 @@ class Learner:
         return means
 
     def _decode(self, part: Batch) -> Tensor:
-        return part.select(self.model(part.tokens_BT7))
+        return part.only_real(self.model(part.tokens_BT7))
 
     def _discriminator_work(self, crops: int) -> Callable[[Batch], dict[str, Tensor]]:
         adversary = self.adversary

@@ -20,7 +20,7 @@ from shards.contract import COARSE_24K, COARSE_48K, CONTEXT_COARSE, TARGET_RATE
 from shards.errors import UserError
 from trainer.checkpoint import Codec48k, load_codec
 from trainer.clips import Clip, Entry, Samples
-from trainer.decoder import CodesToLatent, CropDecoder, warm_start
+from trainer.decoder import CodesToLatent, CropDecoder, padded, warm_start
 
 STOCK, WARM_START, SOURCE, TARGET = "stock", "warm_start", "source", "target"
 OURS = {  # names that a model or another system cannot have
@@ -99,14 +99,8 @@ def decode_clip(model: nn.Module, name: str, seed: int, clip: Clip) -> Samples:
 
 def decode_whole(model: nn.Module, tokens_T7: Tensor) -> Tensor:
     """In windows with context, equal to decoding all tokens at once."""
-    total, parts = len(tokens_T7), []
-    for start in range(0, total, WINDOW_COARSE):
-        stop = min(start + WINDOW_COARSE, total)
-        left, right = max(start - CONTEXT_COARSE, 0), min(stop + CONTEXT_COARSE, total)
-        wav_N = model(tokens_T7[None, left:right])[0]
-        per_coarse = len(wav_N) // (right - left)
-        parts.append(wav_N[(start - left) * per_coarse : (stop - left) * per_coarse])
-    return torch.cat(parts)
+    tokens_1T7, size = padded(tokens_T7[None]), WINDOW_COARSE + 2 * CONTEXT_COARSE
+    return torch.cat([model(tokens_1T7[:, start:][:, :size])[0] for start in range(0, len(tokens_T7), WINDOW_COARSE)])
 
 
 def external_systems(folders: Mapping[str, Path], entries: Sequence[Entry]) -> dict[str, System]:

@@ -6,10 +6,9 @@ from collections.abc import Callable
 
 import torch
 from snac.layers import Decoder, Snake1d
-from torch import Tensor, nn
+from torch import Tensor
 
-from shards.contract import LATENT_PER_COARSE
-from trainer.decoder import NEW_BLOCK, PADDING_TOKEN, CodesToLatent, CropDecoder, run_layers
+from trainer.decoder import NEW_BLOCK, CodesToLatent, CropDecoder
 
 
 class PlainSnake(Snake1d):
@@ -38,28 +37,29 @@ class TrainingDecoder(CropDecoder):
             if isinstance(module, Snake1d):
                 module.__class__ = PlainSnake
         self.bf16, self.say = bf16, say
-        self._compiled = torch.compile(self._masked, dynamic=False) if compiled else None
+        self._compiled = None
+        if compiled:  # inductor would turn the images of `folded_depthwise` to channels last and back
+            self._compiled = torch.compile(super().decode, dynamic=False, options={"layout_optimization": False})
 
-    def forward(self, tokens_BT7: Tensor) -> Tensor:
-        real_BT = tokens_BT7[..., 0] != PADDING_TOKEN
-        real_BL = real_BT.repeat_interleave(LATENT_PER_COARSE, dim=1)
-        z_BCL = self.to_latent(tokens_BT7)
-        if self._compiled is not None:
-            try:
-                wav_BN: Tensor = self._compiled(z_BCL, real_BL)
-                return wav_BN
-            except torch.OutOfMemoryError:
-                raise
-            except Exception as error:  # what a compiler raises where it cannot work is of any kind
-                reason = " ".join(str(error).split())[:200]
-                self.say(f"torch.compile does not work here: going on without it ({type(error).__name__}: {reason})")
-                self._compiled = None
-        return self._masked(z_BCL, None if real_BT.all() else real_BL)
+    def decode(self, z_BCL: Tensor, real_BL: Tensor | None) -> Tensor:
+        if self._compiled is None:
+            return super().decode(z_BCL, real_BL)
+        if real_BL is None:  # one graph serves all batches
+            real_BL = torch.ones_like(z_BCL[:, 0], dtype=torch.bool)
+        try:
+            wav_BN: Tensor = self._compiled(z_BCL, real_BL)
+            return wav_BN
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # what a compiler raises where it cannot work is of any kind
+            reason = " ".join(str(error).split())[:200]
+            self.say(f"torch.compile does not work here: going on without it ({type(error).__name__}: {reason})")
+            self._compiled = None
+            return super().decode(z_BCL, real_BL)
 
-    def _masked(self, z_BCL: Tensor, real_BL: Tensor | None) -> Tensor:
-        layers: nn.Sequential = self.decoder.model
-        device = z_BCL.device.type
-        with torch.autocast(device, torch.bfloat16, enabled=self.bf16):
-            x_BCN = run_layers(layers[:NEW_BLOCK], z_BCL, real_BL)
-        with torch.autocast(device, enabled=False):
-            return run_layers(layers[NEW_BLOCK:], x_BCN.to(z_BCL.dtype), real_BL)[:, 0]
+    def run_layer(self, number: int, x_BCN: Tensor, real_BL: Tensor | None) -> Tensor:
+        if not self.bf16:
+            return super().run_layer(number, x_BCN, real_BL)
+        stock = number < NEW_BLOCK
+        with torch.autocast(x_BCN.device.type, torch.bfloat16, enabled=stock):
+            return super().run_layer(number, x_BCN if stock else x_BCN.float(), real_BL)

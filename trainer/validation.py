@@ -70,7 +70,7 @@ def validation_sums(model: nn.Module, batches: Iterable[Batch], settings: TrainS
     names = validation_names(settings)
     sums = torch.zeros(2, len(names), dtype=torch.float64)
     for batch in batches:
-        wav_BN = batch.select(model(batch.tokens_BT7))
+        wav_BN = batch.only_real(model(batch.tokens_BT7))
         values = crop_losses(wav_BN, batch, settings) | crop_distances(wav_BN, batch)
         rows_NB = torch.stack([values[name].double().cpu() for name in names])
         defined_NB = ~rows_NB.isnan() | ~wav_BN.isfinite().all(dim=1).cpu()  # what is not finite shall spoil the mean
