@@ -19,7 +19,7 @@ ON_CPU = {
 }  # fmt: skip
 ON_GPU = {
     "training_step": ("--gpu=0", "--crops=32", "--seconds=4"), "encoding": (SPEECH, "--gpu=0"),
-    "sidon": (SPEECH, "--seconds=10"), "on_the_fly": ("--gpu=0", "--crops=32", "--seconds=4"),
+    "sidon": (SPEECH, "--gpu=0", "--seconds=10"), "on_the_fly": ("--gpu=0", "--crops=32", "--seconds=4"),
 }  # fmt: skip
 
 

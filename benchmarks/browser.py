@@ -21,7 +21,7 @@ import click
 import numpy as np
 import torch
 
-from benchmarks.decoding import true_size
+from benchmarks.decoding import true_size_48k
 from benchmarks.harness import report
 from codec.snac import snac_levels
 from shards.contract import CODEBOOK_SIZE, TOKENS, flatten_codes, npy_bytes
@@ -108,7 +108,7 @@ def decoded(browser: Any, url: str, codes: Path) -> tuple[float, float, np.ndarr
 @click.command(help=__doc__)
 @click.option("--runtime", type=click.Path(exists=True, path_type=Path), help="onnxruntime-web's .tgz")
 def main(runtime: Path | None) -> None:
-    codec = true_size()
+    codec = true_size_48k()
     codes = np.random.default_rng(0).integers(0, CODEBOOK_SIZE, (COARSE, TOKENS)).astype(np.int16)
     with torch.inference_mode():
         expected = codec.decoder(codec.snac.quantizer.from_codes(snac_levels(codes)))[0, 0].numpy()

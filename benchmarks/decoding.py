@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from snac import SNAC
 
+from benchmarks.encoding import true_size
 from benchmarks.harness import interleaved, report
 from codec.snac import snac_levels
 from shards.contract import COARSE_48K, TARGET_RATE
@@ -33,12 +34,11 @@ ROUNDS = 5
 GFLOP_PER_SECOND_OF_AUDIO = 10.2
 
 
-def true_size() -> Codec48k:
-    """snac_24khz's architecture with random weights, and its 48 kHz decoder."""
-    torch.manual_seed(0)
-    snac = SNAC(24_000, 48, [2, 4, 8, 8], None, 1024, [8, 8, 4, 2], None, 4096, 8, [4, 2, 1], True, True)
+def true_size_48k() -> Codec48k:
+    """The same with its 48 kHz decoder, without noise."""
+    snac = true_size()
     silence_noise(snac.decoder)
-    decoder = warm_start(snac.eval().requires_grad_(False), "zero", 0)
+    decoder = warm_start(snac, "zero", 0)
     return Codec48k(snac, {}, decoder.eval().requires_grad_(False), {"snac": "random weights of snac_24khz's size"})
 
 
@@ -75,7 +75,7 @@ def ways(codec: Codec48k, folder: Path) -> dict[str, Callable[[], object]]:
 
 @torch.inference_mode()
 def main() -> None:
-    codec, rows = true_size(), []
+    codec, rows = true_size_48k(), []
     seconds_of_audio = COARSE * COARSE_48K / TARGET_RATE
     with TemporaryDirectory() as folder:
         write_decoder(codec, Path(folder) / "decoder.onnx")

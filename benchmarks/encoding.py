@@ -29,11 +29,6 @@ from pipeline.plan import make_plan
 from pipeline.settings import CodesSettings
 from shards.contract import CODEC_RATE, OK, TARGET_RATE, flatten_codes
 
-CONFIG: dict[str, Any] = {
-    "sampling_rate": CODEC_RATE, "encoder_dim": 48, "encoder_rates": [2, 4, 8, 8], "decoder_dim": 1024,
-    "decoder_rates": [8, 8, 4, 2], "attn_window_size": None, "codebook_size": 4096, "codebook_dim": 8,
-    "vq_strides": [4, 2, 1], "noise": True, "depthwise": True,
-}  # fmt: skip
 ROUNDS = 3
 RATE = 44_100
 SECONDS = (3, 6, 10, 14, 20)  # of the recordings, as corpora of read speech have them
@@ -41,8 +36,10 @@ FLOOR_SECONDS = 10
 
 
 def true_size() -> SNAC:
+    """snac_24khz's architecture with random weights."""
     torch.manual_seed(0)
-    return SNAC(**CONFIG).eval().requires_grad_(False)
+    snac = SNAC(24_000, 48, [2, 4, 8, 8], None, 1024, [8, 8, 4, 2], None, 4096, 8, [4, 2, 1], True, True)
+    return snac.eval().requires_grad_(False)
 
 
 def plan_rows(speech: Path, folder: Path) -> tuple[list[dict[str, Any]], CodesSettings]:
@@ -132,7 +129,9 @@ def main(speech: Path, gpu: str) -> None:
         length = FLOOR_SECONDS if "alone" in name else audio
         compared = seconds["stock encoder alone" if "alone" in name else "one by one, stock"]
         table.append({"way": name, "seconds": took, "times_real_time": length / took, "times_stock": compared / took})
-    report("encoding", table, audio_seconds=audio, recordings_seconds=SECONDS, tokens_compared=tokens, rounds=ROUNDS)
+    report(
+        "encoding", table, gpu, audio_seconds=audio, recordings_seconds=SECONDS, tokens_compared=tokens, rounds=ROUNDS
+    )
 
 
 if __name__ == "__main__":

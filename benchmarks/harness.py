@@ -69,29 +69,31 @@ def interleaved(ways: Mapping[str, Callable[[], object]], rounds: int, warm_up: 
     return {name: statistics.median(found) for name, found in seconds.items()}
 
 
-def machine() -> dict[str, Any]:
+def machine(gpu: str = "cpu") -> dict[str, Any]:
     """Hardware and versions, for the result's file."""
     import torch
 
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {
         "cpu": _cpu_model(),
         "cores": os.cpu_count(),
         "torch_threads": torch.get_num_threads(),
-        "gpu": gpu,
+        "gpu": None if gpu == "cpu" else torch.cuda.get_device_name(int(gpu)),
         "python": platform.python_version(),
         **{package: version(package) for package in PACKAGES},
     }
 
 
-def report(name: str, rows: Sequence[Mapping[str, Any]], **context: Any) -> Path:
-    """Prints `rows` as a table; writes them with the machine and `context` (settings, what was assumed) as JSON."""
+def report(name: str, rows: Sequence[Mapping[str, Any]], gpu: str = "cpu", **context: Any) -> Path:
+    """Prints `rows` as a table; writes them with the machine and `context` (settings, what was assumed) as JSON.
+
+    `gpu` says where they were measured, as `on_device` gives it.
+    """
     columns = list(dict.fromkeys(column for row in rows for column in row))
     cells = [columns, *([_cell(row.get(column)) for column in columns] for row in rows)]
     widths = [max(len(line[place]) for line in cells) for place in range(len(columns))]
     for line in cells:
         print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
-    hardware = machine()
+    hardware = machine(gpu)
     path = RESULTS / f"{name}{'.gpu' if hardware['gpu'] else ''}.json"
     with replacing(path) as temporary:
         temporary.write_text(json.dumps({"rows": list(rows), **context, "machine": hardware}, indent=2) + "\n")

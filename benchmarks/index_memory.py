@@ -63,7 +63,7 @@ def measure(folder: str) -> dict[str, float]:
     began = time.perf_counter()
     index = load(locate(folder), "train")
     loaded = time.perf_counter()
-    order = Order(index.counts, 0, 1, 16)
+    order = Order(index.counts, 0, 16)
     stream = Stream((order,), (1,), (Stage(0, 47, BATCH),), 0)
     first = stream.steps(1)
     for step in range(first, first + 200):

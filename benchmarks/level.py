@@ -42,7 +42,7 @@ def main(shards: Path) -> None:
     for gain_db in GAINS_DB:
         terms = reconstruction(wav_BN * 10 ** (gain_db / 20), batch.target_BN, batch.valid_B, WEIGHTS, n_ffts)
         rows.append({"gain_db": gain_db, **{name: float(values_B.mean()) for name, values_B in terms.items()}})
-    report("level", rows, crops=len(batch), **distances)
+    report("level", rows, crops=len(batch), distances=distances)
 
 
 if __name__ == "__main__":

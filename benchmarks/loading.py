@@ -97,7 +97,7 @@ def copy(folder: Path, tars: list[bytes]) -> None:
 
 
 def ours(index: Index, coarse: int) -> None:
-    stream = Stream((Order(index.counts, 0, 1, 16),), (1,), (Stage(0, coarse, BATCH),), 0)
+    stream = Stream((Order(index.counts, 0, 16),), (1,), (Stage(0, coarse, BATCH),), 0)
     for batch in training_batches((index,), stream, range(stream.steps(1)), 0, 0, 1):
         assert batch.target_BN.shape == (BATCH, coarse * COARSE_48K)
 

@@ -120,7 +120,7 @@ def main(gpu: str, crops: int, seconds: float, rounds: int) -> None:
     rows += [
         {"what": f"{n} epochs, precomputing counted", "times_faster": n * loop / (once + n * shards)} for n in EPOCHS
     ]
-    report("on_the_fly", rows, break_even_epochs=once / (loop - shards), crops=crops, seconds_each=each)
+    report("on_the_fly", rows, gpu, break_even_epochs=once / (loop - shards), crops=crops, seconds_each=each)
 
 
 if __name__ == "__main__":

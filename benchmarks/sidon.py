@@ -23,9 +23,10 @@ from snac.layers import Decoder
 from torch import Tensor
 from transformers import SeamlessM4TFeatureExtractor, Wav2Vec2BertConfig, Wav2Vec2BertModel
 
-from benchmarks.harness import interleaved, of_speech, report
+from benchmarks.harness import interleaved, of_speech, on_device, report
 from codec.audio import AudioError, Recording, Resampler, probe
 from codec.encoder import quicken
+from codec.snac import device_of
 from configs.loader import load_settings
 from pipeline import bandwidth, fidelity
 from pipeline.judging import judge
@@ -244,16 +245,17 @@ def whole(bench: Bench) -> dict[str, Any]:
 
 @click.command(help=__doc__)
 @of_speech
+@on_device
 @click.option("--seconds", type=click.IntRange(min=1), default=2, show_default=True, help="Of each recording.")
-def main(speech: Path, seconds: int) -> None:
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+def main(speech: Path, gpu: str, seconds: int) -> None:
+    device = device_of(gpu)
     number = 64 if device.type == "cuda" else 2
     precision = "bf16" if device.type == "cuda" else "fp32"
     sidon = Sidon(RandomNative(device, precision), device)
     bench = Bench(chosen(speech, number, seconds), seconds, device, sidon, Plain(device))
     rows = [*parts(bench), whole(bench)]
     context = {"recordings": len(bench.paths), "seconds_each": seconds, "precision": precision}
-    report("sidon", rows, **context, weights="random, of the true size")
+    report("sidon", rows, gpu, **context, weights="random, of the true size")
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from benchmarks.decoding import true_size
+from benchmarks.decoding import true_size_48k
 from benchmarks.harness import of_speech, report
 from codec.audio import EXTENSIONS, Recording, Resampler, probe
 from codec.snac import Window, coarse_length, encode, load_snac
@@ -97,7 +97,7 @@ def _or_exact(value: float) -> float | str:
 def main(speech: Path) -> None:
     snac = load_snac(SNAC)[0]
     spoken = StepDecoder(snac, warm_start(snac, "zero", 0)), speech_tokens(speech)
-    codec = true_size()
+    codec = true_size_48k()
     model = StepDecoder(codec.snac, codec.decoder)
     tokens = [np.random.default_rng(0).integers(0, 4096, (FRAMES, 7)).astype(np.int16)]
     rows = [row(model, tokens, spoken, n) for n in range(EXACT + 1)]

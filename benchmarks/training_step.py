@@ -13,6 +13,7 @@ import click
 import torch
 from snac import SNAC
 
+from benchmarks.encoding import true_size
 from benchmarks.harness import in_rounds, interleaved, of_crops, of_seconds, on_device, report
 from codec.memory import keep_freed_memory
 from codec.snac import device_of
@@ -26,11 +27,6 @@ from trainer.losses import reconstruction, weighted
 from trainer.settings import BETAS, TrainSettings
 
 GFLOP_PER_SECOND_OF_AUDIO = 31
-SNAC_24KHZ = {
-    "sampling_rate": 24_000, "encoder_dim": 48, "encoder_rates": [2, 4, 8, 8], "decoder_dim": 1024,
-    "decoder_rates": [8, 8, 4, 2], "attn_window_size": None, "codebook_size": 4096, "codebook_dim": 8,
-    "vq_strides": [4, 2, 1], "noise": True, "depthwise": True,
-}  # fmt: skip
 
 
 def random_batch(crops: int, length: int) -> Batch:
@@ -101,10 +97,11 @@ def _wait(device: torch.device) -> None:
 @in_rounds(5)
 def main(gpu: str, crops: int, seconds: float, rounds: int) -> None:
     device, length = device_of(gpu), coarse_tokens(seconds)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        snac = SNAC(**SNAC_24KHZ).eval().requires_grad_(False)
-    batch, settings = random_batch(crops, length), load_settings(TrainSettings, "decoder_48khz.json", [])
+    snac, batch, settings = (
+        true_size(),
+        random_batch(crops, length),
+        load_settings(TrainSettings, "decoder_48khz.json", []),
+    )
     stock = {"stock classes, fp32": plain(snac, batch, settings, device)}
     ways = {
         "ours, fp32": ours(snac, batch, device, "precision=fp32", "compile=false"),
@@ -126,7 +123,7 @@ def main(gpu: str, crops: int, seconds: float, rounds: int) -> None:
         {"way": name, "seconds": seconds, "audio_s_per_s": audio / seconds, "times_stock": first / seconds}
         for name, seconds in [*medians.items(), (f"floor, {dtype}", floor)]
     ]
-    report("training_step", rows, crops=crops, coarse=length, seconds_in_all=time.perf_counter() - began)
+    report("training_step", rows, gpu, crops=crops, coarse=length, seconds_in_all=time.perf_counter() - began)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import IO, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -21,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torchaudio.transforms import Resample
 
-from shards.storage import Location, Part
+from shards.storage import Location, Part, StorageError
 
 Stored = Location | Part  # where a recording's bytes are
 Samples = npt.NDArray[np.float32]
@@ -101,9 +102,6 @@ class Recording:
                     raise AudioError(f"NaN or infinity near {seconds:.3f} s")
                 position += len(block)
                 yield mono
-
-    def peak(self) -> float:
-        return max(float(np.abs(block).max()) for block in self.blocks())
 
     def _seek(self, file: soundfile.SoundFile, frame: int) -> int:
         if frame and file.format in SEEKABLE:
@@ -215,11 +213,31 @@ def _open(path: Stored) -> Iterator[soundfile.SoundFile]:
         raise AudioError("the file is empty")
     with ExitStack() as stack:
         try:
-            given = path if isinstance(path, Path) else stack.enter_context(path.open("rb"))
-            file = stack.enter_context(soundfile.SoundFile(given))
+            given = path if isinstance(path, Path) else _Callbacks(stack.enter_context(path.open("rb")))
+        except OSError as error:
+            raise AudioError(f"not readable as audio: {_reason(error)}") from error
+        try:
+            yield stack.enter_context(soundfile.SoundFile(given))
         except (soundfile.LibsndfileError, OSError) as error:
             raise AudioError(f"not readable as audio: {_reason(error)}") from error
-        yield file
+        finally:
+            if not isinstance(given, Path) and given.failure:
+                raise given.failure
+
+
+class _Callbacks:
+    """A remote file for libsndfile, through which no error passes: for it the file ends there; the error is kept."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file, self.seek, self.tell = file, file.seek, file.tell
+        self.failure: StorageError | None = None
+
+    def readinto(self, buffer: Any) -> int:
+        try:
+            return self._file.readinto(buffer)  # type: ignore[attr-defined]
+        except StorageError as error:
+            self.failure = error
+            return 0
 
 
 def _read(file: soundfile.SoundFile, position: int, frames: int) -> npt.NDArray[np.float32]:

@@ -18,6 +18,7 @@ import numpy.typing as npt
 import torch
 from snac import SNAC
 
+from codec.audio import Recording, Resampler
 from codec.weights import SNAC_FILES, Weights, resolve
 from shards.contract import COARSE_24K, CODEBOOK_SIZE, CODEC_RATE, TOKENS_PER_COARSE
 from shards.errors import UserError
@@ -126,6 +127,13 @@ def encode(model: SNAC, window: list[Window], audio_BT: npt.NDArray[np.float32])
     rows = [level.cpu().numpy().reshape(len(window), -1, n) for level, n in zip(levels, TOKENS_PER_COARSE, strict=True)]
     tokens = np.concatenate(rows, axis=2).astype(np.int16)
     return [t[w.start - w.read_start :][: w.stop - w.start] for w, t in zip(window, tokens, strict=True)]
+
+
+def encode_whole(model: SNAC, recording: Recording, window_coarse: int) -> Iterator[npt.NDArray[np.int16]]:
+    """The tokens of a whole recording, window by window, (T, 7) each. Raises AudioError."""
+    resampler = Resampler(recording, CODEC_RATE)
+    for window in windows(coarse_length(recording.length(CODEC_RATE)), window_coarse):
+        yield encode(model, [window], resampler.read(*window.samples)[None])[0]
 
 
 def snac_levels(codes_T7: npt.NDArray[np.int16]) -> list[torch.Tensor]:

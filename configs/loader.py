@@ -19,7 +19,8 @@ FOLDER = Path(__file__).parent
 def _location(value: Any) -> Location:
     if not isinstance(value, str | Path | Url):
         raise ValueError("should be a path or a URL such as s3://bucket/folder")
-    return locate(value)
+    place = locate(value)
+    return place.absolute() if isinstance(place, Path) else place  # it is written down, and read from other folders
 
 
 def _no_url(value: Any) -> Any:

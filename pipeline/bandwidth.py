@@ -118,13 +118,8 @@ def _centred(levels: Spectra) -> Spectra:
 
 def bandwidth_hz(samples: Samples, rate: int) -> float | None:
     """Of one stretch. None where there is only silence, or less than one frame."""
-    return gathered([samples], rate)
-
-
-def gathered(blocks: Iterable[Samples], rate: int) -> float | None:
     spectrum = Spectrum(rate)
-    for block in blocks:
-        spectrum.add(block)
+    spectrum.add(samples)
     return spectrum.bandwidth_hz()
 
 

@@ -6,6 +6,7 @@ model is not used as it was trained; one that differs between them means that no
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterable, Iterator
 from itertools import islice
@@ -52,15 +53,20 @@ def calibrate(settings: TargetsSettings) -> None:
 
 
 def calibrated(settings: TargetsSettings, plan: Plan, teacher: Teacher) -> Row | None:
-    """The calibration kept in `work`, made now if there is none of this teacher; None without SIDON. Not checked."""
+    """The calibration kept in `work`, made now if there is none of these; None without SIDON. Not checked."""
     if teacher.sidon is None:
         return None
     path = settings.work / FILE
     kept = json.loads(path.read_bytes()) if path.exists() else {}
-    if kept.get("made_from") == teacher.provenance:
+    if kept.get("made_from") == _made_from(settings, plan, teacher):
         result: Row = kept["result"]
         return result
     return _measured_and_kept(settings, plan, teacher)
+
+
+def _made_from(settings: TargetsSettings, plan: Plan, teacher: Teacher) -> Row:
+    planned = hashlib.sha256("".join(plan.rows_sha256).encode()).hexdigest()
+    return {"teacher": teacher.provenance, "recordings": settings.calibrate_recordings, "plan": planned}
 
 
 def _measured_and_kept(settings: TargetsSettings, plan: Plan, teacher: Teacher) -> Row:
@@ -68,7 +74,8 @@ def _measured_and_kept(settings: TargetsSettings, plan: Plan, teacher: Teacher) 
     rows = choose(plan, number * (AUTO_TRIES if settings.teacher == "auto" else 1))
     result = summary(islice(measure(teacher, rows), number))
     with replacing(settings.work / FILE) as temporary:
-        temporary.write_text(json.dumps({"made_from": teacher.provenance, "result": result}, indent=1) + "\n")
+        kept = {"made_from": _made_from(settings, plan, teacher), "result": result}
+        temporary.write_text(json.dumps(kept, indent=1) + "\n")
     return result
 
 

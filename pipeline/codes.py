@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 from snac import SNAC
 from tqdm import tqdm
@@ -61,6 +62,7 @@ class CodesStage(Stage):
     """Recordings of a shard → its codes."""
 
     doing = "encoding"
+    mendable = pc.field("n_coarse") > 0  # what could not be read when it was planned is for extend=true
     settings: CodesSettings
 
     def __init__(self, settings: CodesSettings) -> None:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from functools import partial
 from os import sysconf
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -50,6 +51,20 @@ class Check:
     advice: str = ""
 
 
+class NotMeasuredError(Exception):
+    """A check needs what an earlier one could not find out."""
+
+
+T = TypeVar("T")
+
+
+class OfForms(dict[str, T]):
+    """What was found of each form of SIDON. Raises NotMeasuredError for others."""
+
+    def __missing__(self, form: str) -> T:
+        raise NotMeasuredError(f"SIDON, {form}")
+
+
 @dataclass
 class Patient:
     """What later checks need of earlier ones."""
@@ -57,8 +72,8 @@ class Patient:
     settings: DoctorSettings
     recordings: list[Path]
     folder: Path  # for what is written on the way
-    sidons: dict[str, Sidon]
-    restored: dict[str, list[Samples]]  # form → targets of the recordings
+    sidons: OfForms[Sidon]
+    restored: OfForms[list[Samples]]  # targets of the recordings
     speed: float = 0.0  # audio seconds per second
 
     @property
@@ -74,7 +89,7 @@ class Patient:
 
 def examine(settings: DoctorSettings, recordings: Sequence[Path], folder: Path) -> None:
     """Prints the table. Raises UserError when a check failed."""
-    patient = Patient(settings, list(recordings), folder, {}, {})
+    patient = Patient(settings, list(recordings), folder, OfForms(), OfForms())
     forms = patient.forms
     steps: list[tuple[str, Callable[[], Check]]] = [
         ("device", partial(device, patient)),
@@ -98,7 +113,7 @@ def examine(settings: DoctorSettings, recordings: Sequence[Path], folder: Path) 
 def _run(name: str, step: Callable[[], Check]) -> Check:
     try:
         return step()
-    except KeyError as missing:
+    except NotMeasuredError as missing:
         return Check(name, False, "not run", f"needs what failed above ({missing})")
     except (UserError, AudioError) as error:
         return Check(name, False, "not usable", " ".join(str(error).split()))
@@ -202,8 +217,7 @@ def fidelity(patient: Patient, form: str) -> Check:
 
 
 def _calibration(patient: Patient, form: str) -> dict[str, list[float]]:
-    if form not in patient.restored:
-        raise KeyError(f"SIDON, {form}: runs")
+    patient.restored[form]  # it runs
     rows = [whole_recording(path) for path in patient.recordings]
     found = summary(measure(patient.teacher(form), rows))
     if found["recordings"] < len(rows):
@@ -245,7 +259,7 @@ def disk(patient: Patient) -> Check:
     """What targets and codes of the corpus take, by the size of these targets as FLAC."""
     targets = next(iter(patient.restored.values()), None)
     if targets is None:
-        raise KeyError("no target was made")
+        raise NotMeasuredError("no target was made")
     rate = sum(len(flac_bytes(target, 16)) for target in targets) / sum(map(len, targets)) * TARGET_RATE
     needed = (rate + 2 * CODES_BYTES_PER_SECOND) * 3600 * patient.settings.corpus_hours
     place = next(
@@ -271,7 +285,7 @@ def memory(patient: Patient) -> Check:
 
 def duration(patient: Patient) -> Check:
     if not patient.speed:
-        raise KeyError("no speed was measured")
+        raise NotMeasuredError("no speed was measured")
     hours = patient.settings.corpus_hours / patient.speed
     figure = f"{hours:.1f} h for {patient.settings.corpus_hours:g} h of recordings, on this device alone"
     return Check("time", True, figure)

@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 from pydantic import BaseModel
 from tqdm import tqdm
 
-from pipeline.measure import measure
+from pipeline.measure import END_TOLERANCE_SECONDS, measure
 from pipeline.settings import CodesSettings
 from pipeline.sources import find
 from shards.contract import (
@@ -58,6 +58,7 @@ class Told(BaseModel):
 
 
 METADATA = Told.model_fields.keys()
+PLANNED = ["recording", "path", "group", "split", "first_frame", "frames", "rate", "file_frames"]
 
 
 class Plan:
@@ -114,30 +115,59 @@ def make_plan(settings: CodesSettings) -> Plan:
     Slices make it once: the first to come holds a lock, the others wait for it. If it dies, the next one plans.
     """
     path = settings.work / PLAN_NAME
+    if _lies_in(settings.work, settings.audio):
+        raise UserError(
+            f"work={settings.work} lies in audio={settings.audio}, where its shards would be taken for recordings: "
+            "choose a folder beside it"
+        )
     with _planning(settings):
         asked = settings.model_dump(mode="json", include={*PLANNED_BY, "group_pattern"})
         listed = file_sha256(settings.audio) if settings.audio.is_file() else None
         metadata = {"settings": asked, "listed_sha256": listed}
         if not path.exists():
-            _write(path, [], _new_shards(_found(settings), settings, {}, {}), metadata)
+            _write(path, [], _new_shards(measure(_found(settings)), settings, {}, {}), metadata)
             return Plan(path)
         plan = Plan(path)
         changed = differences(plan.settings, asked)
         if changed:
             raise UserError(f"{path} was made with other settings ({changed}): use another work= or delete it")
-        if listed is not None and listed == plan.listed_sha256:
+        as_it_was = listed is not None and listed == plan.listed_sha256 and not settings.extend
+        if as_it_was or not settings.audio.exists():  # where the audio is gone, the plan stands alone
             return plan
-        new = _unknown(plan, path, settings)
+        new = _to_add(settings, path)
         if not len(new):
             return plan
-        if not settings.extend:
-            raise UserError(
-                f"{len(new)} recordings such as {new['recording'][0].as_py()!r} were added to {settings.audio} after "
-                f"{path} was made: extend=true puts them into new shards; without them, take another work="
-            )
         groups, numbers = _known(plan, path)
         _write(path, [plan], _new_shards(new, settings, groups, numbers), metadata)
         return Plan(path)
+
+
+def _lies_in(work: Location, audio: Location) -> bool:
+    if isinstance(work, Path) and isinstance(audio, Path):
+        return work.resolve().is_relative_to(audio.resolve())
+    return f"{work}/".startswith(f"{audio}/")
+
+
+def _to_add(settings: CodesSettings, path: Location) -> pa.Table:
+    """Measured recordings that the plan does not know, and those that it could not use and now can.
+
+    Raises UserError where there are new ones, unless extend=true.
+    """
+    found, _ = find(settings.audio, settings.group_pattern)
+    planned = read_table(path, columns=PLANNED, filters=pc.field("segment") == 0)
+    usable = planned.filter(pc.field("rate") > 0)
+    _check_unchanged(found, usable, settings.audio, path)
+    is_planned, is_usable = (pc.is_in(found["recording"], rows["recording"]) for rows in (planned, usable))
+    new = found.filter(pc.invert(is_planned))
+    if settings.extend:
+        again = measure(found.filter(pc.and_not(is_planned, is_usable)))
+        return pa.concat_tables([measure(new), again.filter(pc.field("problem").is_null())])
+    if len(new):
+        raise UserError(
+            f"{len(new)} recordings such as {new['recording'][0].as_py()!r} were added to {settings.audio} after "
+            f"{path} was made: extend=true puts them into new shards; without them, take another work="
+        )
+    return new
 
 
 def _planning(settings: CodesSettings) -> AbstractContextManager[None]:
@@ -153,13 +183,29 @@ def _found(settings: CodesSettings) -> pa.Table:
     return found
 
 
-def _unknown(plan: Plan, path: Location, settings: CodesSettings) -> pa.Table:
-    """Recordings that the plan does not know; where the audio is gone, the plan stands alone."""
-    planned = pc.unique(read_table(path, columns=["recording"])["recording"])
-    if not settings.audio.exists():
-        return pa.table({"recording": pa.array([], pa.string())})
-    found, _ = find(settings.audio, settings.group_pattern)
-    return found.filter(pc.invert(pc.is_in(found["recording"], planned)))
+def _check_unchanged(found: pa.Table, planned: pa.Table, audio: Location, path: Location) -> None:
+    """Raises UserError where `audio` says something else of a recording than the plan, which stands."""
+    place = pc.index_in(found["recording"], planned["recording"].combine_chunks())
+    gone = len(planned) - pc.count(place).as_py()
+    if gone:
+        tqdm.write(f"{gone} recordings of {path} are no longer in {audio}: they stay planned")
+    now, then = found.filter(place.is_valid()), planned.take(place.drop_null())
+    rate, first, frames, whole = (then[name].to_numpy() for name in ("rate", "first_frame", "frames", "file_frames"))
+    start, end = (now[name].to_numpy() for name in ("start", "end"))
+    start, end = np.nan_to_num(start) * rate, np.where(np.isnan(end), whole, end * rate)
+    differing = {
+        "path": pc.not_equal(now["path"], then["path"]),
+        "speaker": pc.not_equal(now["group"], then["group"]),
+        "split": pc.not_equal(pc.coalesce(now["split"], then["split"]), then["split"]),
+        "start": np.rint(start) != first,
+        "end": np.abs(first + frames - end) > END_TOLERANCE_SECONDS * rate,
+    }
+    for name, differs in differing.items():
+        if (row := pc.index(pa.array(differs), True).as_py()) >= 0:
+            raise UserError(
+                f"{audio} names another {name} for {now['recording'][row].as_py()!r} than {path}, after which shards "
+                "were made: undo that, or take another work="
+            )
 
 
 def _known(plan: Plan, path: Location) -> tuple[dict[str, str], dict[str, int]]:
@@ -213,10 +259,9 @@ class Shard:
 
 
 def _new_shards(
-    found: pa.Table, settings: CodesSettings, known: Mapping[str, str], numbers: Mapping[str, int]
+    recordings: pa.Table, settings: CodesSettings, known: Mapping[str, str], numbers: Mapping[str, int]
 ) -> Iterator[Shard]:
-    """The shards of recordings, split by split, in the order in which their ids hash."""
-    recordings = measure(found)
+    """The shards of measured recordings, split by split, in the order in which their ids hash."""
     usable = recordings.filter(pc.field("problem").is_null())
     pairs = (usable if len(usable) else recordings).group_by(["group", "split"]).aggregate([])
     given = zip(pairs["group"].to_pylist(), pairs["split"].to_pylist(), strict=True)

@@ -60,7 +60,9 @@ class CodesSettings(ExecutionSettings):
         description="folder of recordings or tars, or a manifest (.parquet, .csv, .jsonl) with a path column; or a URL"
     )
     pretrained_model: str = Field(description="SNAC 24 kHz: hub name or local directory")
-    extend: bool = Field(default=False, description="put recordings that the plan does not know into new shards")
+    extend: bool = Field(
+        default=False, description="put recordings that came later, or were not readable before, into new shards"
+    )
     segment_length: float = Field(gt=0, le=60, description="seconds; becomes the nearest whole number of coarse tokens")
     min_seconds: float = Field(ge=0, le=60, description="segments with less real audio are dropped, with a row")
     segments_per_shard: int = Field(ge=1, le=99_999, description="rows of one shard")
@@ -93,6 +95,15 @@ class SidonSettings(Settings):
     window_seconds: float = Field(ge=4, le=60, description="longest stretch restored at once, overlap included")
     overlap_seconds: float = Field(ge=0.5, le=10, description="shared by neighbouring windows on each side of a seam")
     batch_seconds: float = Field(ge=1, le=10_000, description="audio of similar length restored together")
+
+    @model_validator(mode="after")
+    def _windows_advance(self) -> SidonSettings:
+        if self.window_seconds < 2 * self.overlap_seconds + 1:
+            raise ValueError(
+                f"window_seconds={self.window_seconds:g} must be 1 s more than twice "
+                f"overlap_seconds={self.overlap_seconds:g}"
+            )
+        return self
 
 
 class JudgeSettings(Settings):

@@ -7,6 +7,8 @@ from collections.abc import Callable
 from functools import cached_property
 from typing import Any, ClassVar
 
+import pyarrow.compute as pc
+
 from codec.memory import keep_freed_memory
 from pipeline.plan import Plan
 from pipeline.settings import CodesSettings, TargetsSettings
@@ -21,6 +23,7 @@ class Stage(ABC):
     """Models are loaded once, where shards are made. It holds no state: shards may be made in any order, anywhere."""
 
     doing: ClassVar[str]  # as the progress bar says it
+    mendable: ClassVar[pc.Expression]  # of the rows that failed, those that a second try may mend
     known: Any = None  # what it takes the model to find out, for processes that do not load it
 
     def __init__(self, settings: CodesSettings | TargetsSettings) -> None:
@@ -55,9 +58,9 @@ class Stage(ABC):
 
     def done(self, number: int) -> bool:
         """Whether this run leaves it as it is."""
-        return self.made(number) and not (self.settings.retry == "failed" and has_failures(self.table(number)))
+        return self.made(number) and not (self.settings.retry == "failed" and self.has_failures(number))
 
-
-def has_failures(path: Location) -> bool:
-    """Whether a segment of this codes file or sidecar failed: `retry=failed` makes such a shard again."""
-    return FAILED in read_table(path, columns=["status"])["status"].to_pylist()
+    def has_failures(self, number: int) -> bool:
+        """Whether a segment of this shard failed that `retry=failed` may mend."""
+        failed = (pc.field("status") == FAILED) & self.mendable
+        return len(read_table(self.table(number), columns=["status"], filters=failed)) > 0

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow.compute as pc
 import soundfile
 
 from codec.audio import AudioError
@@ -86,6 +87,7 @@ class TargetsStage(Stage):
     """Codes of a shard, and targets by a teacher → its tar and sidecar."""
 
     doing = "writing targets"
+    mendable = pc.field("context_before").is_valid()  # it has codes
     settings: TargetsSettings
 
     known: Known
@@ -116,6 +118,15 @@ class TargetsStage(Stage):
         sidecar = self.table(number)
         tar = sidecar.with_suffix(".tar")
         return super().made(number) and tar.exists() and tar.stat().st_size == read_metadata(sidecar)["tar_bytes"]
+
+    def done(self, number: int) -> bool:
+        return super().done(number) and not self._codes_came_later(number)
+
+    def _codes_came_later(self, number: int) -> bool:
+        """Whether stage 1 has mended segments since the shard was made."""
+        paths = codes_path(self.settings.work, *self.plan.shards[number]), self.table(number)
+        with_codes, then = (read_table(path, columns=["status"], filters=self.mendable).num_rows for path in paths)
+        return with_codes > then
 
     def make(self, number: int, advance: Advance) -> None:
         split, shard = self.plan.shards[number]

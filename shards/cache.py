@@ -26,7 +26,10 @@ def default_cache() -> ShardCache:
 
 @dataclass
 class ShardCache:
-    """`wanted` are the shards that are read now or next, in that order; they are never given up for others."""
+    """`wanted` are the shards that this process reads now or next, in that order: it never gives them up for others.
+
+    Another process may, and then they are fetched again. `limit_bytes` holds but for what several fetch at once.
+    """
 
     folder: Path
     limit_bytes: int
@@ -71,6 +74,7 @@ class ShardCache:
 
     def _make_room(self, size: int) -> None:
         """Raises UserError when the shards that are needed at once take more than the limit."""
+        self._drop_leftovers()
         kept = {self._path(shard) for shard in self.wanted}
         files = sorted(self._files())
         total = size + sum(bytes_ for _, bytes_, _ in files)
@@ -85,6 +89,12 @@ class ShardCache:
                 f"the shards that are read at once take {total / 2**30:.2f} GiB, cache_gib allows "
                 f"{self.limit_bytes / 2**30:.2f}: allow more, or take fewer window_shards"
             )
+
+    def _drop_leftovers(self) -> None:
+        """What killed processes had fetched of a shard."""
+        for temporary in self.folder.glob("*.tar.tmp"):
+            with suppress(BlockingIOError), self._lock(temporary.with_suffix(""), wait=False):
+                temporary.unlink(missing_ok=True)
 
     def _files(self) -> Iterator[tuple[int, int, Path]]:
         """When it was read last, bytes, and where."""

@@ -1,4 +1,4 @@
-"""Which sample stands where in training: a pure function of (seed, global batch, window, index) and the step.
+"""Which sample stands where in training: a pure function of seed, window, index and the position.
 
 Shards are permuted once per epoch; samples are permuted inside windows of `window` consecutive shards, so a reader
 needs at most that many shards at a time. Epochs follow each other without a gap: a batch may hold the end of one
@@ -8,9 +8,7 @@ and the beginning of the next, and every sample is seen exactly once per epoch.
 from __future__ import annotations
 
 import hashlib
-import math
 from dataclasses import dataclass
-from fractions import Fraction
 from functools import cached_property, lru_cache
 
 import numpy as np
@@ -34,7 +32,6 @@ class Order:
 
     counts: tuple[int, ...]
     seed: int
-    global_batch: int
     window: int
 
     @cached_property
@@ -48,15 +45,6 @@ class Order:
     @cached_property
     def samples_per_epoch(self) -> int:
         return sum(self.counts)
-
-    def steps(self, epochs: float) -> int:
-        """The least number of global batches that hold `epochs` epochs."""
-        return math.ceil(self.samples_per_epoch * Fraction(str(epochs)) / self.global_batch)  # 0.07 is 7 in 100
-
-    def batch(self, step: int) -> list[tuple[int, int]]:
-        """(position in the endless stream, number of the sample) for each place of global batch `step`."""
-        first = step * self.global_batch
-        return [(position, self.sample_at(position)) for position in range(first, first + self.global_batch)]
 
     def shards_from(self, position: int) -> list[int]:
         """The shards that hold the samples from `position` on: those of its window, then those of the next."""
@@ -72,6 +60,7 @@ class Order:
         return found
 
     def sample_at(self, position: int) -> int:
+        """Number of the sample at `position` of the endless stream."""
         epoch, place = divmod(position, self.samples_per_epoch)
         shards = permutation(len(self.counts), self.seed, "shards", epoch)
         ends = np.cumsum(self._counts[shards])

@@ -31,7 +31,8 @@ T = TypeVar("T")
 SCHEMES = ("s3", "gs", "hf")
 ATTEMPTS = 5
 FIRST_WAIT_SECONDS = 0.2  # doubled after each attempt
-WHOLE_BYTES = 1 << 28  # up to this size `open` fetches an object at once, so that its reads cannot fail half-way
+WHOLE_BYTES = 1 << 28  # up to this size `open` fetches an object at once
+BLOCK_BYTES = 1 << 22  # of larger ones
 
 
 class StorageError(UserError):
@@ -101,13 +102,15 @@ class Url:
         return data
 
     def open(self, mode: str = "rb") -> IO[bytes]:
-        """For reading. Large objects are read in blocks as they are asked for."""
+        """For reading; large objects are fetched block by block."""
         assert mode == "rb", "objects are written by shards.files.replacing"
-        return io.BytesIO(self.read_bytes()) if self.stat().st_size <= WHOLE_BYTES else self.open_blocks()
+        return self.open_stretch(0, self.stat().st_size)
 
-    def open_blocks(self) -> IO[bytes]:
-        file: IO[bytes] = self._patiently(lambda files, path: files.open(path, "rb"))
-        return file
+    def open_stretch(self, offset: int, size: int) -> IO[bytes]:
+        """Bytes [offset, offset + size) as a file."""
+        if size <= WHOLE_BYTES:
+            return io.BytesIO(self.read_bytes(offset, offset + size) if size else b"")
+        return io.BufferedReader(_Stretch(self.read_bytes, offset, size), BLOCK_BYTES)
 
     def files(self) -> dict[Url, int]:
         """Every object below this folder, to any depth, with its bytes; empty where there is no such folder."""
@@ -194,18 +197,25 @@ class Part:
 
     def open(self, mode: str = "rb") -> IO[bytes]:
         assert mode == "rb"
-        if isinstance(self.whole, Path):
-            return io.BufferedReader(_Window(self.whole.open("rb"), self.offset, self.size))
-        if self.size <= WHOLE_BYTES:
-            return io.BytesIO(self.whole.read_bytes(self.offset, self.offset + self.size))
-        return io.BufferedReader(_Window(self.whole.open_blocks(), self.offset, self.size))
+        if isinstance(self.whole, Url):
+            return self.whole.open_stretch(self.offset, self.size)
+        file = self.whole.open("rb")
+
+        def read(start: int, stop: int) -> bytes:
+            file.seek(start)
+            return file.read(stop - start)
+
+        return io.BufferedReader(_Stretch(read, self.offset, self.size, file.close))
 
 
-class _Window(io.RawIOBase):
-    """A stretch of an open file, which is closed with it."""
+class _Stretch(io.RawIOBase):
+    """Bytes [offset, offset + size) of what `read(start, stop)` reads."""
 
-    def __init__(self, file: IO[bytes], offset: int, size: int) -> None:
-        self._file, self._offset, self._size, self._place = file, offset, size, 0
+    def __init__(
+        self, read: Callable[[int, int], bytes], offset: int, size: int, close: Callable[[], None] = lambda: None
+    ) -> None:
+        self._read, self._offset, self._size, self._close = read, offset, size, close
+        self._place = 0
 
     def readable(self) -> bool:
         return True
@@ -219,14 +229,17 @@ class _Window(io.RawIOBase):
         return self._place
 
     def readinto(self, buffer: Any) -> int:
-        self._file.seek(self._offset + self._place)
-        data = self._file.read(max(min(len(buffer), self._size - self._place), 0))
+        size = min(len(buffer), self._size - self._place)
+        if size <= 0:
+            return 0
+        start = self._offset + self._place
+        data = self._read(start, start + size)
         buffer[: len(data)] = data
         self._place += len(data)
         return len(data)
 
     def close(self) -> None:
-        self._file.close()
+        self._close()
         super().close()
 
 

@@ -16,7 +16,7 @@ import torch
 from torchaudio.functional import resample
 
 from demo.voice import synthesize
-from pipeline.bandwidth import bandwidth_hz, gathered
+from pipeline.bandwidth import Spectrum, bandwidth_hz
 from tests.real_speech import some_recordings
 
 Samples = npt.NDArray[np.float32]
@@ -96,8 +96,10 @@ def test_a_low_pass_is_found(cutoff: int) -> None:
 
 def test_blocks_say_what_the_whole_says() -> None:
     voice = synthesize(0, 0, 3.0)[: 60 * 2048]
-    blocks = [voice[n : n + 20 * 2048] for n in range(0, len(voice), 20 * 2048)]
-    assert gathered(blocks, 48_000) == pytest.approx(bandwidth_hz(voice, 48_000), abs=250)
+    spectrum = Spectrum(48_000)
+    for n in range(0, len(voice), 20 * 2048):
+        spectrum.add(voice[n : n + 20 * 2048])
+    assert spectrum.bandwidth_hz() == pytest.approx(bandwidth_hz(voice, 48_000), abs=250)
 
 
 @pytest.mark.parametrize("samples", [np.zeros(48_000, np.float32), np.ones(100, np.float32)])

@@ -93,6 +93,18 @@ def test_a_run_keeps_its_calibration_in_the_index(
     shard_targets(settings())
 
 
+def test_too_few_recordings_are_measured_again_when_there_may_be_more(settings: Callable[..., TargetsSettings]) -> None:
+    path = settings().work / FILE
+    calibrate(settings("calibrate_recordings=4"))
+    few = json.loads(path.read_bytes())
+    few["result"]["recordings"] = 2
+    path.write_text(json.dumps(few))  # type: ignore[union-attr]
+    with pytest.raises(UserError, match="set calibrate_recordings higher, or add recordings"):
+        shard_targets(settings("calibrate_recordings=4"))
+    shard_targets(settings("calibrate_recordings=5"))
+    assert json.loads(path.read_bytes())["result"]["recordings"] == 5
+
+
 @pytest.mark.parametrize("left", [0, 240])
 def test_a_wrong_delay_stops_the_run(left: int, settings: Callable[..., TargetsSettings]) -> None:
     """The 10 ms of the padding not taken off, or half of them: no shard is written, and the message mends it."""

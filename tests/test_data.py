@@ -163,7 +163,7 @@ def training(work: Path) -> tuple[tuple[Index], Stream]:
 
 
 def stream_of(index: Index, seed: int, batch: int) -> Stream:
-    return Stream((Order(index.counts, seed, 1, 2),), (1,), (Stage(0, LENGTH, batch),), seed)
+    return Stream((Order(index.counts, seed, 2),), (1,), (Stage(0, LENGTH, batch),), seed)
 
 
 def test_global_batches_do_not_depend_on_workers_ranks_or_where_one_begins(
@@ -220,7 +220,7 @@ from shards.stream import Stage, Stream
 from trainer.data import training_batches
 
 index = load(Path(sys.argv[1]) / "shards", "train")
-stream = Stream((Order(index.counts, 0, 1, 2),), (1,), (Stage(0, 3, 2),), 0)
+stream = Stream((Order(index.counts, 0, 2),), (1,), (Stage(0, 3, 2),), 0)
 batches = training_batches((index,), stream, range(1000), 2, 0, 1)
 print(len(next(batches)))
 sys.left_behind = batches

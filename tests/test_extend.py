@@ -65,6 +65,25 @@ def test_new_shards_follow_those_that_stand(extended: tuple[Path, Path]) -> None
     assert in_process(["verify", f"shards={work / 'shards'}"]).exit_code == 0
 
 
+def test_what_could_not_be_read_goes_into_new_shards_once_it_can(extended: tuple[Path, Path], tmp_path: Path) -> None:
+    audio, _ = extended
+    work, broken = tmp_path / "another", audio / "speaker_0" / "broken.wav"
+    broken.write_text("no audio")
+    few = "max_failed_fraction=0.5"
+    assert in_process(codes_words(audio, work, few)).exit_code == 0
+    soundfile.write(broken, speechlike(1.5, 16_000, 99), 16_000)
+    before = {name: found for name, found in stamps(work).items() if Path(name).stem.isdigit()}
+    assert in_process(codes_words(audio, work, few, "retry=failed")).exit_code == 0
+    assert {name: stamps(work)[name] for name in before} == before, "a second try cannot mend what was planned"
+    assert in_process(codes_words(audio, work, few, "extend=true")).exit_code == 0
+    rows = [row for row in pq.read_table(work / PLAN_NAME).to_pylist() if row["recording"] == "speaker_0/broken.wav"]
+    assert [row["status"] for row in rows] == ["failed", "ok", "ok", "ok"]
+    assert in_process(targets_words(work, few)).exit_code == 0
+    plan = (work / PLAN_NAME).read_bytes()
+    assert in_process(codes_words(audio, work, few, "extend=true")).exit_code == 0
+    assert (work / PLAN_NAME).read_bytes() == plan
+
+
 def test_extending_by_nothing_changes_nothing(extended: tuple[Path, Path]) -> None:
     audio, work = extended
     assert in_process(codes_words(audio, work, "extend=true")).exit_code == 0

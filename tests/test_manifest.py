@@ -11,6 +11,7 @@ from pipeline import measure
 from pipeline.codes import shard_codes
 from pipeline.plan import make_plan
 from shards.contract import FAILED, OK, TOO_SHORT
+from shards.errors import UserError
 from tests.command_helpers import rows_of
 from tests.helpers import codes_settings
 
@@ -85,3 +86,40 @@ def test_a_manifest_that_is_wrong_costs_its_rows(recordings: Path, tmp_path: Pat
         assert FAILED in {r["status"] for r in found[id]} <= {FAILED, TOO_SHORT}, id
         assert all(reason in r["reason"] for r in found[id] if r["status"] == FAILED), found[id]
     assert all({r["status"] for r in found[id]} <= {OK, TOO_SHORT} for id in good)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "what"),
+    [
+        ("0.1,0.9,anna", "0.1,0.9,ben", "speaker"),
+        ("0.1,0.9,anna", "0.2,0.9,anna", "start"),
+        ("0.1,0.9,anna", "0.1,0.8,anna", "end"),
+        ("0.1,0.9,anna", "0.1,,anna", "end"),
+        ("take_1.wav", "take_0.wav", "path"),
+        (",train", ",validation", "split"),
+    ],
+)
+def test_a_manifest_that_changes_what_was_planned_is_refused(
+    old: str, new: str, what: str, recordings: Path, tmp_path: Path
+) -> None:
+    *others, first = sorted(recordings.glob("*/take_1.wav"))
+    columns = "id,path,start,end,speaker,split"
+    rows = [f"x,{first},0.1,0.9,anna,train", *(f"{path.parent.name},{path},,,{path.parent.name}," for path in others)]
+    settings = codes_settings(write(tmp_path, rows, columns), tmp_path / "work")
+    plan = make_plan(settings)
+    write(tmp_path, [rows[0].replace(old, new), *rows[1:]], columns)
+    with pytest.raises(UserError, match=rf"list.csv names another {what} for 'x' than .*plan.parquet"):
+        make_plan(settings)
+    write(tmp_path, [*rows[1:], rows[0]], columns)  # another order is nothing
+    assert make_plan(settings).rows_sha256 == plan.rows_sha256
+
+
+def test_recordings_that_a_manifest_names_no_more_stay_planned(
+    recordings: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [row(path) for path in sorted(recordings.glob("*/take_0.wav"))]
+    settings = codes_settings(write(tmp_path, rows), tmp_path / "work")
+    plan = make_plan(settings)
+    write(tmp_path, rows[1:])
+    assert make_plan(settings).rows_sha256 == plan.rows_sha256
+    assert "1 recordings of" in capsys.readouterr().out

@@ -13,23 +13,25 @@ from shards.stream import Stage, Stream
 from trainer.data import Batch, training_batches
 
 MASK = 2**64 - 1
+STEPS, LENGTH = 6, 3
 ORDERS = [
-    Order((5, 3, 4, 1, 7), seed=0, global_batch=4, window=2),
-    Order((5, 3, 4, 1, 7), seed=1, global_batch=7, window=1),
-    Order((2,) * 9, seed=2, global_batch=5, window=4),
-    Order((6, 6), seed=3, global_batch=30, window=16),  # a batch of more than two epochs
-    Order((1,), seed=4, global_batch=3, window=1),
-    Order((100, 1, 1, 50), seed=2**63 - 1, global_batch=16, window=3),
+    Order((5, 3, 4, 1, 7), seed=0, window=2),
+    Order((5, 3, 4, 1, 7), seed=1, window=1),
+    Order((2,) * 9, seed=2, window=4),
+    Order((6, 6), seed=3, window=16),
+    Order((1,), seed=4, window=1),
+    Order((100, 1, 1, 50), seed=2**63 - 1, window=3),
 ]
 each_order = pytest.mark.parametrize("order", ORDERS, ids=[str(order.counts) for order in ORDERS])
 
 
 def stream(order: Order, samples: int) -> list[int]:
-    """The first `samples` sample numbers, through `batch`."""
-    steps = -(-samples // order.global_batch)
-    pairs = [pair for step in range(steps) for pair in order.batch(step)]
-    assert [position for position, _ in pairs] == list(range(len(pairs)))
-    return [sample for _, sample in pairs][:samples]
+    """The first `samples` sample numbers."""
+    return [order.sample_at(position) for position in range(samples)]
+
+
+def in_batches(order: Order, batch: int) -> Stream:
+    return Stream((order,), (1,), (Stage(0, LENGTH, batch),), order.seed)
 
 
 # The same in whole numbers, slowly and without NumPy
@@ -82,13 +84,13 @@ def test_order_equals_the_slow_one(order: Order) -> None:
 
 def test_order_is_what_it_was() -> None:
     """A run must go on where it stopped: these values are part of the format of a checkpoint."""
-    order = Order((3, 4, 2, 5), seed=0, global_batch=4, window=2)
+    order = Order((3, 4, 2, 5), seed=0, window=2)
     assert random_words(3, 0, "crop", 5).tolist() == [
         12866315341243220751,
         11927680845450274148,
         11677801105674886747,
     ]
-    assert [[sample for _, sample in order.batch(step)] for step in range(7)] == [
+    assert [[place.sample for place in in_batches(order, 4).batch(step)] for step in range(7)] == [
         [4, 2, 3, 5],
         [6, 0, 1, 9],
         [13, 12, 7, 8],
@@ -124,33 +126,34 @@ def test_no_more_than_a_window_of_shards_is_open_at_a_time(order: Order) -> None
 
 
 def test_samples_of_a_window_are_mixed() -> None:
-    order = Order((50, 50, 50, 50), seed=0, global_batch=10, window=4)
+    order = Order((50, 50, 50, 50), seed=0, window=4)
     shards = [sample // 50 for sample in stream(order, 200)]
     assert all(len(set(shards[start : start + 20])) >= 3 for start in range(0, 200, 20))
     assert stream(order, 200)[:50] != sorted(stream(order, 200)[:50])
 
 
 def test_a_batch_may_hold_the_end_of_an_epoch_and_the_beginning_of_the_next() -> None:
-    order = Order((3, 4), seed=0, global_batch=5, window=2)
-    epochs = [[position // 7 for position, _ in order.batch(step)] for step in range(3)]
+    order = Order((3, 4), seed=0, window=2)
+    batches = [in_batches(order, 5).batch(step) for step in range(3)]
+    epochs = [[place.position // 7 for place in batch] for batch in batches]
     assert epochs == [[0] * 5, [0, 0, 1, 1, 1], [1, 1, 1, 1, 2]]
-    samples = [sample for step in range(3) for _, sample in order.batch(step)]
+    samples = [place.sample for batch in batches for place in batch]
     assert samples == (slow_epoch(order, 0) + slow_epoch(order, 1) + slow_epoch(order, 2))[:15]
 
 
 def test_seeds_epochs_and_windows_give_different_orders() -> None:
     counts = (20, 20, 20)
-    orders = [stream(Order(counts, seed, 4, window), 60) for seed in (0, 1, 10) for window in (1, 3)]
-    orders.append(stream(Order(counts, 0, 4, 3), 120)[60:])
+    orders = [stream(Order(counts, seed, window), 60) for seed in (0, 1, 10) for window in (1, 3)]
+    orders.append(stream(Order(counts, 0, 3), 120)[60:])
     for a, b in itertools.combinations(orders, 2):
         assert a != b
 
 
 def test_a_step_depends_on_nothing_before_it() -> None:
-    order = ORDERS[0]
-    forwards = [order.batch(step) for step in range(20)]
+    batches = in_batches(ORDERS[0], 4)
+    forwards = [batches.batch(step) for step in range(20)]
     permutation.cache_clear()
-    assert [order.batch(step) for step in reversed(range(20))] == forwards[::-1]
+    assert [batches.batch(step) for step in reversed(range(20))] == forwards[::-1]
 
 
 @pytest.mark.parametrize(
@@ -169,7 +172,7 @@ def test_a_step_depends_on_nothing_before_it() -> None:
     ],
 )
 def test_steps_are_the_least_that_hold_the_epochs(samples: int, batch: int, epochs: float, steps: int) -> None:
-    assert Order((samples,), 0, batch, 1).steps(epochs) == steps
+    assert in_batches(Order((samples,), 0, 1), batch).steps(epochs) == steps
 
 
 @pytest.mark.parametrize("world_size", range(1, 9))
@@ -182,19 +185,16 @@ def test_ranks_share_a_batch_without_gap_or_overlap(n: int, world_size: int) -> 
 
 # Through the reader, the DataLoader and its workers
 
-STEPS, LENGTH = 6, 3
 
-
-def small_order(shards: Path, batch: int) -> Order:
-    order = Order(load(shards, "train").counts, seed=5, global_batch=batch, window=2)
+def small_stream(shards: Path, batch: int) -> Stream:
+    order = Order(load(shards, "train").counts, seed=5, window=2)
     assert (STEPS - 1) * batch > order.samples_per_epoch, "the steps below should reach into the second epoch"
-    return order
+    return in_batches(order, batch)
 
 
 def global_batches(work: Path, batch: int, ranks: int, workers: int, steps: range = range(STEPS)) -> list[Batch]:
     """What `ranks` processes with `workers` workers each train on, put together again."""
-    index, order = load(work / "shards", "train"), small_order(work / "shards", batch)
-    stream = Stream((order,), (1,), (Stage(0, LENGTH, batch),), order.seed)
+    index, stream = load(work / "shards", "train"), small_stream(work / "shards", batch)
     shares = [list(training_batches((index,), stream, steps, workers, rank, ranks)) for rank in range(ranks)]
     assert {len(share) for share in shares} == {len(steps)}
     return [joined(parts) for parts in zip(*shares, strict=True)]
@@ -219,10 +219,10 @@ def reference(work: Path) -> list[Batch]:
 
 
 def test_batches_hold_the_samples_of_the_order(work: Path, reference: list[Batch]) -> None:
-    index, order = load(work / "shards", "train"), small_order(work / "shards", 6)
+    index, stream = load(work / "shards", "train"), small_stream(work / "shards", 6)
     keys = index.table["key"].to_pylist()
     assert [batch.keys for batch in reference] == [
-        [keys[sample] for _, sample in order.batch(step)] for step in range(STEPS)
+        [keys[place.sample] for place in stream.batch(step)] for step in range(STEPS)
     ]
 
 

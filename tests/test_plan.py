@@ -234,3 +234,22 @@ def test_rows_that_were_not_planned_are_refused(recordings: Path, tmp_path: Path
             writer.add_key_value_metadata(metadata)
         with pytest.raises(UserError, match=message):
             Plan(path).rows(0)
+
+
+@pytest.mark.parametrize("inside", [".", "work", "a/b", "../audio/c"])
+def test_shards_among_the_recordings_are_refused(inside: str, tmp_path: Path) -> None:
+    """They would be recordings to the next run."""
+    write(tmp_path / "audio" / "a" / "a.wav")
+    with pytest.raises(UserError, match=r"lies in audio=.*: choose a folder beside it"):
+        planned(tmp_path / "audio", tmp_path / "audio" / inside)
+    assert [path.name for path in (tmp_path / "audio").rglob("*")] == ["a", "a.wav"]
+
+
+def test_a_plan_is_good_in_every_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("a", "b"):
+        write(tmp_path / "audio" / name / "a.wav")
+    monkeypatch.chdir(tmp_path)
+    rows = planned(Path("audio"), Path("work"))
+    monkeypatch.chdir(tmp_path / "audio")
+    assert planned(Path("../audio").resolve(), tmp_path / "work") == rows
+    assert all(Path(row["path"]).is_file() for row in rows)

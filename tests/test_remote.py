@@ -106,11 +106,18 @@ def test_what_is_done_is_not_made_again_and_leftovers_go(door: Door, remote: Url
     assert not [url for url in mine.files() if url.suffix == ".tmp"]
 
 
-def test_an_outage_is_no_bad_recording(door: Door, remote: Url) -> None:
-    """It ends the run with one line, and nothing is written of it."""
-    mine = Url("s3://corpus/work_outage")
+@pytest.mark.parametrize("blocks", [0, 2])
+def test_an_outage_is_no_bad_recording(blocks: int, door: Door, remote: Url, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It ends the run with one line, and nothing is written of it; also when it begins in the middle of a file."""
+    mine = Url(f"s3://corpus/work_outage_{blocks}")
     shard_codes(settings_of(remote / "files", mine))
-    door.fault = lambda method, path: "error" if method == "GET" and path.endswith(".wav") else None
+    if blocks:
+        monkeypatch.setattr(storage, "WHOLE_BYTES", 1000)
+        monkeypatch.setattr(storage, "BLOCK_BYTES", 50_000)
+    asked = iter(range(1_000_000))
+    door.fault = lambda method, path: (
+        "error" if method == "GET" and path.endswith(".wav") and next(asked) >= blocks else None
+    )
     refused(targets_words(mine), "planted (attempt 5 of 5)")  # type: ignore[arg-type]
     door.fault = lambda method, path: None
     assert not [url for url in (mine / "shards").files() if url.suffix in (".tar", ".tmp")]

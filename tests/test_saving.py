@@ -115,6 +115,20 @@ def test_patience(work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     stopped = small_training(work, run, eval_every=1, max_steps=50, patience=2)
     assert stopped["step"] == 3
     assert "stopped at step 3: 2 validations without a new best" in (run / "training.log").read_text()
+    assert small_training(work, run, eval_every=1, max_steps=50, patience=2)["step"] == 3, "it has ended"
+    assert small_training(work, run, eval_every=1, max_steps=4, patience=3)["step"] == 4, "unless it may wait longer"
+
+
+def test_a_best_metric_without_a_value_is_refused_at_once(
+    work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scripted([math.nan], monkeypatch)
+    with pytest.raises(UserError, match="best_metric=loss has no value on these validation crops"):
+        small_training(work, tmp_path / "run", best_metric="loss")
+    (line,) = as_logged(tmp_path / "run")
+    assert line["kind"] == "validation"
+    assert line["loss"] is None
+    assert "NaN" not in (tmp_path / "run" / "metrics.jsonl").read_text()
 
 
 def test_checkpoints_by_the_clock(work: Path, tmp_path: Path) -> None:
@@ -254,6 +268,14 @@ def test_only_the_discriminators_learn_at_first(work: Path, tmp_path: Path) -> N
     weights = {"l1": 1, "stft": 1, "mel": 15, "adversarial": 1, "features": 2}
     assert line["loss"] == pytest.approx(sum(weight * line[name] for name, weight in weights.items()), rel=1e-5)
     assert losses.MEL_SCALES[-1] == (2048, 320)
+
+
+def test_the_decoder_warms_up_when_it_begins_to_learn(work: Path, tmp_path: Path) -> None:
+    recipe = {**ADVERSARIAL, "discriminator_start": 3, "phase1_steps": 0, "warmup_steps": 3, "eval_every": 99}
+    small_training(work, tmp_path / "run", **recipe, max_steps=6)
+    rates = [line["learning_rate"] for line in as_logged(tmp_path / "run") if line["kind"] == "train"]
+    assert rates[:3] == [0, 0, 0]
+    assert rates[3] < rates[4] < rates[5]
 
 
 def test_folders_are_mixed_and_named(work: Path, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import pytest
 
 from shards import storage
 from shards.files import replacing
-from shards.storage import StorageError, Url, locate
+from shards.storage import Part, StorageError, Url, locate
 from shards.writer import read_metadata, read_table, write_table
 from tests.s3_server import Door, serving
 
@@ -108,6 +109,21 @@ def test_answers_that_fail_now_and_then_cost_time_only(
     door.fault = lambda method, path: None
     assert [found.name for found in folder.files() if not found.name.endswith(".tmp")] == ["a.bin"]
     assert url.read_bytes() == BYTES
+
+
+def test_a_large_object_is_read_in_blocks(folder: Url, door: Door, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(storage, "WHOLE_BYTES", 1000)
+    monkeypatch.setattr(storage, "BLOCK_BYTES", 4096)
+    url = put(folder / "a.bin")
+    door.fault = Every("error", "GET")
+    for file, expected in ((url.open(), BYTES), (Part(url, 1000, 90_000).open(), BYTES[1000:91_000])):
+        with file:
+            assert file.read() == expected
+            file.seek(-10, io.SEEK_END)
+            assert file.read(100) == expected[-10:]
+    door.fault = lambda method, path: "error" if method == "GET" else None
+    with url.open() as file, pytest.raises(StorageError, match=rf"attempt {storage.ATTEMPTS}"):
+        file.read(1)
 
 
 @pytest.mark.parametrize("method", ["PUT", "GET"])

@@ -16,7 +16,7 @@ from shards.stream import Place, Stage, Stream
 from trainer.schedule import rate_factor, stages
 from trainer.settings import TrainSettings
 
-ORDERS = (Order((5, 3, 4), 7, 1, 2), Order((6,), 7, 1, 2), Order((2, 2), 7, 1, 2))
+ORDERS = (Order((5, 3, 4), 7, 2), Order((6,), 7, 2), Order((2, 2), 7, 2))
 STAGES = (Stage(0, 1, 8), Stage(3, 2, 4), Stage(10, 4, 2))
 STREAMS = [
     Stream(ORDERS[:1], (1,), (Stage(0, 3, 5),), 7),
@@ -102,6 +102,7 @@ def test_the_rate_is_a_cosine_after_a_warm_up() -> None:
     assert all(a >= b for a, b in itertools.pairwise(rates[9:]))
     assert rate_factor(1000, 0, 1000, chosen) == pytest.approx(0.1)
     assert rate_factor(500, 500, 1000, chosen) == pytest.approx(cosine[500] / 10), "a phase begins with a warm-up"
+    assert rate_factor(499, 500, 1000, chosen) == 0
     assert rate_factor(700, 0, 1000, settings("rate_schedule=constant")) == 1.0
 
 

@@ -230,6 +230,10 @@ def test_a_finished_stream_takes_no_more(model: StepDecoder) -> None:
     assert stream.finish().shape == (1, 0)
     with pytest.raises(UserError, match="has been finished"):
         stream.push(random_tokens(1, 1, 0))
+    stream = StreamingDecoder(model)
+    stream.push(random_tokens(1, 6, 0)[0])
+    assert stream.finish().shape[1] > 0
+    assert stream.finish().shape == (1, 0)
 
 
 @pytest.mark.parametrize("options", [{"lookahead_frames": 4}, {"lookahead_frames": -1}])

@@ -13,7 +13,7 @@ import pytest
 import soundfile
 
 from pipeline.codes import shard_codes
-from pipeline.plan import Plan
+from pipeline.plan import Plan, make_plan
 from pipeline.targets import shard_targets
 from shards.contract import PLAN_NAME
 from shards.errors import ShardError, UserError
@@ -46,6 +46,20 @@ def test_failures_are_tried_again_when_asked(audio: Path, tmp_path: Path) -> Non
     shard_targets(targets_settings(work, "retry=failed"))
     assert {row["status"] for row in rows(work)} <= {"ok", "too_short"}
     assert (work / "shards" / "index.parquet").exists()
+
+
+def test_segments_that_stage_1_mended_get_their_targets(audio: Path, tmp_path: Path) -> None:
+    """Without being asked: the shard was made when there were no codes."""
+    work, away, some = tmp_path / "work", tmp_path / "away.wav", "max_failed_fraction=1"
+    make_plan(codes_settings(audio, work))
+    shutil.move(audio / "anna" / "a.wav", away)
+    shard_codes(codes_settings(audio, work, some))
+    shard_targets(targets_settings(work, some))
+    assert {row["status"] for row in rows(work) if row["group"] == "anna"} == {"failed"}
+    shutil.move(away, audio / "anna" / "a.wav")
+    shard_codes(codes_settings(audio, work, "retry=failed"))
+    shard_targets(targets_settings(work))
+    assert {row["status"] for row in rows(work)} <= {"ok", "too_short"}
 
 
 def test_targets_beyond_full_scale_are_rejected(audio: Path, tmp_path: Path) -> None:

@@ -140,10 +140,15 @@ def test_weights_and_biases_gets_the_same_scalars(work: Path, tmp_path: Path, mo
     fake = FakeWandb()
     monkeypatch.setitem(sys.modules, "wandb", fake)
     small_training(work, tmp_path / "a", wandb="voices", max_steps=2)
-    assert (fake.given["project"], fake.given["id"], fake.given["resume"]) == ("voices", "a", "allow")
+    assert (fake.given["project"], fake.given["name"], fake.given["resume"]) == ("voices", "a", "allow")
+    id = fake.given["id"]
     assert fake.given["config"]["batch_size"] == 2
     assert [values["step"] for values in fake.logged if "train/loss" in values] == logged_steps(tmp_path / "a", "train")
     assert fake.finished
+    small_training(work, tmp_path / "a", wandb="voices", max_steps=3)
+    assert fake.given["id"] == id, "a run that goes on"
+    small_training(work, tmp_path / "elsewhere" / "a", wandb="voices", max_steps=1)
+    assert fake.given["id"] != id, "another folder of that name"
 
 
 def test_without_wandb_it_says_how_to_have_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

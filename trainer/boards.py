@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -16,6 +17,7 @@ from torch import Tensor
 from codec.audio import sinc_resampler
 from shards.contract import COARSE_48K, CONTEXT_COARSE, TARGET_RATE, coarse_tokens
 from shards.errors import UserError
+from shards.files import replacing
 from trainer.corpus import Corpus
 from trainer.data import fixed_batches
 from trainer.decoder import CodesToLatent, CropDecoder, padded
@@ -107,14 +109,19 @@ class TensorBoard:
 
 
 class WeightsAndBiases:
-    """The same scalars for a project of wandb; its run has the name and id of our folder, so that it is resumed."""
+    """The same scalars for a project of wandb. The run there keeps its id in our folder, so that it is resumed."""
 
     def __init__(self, project: str, run: Path, settings: dict[str, Any]) -> None:
         try:
             import wandb
         except ImportError as error:
             raise UserError(f"wandb={project} needs the package wandb: `just extras` installs it") from error
-        self._run = wandb.init(project=project, name=run.name, id=run.name, dir=run, config=settings, resume="allow")
+        known = run / "wandb_id.txt"
+        if not known.exists():
+            with replacing(known) as temporary:
+                temporary.write_text(uuid.uuid4().hex[:8])
+        id = known.read_text()
+        self._run = wandb.init(project=project, name=run.name, id=id, dir=run, config=settings, resume="allow")
 
     def metrics(self, kind: str, step: int, values: Mapping[str, float]) -> None:
         self._run.log({f"{kind}/{name}": value for name, value in values.items()} | {"step": step})

@@ -16,8 +16,8 @@ from snac import SNAC
 from tqdm import tqdm
 
 from codec.audio import EXTENSIONS, AudioError, Recording, Resampler, probe
-from codec.snac import coarse_length, encode, windows
-from shards.contract import COARSE_48K, CODEC_RATE, PLAN_NAME, TARGET_RATE, sample_key
+from codec.snac import encode_whole
+from shards.contract import COARSE_48K, PLAN_NAME, TARGET_RATE, sample_key
 from shards.errors import UserError
 from shards.index import load
 from shards.reader import decode_sample, read_sample
@@ -99,27 +99,31 @@ class ShardClips:
         )
 
     def _find_plan(self, plan: Path) -> dict[str, dict[str, Any]]:
-        if plan.exists():
-            return _plan_rows(plan)
-        tqdm.write(f"no {PLAN_NAME} beside the shards: the recordings behind the targets are not judged")
-        return {}
+        if not plan.exists():
+            tqdm.write(f"no {PLAN_NAME} beside the shards: the recordings behind the targets are not judged")
+            return {}
+        planned = _plan_rows(plan)
+        rows = {entry.key: planned[entry.key] for entry in self.entries if entry.key in planned}
+        here = {key: row for key, row in rows.items() if row["offset"] is None and Path(row["path"]).is_file()}
+        if len(here) < len(self.entries):
+            missing = len(self.entries) - len(here)
+            tqdm.write(f"{missing} of {len(self.entries)} recordings are gone, remote or inside tars: not judged")
+        return here
 
     def _source(self, entry: Entry) -> Samples | None:
         row = self.plan.get(entry.key)
-        if row is None or row.get("offset") is not None or not Path(row["path"]).is_file():
-            return None  # gone, remote or inside a tar
-        path = Path(row["path"])
+        if row is None:
+            return None
+        path, start = Path(row["path"]), row["start_coarse"] * COARSE_48K
         try:
             header = probe(path)
+            if (header.frames, header.rate) != (row["file_frames"], row["rate"]):
+                raise AudioError("not the file that was planned")
+            recording = Recording(path, header, row["first_frame"], row["frames"])
+            return Resampler(recording, TARGET_RATE).read(start, start + entry.n_samples)
         except AudioError as error:
             tqdm.write(f"{entry.key}: its recording is not judged: {path}: {error}")
             return None
-        if (header.frames, header.rate) != (row["file_frames"], row["rate"]):
-            tqdm.write(f"{entry.key}: its recording is not judged: {path} is not the file that was planned")
-            return None
-        recording = Recording(path, header, row["first_frame"], row["frames"])
-        start = row["start_coarse"] * COARSE_48K
-        return Resampler(recording, TARGET_RATE).read(start, start + entry.n_samples)
 
 
 def _plan_rows(plan: Path) -> dict[str, dict[str, Any]]:
@@ -144,7 +148,8 @@ class RecordingClips:
             raise UserError(f"audio={folder} holds no recordings ({', '.join(sorted(EXTENSIONS))})")
         self.folder, self.snac, self.max_seconds = folder, snac, max_seconds
         self.title = f"Recordings of {folder.resolve().name}"
-        self.ignored = len(files) - len(self.paths)
+        if len(files) > len(self.paths):
+            tqdm.write(f"ignored: {len(files) - len(self.paths)} files that are no recordings")
         keys = [path.relative_to(folder).with_suffix("").as_posix() for path in self.paths]
         repeated = [key for key, n in Counter(keys).items() if n > 1]
         if repeated:
@@ -168,17 +173,8 @@ class RecordingClips:
             group=path.parent.relative_to(self.folder).as_posix(),
             recording=path.relative_to(self.folder).as_posix(),
             start_seconds=0.0,
-            codes_T7=tokens(self.snac, recording),
+            codes_T7=np.concatenate(list(encode_whole(self.snac, recording, WINDOW_COARSE))),
             before=0,
             target=Resampler(recording, TARGET_RATE).read(0, entry.n_samples),
             source=None,
         )
-
-
-def tokens(snac: SNAC, recording: Recording) -> npt.NDArray[np.int16]:
-    """(T, 7): those of `SNAC.encode` of the whole recording."""
-    resampler, total = Resampler(recording, CODEC_RATE), coarse_length(recording.length(CODEC_RATE))
-    parts = [
-        encode(snac, [window], resampler.read(*window.samples)[None])[0] for window in windows(total, WINDOW_COARSE)
-    ]
-    return np.concatenate(parts)

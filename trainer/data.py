@@ -129,7 +129,7 @@ def fixed_batches(
     index: Index, samples: int, batch_size: int, length: int, seed: int, rank: int = 0, world_size: int = 1
 ) -> Iterator[Batch]:
     """This rank's share of the same `samples` crops at every call (all samples, if there are fewer)."""
-    order = Order(index.counts, seed, 1, len(index.counts))
+    order = Order(index.counts, seed, len(index.counts))
     places = rank_slice(min(samples, len(index)), rank, world_size)
     for start in range(0, len(places), batch_size):
         crops = [

@@ -13,13 +13,13 @@ import numpy.typing as npt
 import torch
 from tqdm import tqdm
 
-from codec.audio import AudioError, Recording, Resampler, probe
-from codec.snac import coarse_length, device_of, encode, windows
-from shards.contract import COARSE_48K, CODEC_RATE, TARGET_RATE, coarse_tokens, load_codes
+from codec.audio import AudioError, Recording, probe
+from codec.snac import device_of, encode_whole
+from shards.contract import COARSE_48K, TARGET_RATE, coarse_tokens, load_codes
 from shards.errors import ShardError, UserError
 from shards.files import replacing
 from trainer import kernels
-from trainer.checkpoint import Codec48k, load_codec
+from trainer.checkpoint import load_codec
 from trainer.inference import StepDecoder, draws_noise
 from trainer.settings import DecodeSettings
 from trainer.streaming import EXACT, Samples, StreamingDecoder, to_int16
@@ -50,7 +50,7 @@ def decode(settings: DecodeSettings) -> None:
             length, pieces = len(codes_T7) * COARSE_48K, in_pieces(codes_T7, window_coarse)
         else:
             recording = Recording(settings.input, probe(settings.input))
-            length, pieces = recording.length(TARGET_RATE), encode_stream(codec, recording, window_coarse)
+            length, pieces = recording.length(TARGET_RATE), encode_whole(codec.snac, recording, window_coarse)
         with torch.inference_mode():
             model = StepDecoder(codec.snac, codec.decoder)
         if settings.stream:
@@ -73,13 +73,6 @@ def decode(settings: DecodeSettings) -> None:
 def in_pieces(codes_T7: Tokens, window_coarse: int) -> Iterator[Tokens]:
     for start in range(0, len(codes_T7), window_coarse):
         yield codes_T7[start : start + window_coarse]
-
-
-def encode_stream(codec: Codec48k, recording: Recording, window_coarse: int) -> Iterator[Tokens]:
-    """The tokens of a whole recording, window by window, (T, 7) each."""
-    resampler = Resampler(recording, CODEC_RATE)
-    for window in windows(coarse_length(recording.length(CODEC_RATE)), window_coarse):
-        yield encode(codec.snac, [window], resampler.read(*window.samples)[None])[0]
 
 
 def decode_stream(model: StepDecoder, pieces: Iterator[Tokens], step_coarse: int) -> Iterator[Samples]:

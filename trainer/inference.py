@@ -26,7 +26,7 @@ DILATIONS = (1, 3, 9)  # of a block's residual units
 HEAD_COLUMNS = 8  # the head's 7 taps as one matrix product, which is quicker with one column more
 
 
-class PlainSnake(nn.Module):
+class FrozenSnake(nn.Module):
     """Snake without TorchScript, so that exporters see its operations."""
 
     inverse: Tensor
@@ -48,7 +48,7 @@ def folded(module: nn.Module) -> nn.Module:
             if isinstance(child, NoiseBlock):
                 setattr(parent, name, nn.Identity())
             elif isinstance(child, Snake1d):
-                setattr(parent, name, PlainSnake(child))
+                setattr(parent, name, FrozenSnake(child))
             elif parametrize.is_parametrized(child, "weight"):
                 setattr(parent, name, _unnormed(child))
     return plain.eval().requires_grad_(False)

@@ -52,8 +52,7 @@ class Learner:
         self.ema = Ema(decoder, settings.ema_decay)
         self.averaged = CropDecoder(to_latent, self.ema.model)
         self.optimizer = torch.optim.AdamW(decoder.parameters(), settings.learning_rate, BETAS, fused=True)
-        adversarial = settings.adversarial_weight or settings.feature_weight
-        self.adversary = Adversary(settings, device, bf16) if adversarial else None
+        self.adversary = Adversary(settings, device, bf16) if settings.is_adversarial else None
         self.balancer = Balancer(self.weights) if settings.balance_losses else None
         self.micro = MicroBatches(settings.micro_batch, device, say)
         self.phase = 0
@@ -64,7 +63,9 @@ class Learner:
         trainable(self.decoder, phase, self.settings.noise)
         return sum(parameter.numel() for parameter in self.decoder.parameters() if parameter.requires_grad)
 
-    def step(self, batch: Batch, step: int, crops: int, rate_factor: float) -> dict[str, float]:
+    def step(
+        self, batch: Batch, step: int, crops: int, rate_factor: float, discriminator_rate_factor: float = 1.0
+    ) -> dict[str, float]:
         """This process's share `batch` of a global batch of `crops` → its mean losses and gradient norms.
 
         Raises NotFiniteError before the optimizer step that a value which is not finite would spoil.
@@ -72,7 +73,7 @@ class Learner:
         settings, means = self.settings, dict[str, float]()
         seed = int(random_words(1, settings.seed, "noise", step, self.process.rank)[0])
         if self.adversary:
-            _set_rate(self.adversary.optimizer, settings.discriminator_learning_rate * rate_factor)
+            _set_rate(self.adversary.optimizer, settings.discriminator_learning_rate * discriminator_rate_factor)
             work = self._discriminator_work(crops)
             means |= self._optimize(self.adversary.optimizer, settings.discriminator_clip, work, batch, crops, seed)
             means["discriminator_grad_norm"] = means.pop("grad_norm")

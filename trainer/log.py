@@ -49,7 +49,8 @@ class RunLog:
     def metrics(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
         if self._writes:
             with self._metrics.open("a") as file:
-                file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
+                known = {name: None if value != value else value for name, value in values.items()}  # NaN is no JSON
+                file.write(json.dumps({"kind": kind, "step": step, **known}, allow_nan=False) + "\n")
             if self._boards:
                 self._boards.metrics(kind, step, values)
 

@@ -68,6 +68,7 @@ class Trainer:
         self.phase1_steps = settings.phase1_steps
         if settings.phase1_epochs is not None:
             self.phase1_steps = self.stream.steps(settings.phase1_epochs) if settings.phase1_epochs else 0
+        self.alone_steps = settings.discriminator_start if settings.is_adversarial else 0
         self.step, self.validations_since_best = 0, 0
         self.best = math.inf
         self.saved_at = time.monotonic()
@@ -98,6 +99,9 @@ class Trainer:
         if self.step == 0:
             self._say(self.begins_from)
             self._warn_of_phases(self._validate())
+        if self._out_of_patience():  # it ended in an earlier run
+            self._finish(left=False, early=True)
+            return True
         steps = range(self.step, self.total_steps)
         batches = training_batches(
             self.corpus.training, self.stream, steps, self.settings.num_workers, self.process.rank,
@@ -130,9 +134,11 @@ class Trainer:
             self._say(f"step {self.step}: phase {phase}, {learning:,} parameters learn")
         crops = self.stream.stage(self.step).batch
         begun = 0 if phase == 1 else self.phase1_steps
-        factor = rate_factor(self.step, begun, self.total_steps, settings)
+        factor, of_discriminators = (
+            rate_factor(self.step, since, self.total_steps, settings) for since in (max(begun, self.alone_steps), begun)
+        )
         try:
-            means = self.learner.step(batch, self.step, crops, factor)
+            means = self.learner.step(batch, self.step, crops, factor, of_discriminators)
         except NotFiniteError as error:
             raise UserError(
                 f"step {self.step}: {error}. Mend them (`just verify` checks shards); {self._last_save()}"
@@ -160,6 +166,10 @@ class Trainer:
             self.boards.show(self.step, learner.averaged)
         sign = -1 if settings.best_metric in HIGHER_IS_BETTER else 1
         value = sign * means[settings.best_metric]
+        if math.isnan(value):
+            raise UserError(
+                f"best_metric={settings.best_metric} has no value on these validation crops: choose another, like lsd"
+            )
         better, self.validations_since_best = value < self.best, self.validations_since_best + 1
         if better:
             self.best, self.validations_since_best = value, 0

@@ -24,16 +24,16 @@ def stages(settings: TrainSettings) -> tuple[Stage, ...]:
     return tuple(Stage(step, length, max(round(audio / length), 1)) for step, length in lengths)
 
 
-def rate_factor(step: int, phase_start: int, total_steps: int, settings: TrainSettings) -> float:
-    """What the learning rates are multiplied by at `step`.
+def rate_factor(step: int, begun: int, total_steps: int, settings: TrainSettings) -> float:
+    """What the learning rate of parameters is multiplied by that began to learn, or to learn with others, at `begun`.
 
     Half a cosine from 1 at the beginning of training to `final_rate` at its end (SGDR, arXiv 1608.03983, without
-    restarts); each phase begins with `warmup_steps` in which the rate rises linearly, for its new parameters' sake.
+    restarts), times a linear rise over the `warmup_steps` from `begun` on, before which it is 0.
     """
     factor = 1.0
     if settings.rate_schedule == "cosine":
         factor = settings.final_rate + (1 - settings.final_rate) * (1 + math.cos(math.pi * step / total_steps)) / 2
-    return factor * min((step - phase_start + 1) / (settings.warmup_steps + 1), 1.0)
+    return factor * min(max((step - begun + 1) / (settings.warmup_steps + 1), 0.0), 1.0)
 
 
 def segment_text(stages_: tuple[Stage, ...]) -> str:

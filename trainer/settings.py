@@ -108,6 +108,10 @@ class TrainSettings(Settings):
         return self.shards if isinstance(self.shards, tuple) else (self.shards,)
 
     @property
+    def is_adversarial(self) -> bool:
+        return self.adversarial_weight > 0 or self.feature_weight > 0
+
+    @property
     def weights(self) -> dict[str, float]:
         """Of each term of the loss, by its name."""
         return {

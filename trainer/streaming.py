@@ -64,7 +64,9 @@ class StreamingDecoder:
 
     @torch.inference_mode()
     def finish(self) -> Samples:
-        """The rest: silence follows the last token, as when decoding the whole."""
+        """The rest: silence follows the last token, as when decoding the whole. Nothing, when called again."""
+        if self._finished:
+            return self._joined([])
         self._finished = True
         total = self._state.done_coarse + self._held_BT7.shape[1]
         sent = []

@@ -70,10 +70,10 @@ def load_codecs(models: Mapping[str, Path], pretrained_model: str | None) -> dic
 
 def decoded_systems(stock: Stock, codecs: Mapping[str, Codec48k], device: torch.device, seed: int) -> dict[str, System]:
     """Stock + sinc, warm start and each of `codecs`. Raises UserError for one that speaks other tokens."""
-    to_latent = CodesToLatent(stock.snac)
+    to_latent = CodesToLatent(stock.snac).to(device)
     decoders = {STOCK: stock.snac.decoder, WARM_START: warm_start(stock.snac, "zero", seed)}
     for name, codec in codecs.items():
-        own = CodesToLatent(codec.snac)
+        own = CodesToLatent(codec.snac).to(device)
         if not all(torch.equal(a, b) for a, b in zip(to_latent.buffers(), own.buffers(), strict=True)):
             raise UserError(f"the model {name} speaks the tokens of {codec.snac_name}, not of {stock.name}")
         decoders[name] = codec.decoder
