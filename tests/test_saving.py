@@ -254,6 +254,20 @@ def test_a_run_begins_from_anothers_mean(work: Path, tmp_path: Path) -> None:
     assert f"model={source}: no checkpoint there" in output
 
 
+def test_a_run_begins_from_no_decoder_of_other_tokens(work: Path, untrained: Path, tmp_path: Path) -> None:
+    export, run = tmp_path / "export", tmp_path / "run"
+    code, output = call("export", f"model={untrained}", f"out={export}")
+    assert code == 0, output
+    code, output = call("train", *train_words(work, run, init_from=str(export), max_steps=1))
+    assert code == 0, output
+    weights = torch.load(export / "pytorch_model.bin", weights_only=True)
+    weights["quantizer.quantizers.1.codebook.weight"] += 0.1
+    torch.save(weights, export / "pytorch_model.bin")
+    code, output = call("train", *train_words(work, tmp_path / "other", init_from=str(export), max_steps=1))
+    assert code == 1
+    assert f"init_from={export} speaks the tokens of" in output
+
+
 def test_only_the_discriminators_learn_at_first(work: Path, tmp_path: Path) -> None:
     recipe = {**ADVERSARIAL, "discriminator_start": 2, "phase1_steps": 0, "eval_every": 99}
     first = Trainer(train_settings(work, tmp_path / "none", **recipe, max_steps=2), CPU)

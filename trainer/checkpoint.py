@@ -20,6 +20,7 @@ from shards.errors import UserError
 from shards.files import replacing
 from shards.writer import differences
 from trainer.decoder import RATES_48K
+from trainer.log import as_json
 
 BEST = "best.pt"
 PROVENANCE = "provenance.json"  # in an exported directory, beside what stock snac reads
@@ -34,7 +35,7 @@ def save_described(path: Path, state: Mapping[str, Any]) -> None:
     In this order, so that a process that is killed in between writes both again when it comes to this step again.
     """
     with replacing(path.with_suffix(".json")) as temporary:
-        temporary.write_text(json.dumps({name: state[name] for name in SUMMARY if name in state}, indent=2) + "\n")
+        temporary.write_text(as_json({name: state[name] for name in SUMMARY if name in state}, indent=2) + "\n")
     save(path, state)
 
 

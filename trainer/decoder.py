@@ -138,6 +138,9 @@ class CodesToLatent(nn.Module):
                 table = vq.out_proj(vq.codebook.weight.T[None])[0].T.contiguous()
                 self.register_buffer(f"table_{level}", table, persistent=False)
 
+    def same_tokens(self, other: CodesToLatent) -> bool:
+        return all(torch.equal(a, b) for a, b in zip(self.buffers(), other.buffers(), strict=True))
+
     def forward(self, tokens_BT7: Tensor) -> Tensor:
         """Places that hold PADDING_TOKEN become zero."""
         tokens = tokens_BT7.clamp(min=0)

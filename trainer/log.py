@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -49,8 +50,7 @@ class RunLog:
     def metrics(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
         if self._writes:
             with self._metrics.open("a") as file:
-                known = {name: None if value != value else value for name, value in values.items()}  # NaN is no JSON
-                file.write(json.dumps({"kind": kind, "step": step, **known}, allow_nan=False) + "\n")
+                file.write(as_json({"kind": kind, "step": step, **values}) + "\n")
             if self._boards:
                 self._boards.metrics(kind, step, values)
 
@@ -88,3 +88,14 @@ class RunLog:
                 continue
         with replacing(self._metrics) as temporary:
             temporary.write_text("".join(kept))
+
+
+def as_json(value: Any, indent: int | None = None) -> str:
+    """NaN and infinity, which JSON does not know, become null."""
+    return json.dumps(_known(value), allow_nan=False, indent=indent)
+
+
+def _known(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {name: _known(inner) for name, inner in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -78,6 +78,11 @@ class Trainer:
         decoder = warm_start(self.snac, settings.noise, settings.seed)
         if settings.init_from is not None and state is None:
             source = checkpoint.load_codec(settings.init_from, settings.pretrained_model)
+            if not CodesToLatent(self.snac).same_tokens(CodesToLatent(source.snac)):
+                raise UserError(
+                    f"init_from={settings.init_from} speaks the tokens of {source.snac_name}, not of "
+                    f"{self.weights.describe()}"
+                )
             self.begins_from = f"begins from {settings.init_from}, step {source.provenance.get('step', 'unknown')}"
             decoder.load_state_dict(source.decoder.state_dict())
             if settings.noise == "zero":

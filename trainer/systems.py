@@ -73,8 +73,7 @@ def decoded_systems(stock: Stock, codecs: Mapping[str, Codec48k], device: torch.
     to_latent = CodesToLatent(stock.snac).to(device)
     decoders = {STOCK: stock.snac.decoder, WARM_START: warm_start(stock.snac, "zero", seed)}
     for name, codec in codecs.items():
-        own = CodesToLatent(codec.snac).to(device)
-        if not all(torch.equal(a, b) for a, b in zip(to_latent.buffers(), own.buffers(), strict=True)):
+        if not to_latent.same_tokens(CodesToLatent(codec.snac).to(device)):
             raise UserError(f"the model {name} speaks the tokens of {codec.snac_name}, not of {stock.name}")
         decoders[name] = codec.decoder
     models = {name: CropDecoder(to_latent, decoder).eval().to(device) for name, decoder in decoders.items()}
