@@ -13,95 +13,95 @@ default:
 
 # recordings → frozen SNAC 24 kHz → codes (Parquet)
 shard-codes *args: _env
-    @{{ python }} -m pipeline shard-codes "$@"
+    @exec {{ python }} -m pipeline shard-codes "$@"
 
 # codes + SIDON's 48 kHz targets → tar shards, sidecars and index
 shard-targets *args: _env
-    @{{ python }} -m pipeline shard-targets "$@"
+    @exec {{ python }} -m pipeline shard-targets "$@"
 
 # do SIDON's targets stand at their recordings' time and level? (same settings as shard-targets)
 calibrate *args: _env
-    @{{ python }} -m pipeline calibrate "$@"
+    @exec {{ python }} -m pipeline calibrate "$@"
 
 # fit the 48 kHz decoder to shards: just train gpu=0
 train *args: _env
-    @{{ python }} -m trainer train "$@"
+    @exec {{ python }} -m trainer train "$@"
 
 # where a training stands, while it runs and after it died: just status run=RUN
 status *args: _env
-    @{{ python }} -m trainer status "$@"
+    @exec {{ python }} -m trainer status "$@"
 
 # codes, targets and training in one go, skipping what is done
 workflow *args: _env
-    @{{ python }} -m pipeline workflow "$@"
+    @exec {{ python }} -m pipeline workflow "$@"
 
 # a recording or a codes file → a 48 kHz WAV of its length
 decode *args: _env
-    @{{ python }} -m trainer decode "$@"
+    @exec {{ python }} -m trainer decode "$@"
 
 # a directory that the stock snac package loads
 export *args: _env
-    @{{ python }} -m trainer export "$@"
+    @exec {{ python }} -m trainer export "$@"
 
 # decoder and encoder as ONNX, with the ecosystem's names
 export-onnx *args: _env
-    @{{ python }} -m trainer export-onnx "$@"
+    @exec {{ python }} -m trainer export-onnx "$@"
 
 # a static page that decodes codes in the browser
 web *args: _env
-    @{{ python }} -m trainer web "$@"
+    @exec {{ python }} -m trainer web "$@"
 
 # an export to the Hugging Face hub: just push model=DIR repo=USER/NAME dry_run=true
 push *args: _env
-    @{{ python }} -m trainer push "$@"
+    @exec {{ python }} -m trainer push "$@"
 
 # judge decoders and other systems on unseen voices, with intervals: just eval models=RUN shards=SHARDS
 eval *args: _env
-    @{{ python }} -m trainer eval "$@"
+    @exec {{ python }} -m trainer eval "$@"
 
 # an evaluation as one HTML page to listen to: just report eval=EVAL
 report *args: _env
-    @{{ python }} -m trainer report "$@"
+    @exec {{ python }} -m trainer report "$@"
 
 # what a plan, codes file, sidecar, index, shard or folder holds
 inspect *args: _env
-    @{{ python }} -m pipeline inspect "$@"
+    @exec {{ python }} -m pipeline inspect "$@"
 
 # check shards: sizes, sha256, crc32, contract
 verify *args: _env
-    @{{ python }} -m pipeline verify "$@"
+    @exec {{ python }} -m pipeline verify "$@"
 
 # finished shards and index → a dataset repository of the hub
 push-shards *args: _env
-    @{{ python }} -m pipeline push-shards "$@"
+    @exec {{ python }} -m pipeline push-shards "$@"
 
 # download and verify the pinned SNAC and SIDON files
 prefetch *args: _env
-    @{{ python }} -m pipeline prefetch "$@"
+    @exec {{ python }} -m pipeline prefetch "$@"
 
 # check the real models on this machine: files, tokens, delay, level, seams, speed, disk
 doctor *args: _env
-    @{{ python }} -m demo doctor "$@"
+    @exec {{ python }} -m demo doctor "$@"
 
 # the whole way in minutes on a CPU, with a made voice or audio=FOLDER
 demo *args: _env
-    @{{ python }} -m demo demo "$@"
+    @exec {{ python }} -m demo demo "$@"
 
 # every figure that needs no GPU: just bench SPEECH (a folder of recordings; half an hour on 2 cores)
 bench speech: _env
-    @{{ python }} -m benchmarks "{{ speech }}"
+    @exec {{ python }} -m benchmarks "{{ speech }}"
 
 # the figures of a GPU: just bench-gpu SPEECH
 bench-gpu speech: _env
-    @{{ python }} -m benchmarks --gpu "{{ speech }}"
+    @exec {{ python }} -m benchmarks --gpu "{{ speech }}"
 
 # results of benchmarks → the tables in README.md and docs/
 bench-report: _env
-    @{{ python }} -m benchmarks.tables
+    @exec {{ python }} -m benchmarks.tables
 
 # which recipe gives the best voice? just bench-quality SPEECH OUT --minutes 30 (stand-in SNAC; run again to go on)
 bench-quality *args: _env
-    @{{ python }} -m benchmarks.quality "$@"
+    @exec {{ python }} -m benchmarks.quality "$@"
 
 # format, lint, types
 check: _env
@@ -111,19 +111,19 @@ check: _env
 
 # the tests, in two processes (up to 3 GB each)
 test *args: _env
-    @{{ python }} -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder "$@"
+    @exec {{ python }} -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder "$@"
 
 # kills, damage and strange input, many times over: just torture --times 20 (hours)
 torture *args="--times 10": _env
-    @{{ python }} -m pytest tests/torture tests/test_killed_pipeline.py tests/test_killed_training.py {{ args }}
+    @exec {{ python }} -m pytest tests/torture tests/test_killed_pipeline.py tests/test_killed_training.py {{ args }}
 
 # coverage-guided fuzzing of every reader, so many seconds for each: just fuzz 60 OUT (needs `just extras`; Linux)
 fuzz seconds out: _env
-    @{{ python }} -m tests.torture.fuzz "{{ seconds }}" "{{ out }}"
+    @exec {{ python }} -m tests.torture.fuzz "{{ seconds }}" "{{ out }}"
 
 # training killed again and again beside the same left alone, memory and files watched: just soak 4000 OUT
 soak steps out: _env
-    @{{ python }} -m tests.torture.soak "{{ steps }}" "{{ out }}"
+    @exec {{ python }} -m tests.torture.soak "{{ steps }}" "{{ out }}"
 
 # everything optional too: metrics, ONNX, Ray, remote storage, W&B
 extras:

@@ -28,6 +28,7 @@ Stored = Location | Part  # where a recording's bytes are
 Samples = npt.NDArray[np.float32]
 
 EXTENSIONS = {".wav", ".flac", ".ogg", ".oga", ".mp3", ".opus"}  # of the files that a folder is searched for
+DECODED = ".48k.wav"  # how names end that `just decode` gives: they are no recordings
 MIN_RATE, MAX_RATE = 8_000, 192_000
 BLOCK_FRAMES = 1 << 16
 SEEKABLE = {"WAV", "WAVEX", "RF64", "W64", "FLAC", "AIFF"}  # formats in which seeking is exact and quick

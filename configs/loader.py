@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -20,7 +21,9 @@ def _location(value: Any) -> Location:
     if not isinstance(value, str | Path | Url):
         raise ValueError("should be a path or a URL such as s3://bucket/folder")
     place = locate(value)
-    return place.absolute() if isinstance(place, Path) else place  # it is written down, and read from other folders
+    if isinstance(place, Path):  # it is written down, and read from other folders
+        return Path(os.path.normpath(place.absolute()))
+    return place
 
 
 def _no_url(value: Any) -> Any:

@@ -19,6 +19,7 @@ from functools import partial
 from importlib import import_module
 from typing import Any
 
+import pyarrow.compute as pc
 from tqdm import tqdm
 
 from pipeline.plan import Plan
@@ -208,21 +209,37 @@ def clean(folder: Location, shards: Iterable[tuple[str, int]]) -> None:
 
 
 def summarize(paths: Sequence[Location], max_failed_fraction: float, title: str) -> None:
-    """Prints counts by status and the commonest reasons. Raises UserError above `max_failed_fraction`."""
-    statuses, reasons = Counter[str](), Counter[str]()
+    """Prints counts by status and the commonest reasons. Raises UserError above `max_failed_fraction`.
+
+    What could not be read when it was planned, and stands in a later shard by extend=true, counts there alone.
+    """
+    statuses, reasons, examples = Counter[str](), Counter[str](), dict[str, str]()
+    unusable: dict[str, str] = {}  # recording → reason
+    columns = ["recording", "n_coarse", "status", "reason"]
     with ThreadPoolExecutor(LOOKING_THREADS) as pool:
-        for table in pool.map(partial(read_table, columns=["status", "reason"]), paths):
-            statuses.update(table["status"].to_pylist())
-            reasons.update(reason for reason in table["reason"].to_pylist() if reason)
+        for table in pool.map(partial(read_table, columns=columns), paths):
+            empty = (pc.field("status") == FAILED) & (pc.field("n_coarse") == 0)
+            segments, without = table.filter(~empty), table.filter(empty)
+            for recording in unusable.keys() & set(segments["recording"].to_pylist() if unusable else []):
+                del unusable[recording]
+            unusable |= dict(zip(without["recording"].to_pylist(), without["reason"].to_pylist(), strict=True))
+            statuses.update(segments["status"].to_pylist())
+            given = segments.filter(pc.field("reason").is_valid())
+            reasons.update(given["reason"].to_pylist())
+            examples = dict(zip(given["reason"].to_pylist(), given["recording"].to_pylist(), strict=True)) | examples
+    statuses.update([FAILED] * len(unusable))
+    reasons.update(unusable.values())
+    examples |= {reason: recording for recording, reason in unusable.items()}
     total = sum(statuses.values())
     tqdm.write(f"{title}: {total} segments, {', '.join(f'{n} {name}' for name, n in statuses.most_common())}")
     for reason, n in reasons.most_common(REASONS_SHOWN):
-        tqdm.write(f"  {n} × {reason}")
+        tqdm.write(f"  {n} × {reason} ({'such as ' if n > 1 else ''}{examples[reason]})")
     lost = statuses[FAILED] + statuses[REJECTED]
     if lost > max_failed_fraction * total:
         raise UserError(
             f"{lost} of {total} segments failed or were rejected, above max_failed_fraction={max_failed_fraction:g}; "
-            "the rows say why. What succeeded is kept: raise the limit, or mend the recordings and add retry=failed"
+            "the rows say why. What succeeded is kept, the index as it was: raise the limit, or mend the recordings "
+            "and add retry=failed (for shard-codes, what could not even be planned needs extend=true)"
         )
     if total and not statuses[OK]:
         raise UserError(f"{title}: no segment is usable")

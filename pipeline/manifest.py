@@ -51,7 +51,7 @@ def read_manifest(path: Location) -> tuple[dict[str, list[Any]], Counter[str]]:
     columns: dict[str, list[Any]] = {
         "recording": [id or _id(*rest) for id, *rest in zip(given.get("id", nothing), names, start, end, strict=True)],
         "name": names,
-        "path": [name if "://" in name else posixpath.join(folder, name) for name in names],
+        "path": [name if "://" in name else posixpath.normpath(posixpath.join(folder, name)) for name in names],
         "group": given.get("speaker", nothing),
         "split": [split or None for split in given.get("split", nothing)],
         **{"start": start, "end": end, "frames": frames, "rate": rate, "problem": problem},
@@ -99,11 +99,11 @@ def _read(path: Location) -> pa.Table:
         with path.open("rb") as file:
             if path.suffix == ".parquet":
                 table = pq.read_table(path if isinstance(path, Path) else file)
-            elif path.suffix == ".csv":
+            elif path.suffix == ".csv":  # in threads, Arrow at times aborts a process that ends soon after an error
                 convert = pa.csv.ConvertOptions(column_types=COLUMNS, null_values=[""], strings_can_be_null=True)
-                table = pa.csv.read_csv(file, convert_options=convert)
+                table = pa.csv.read_csv(file, pa.csv.ReadOptions(use_threads=False), convert_options=convert)
             else:
-                table = pa.json.read_json(file)
+                table = pa.json.read_json(file, pa.json.ReadOptions(use_threads=False))
         table.validate(full=True)  # pyarrow takes any bytes for text
         return _typed(table)
     except (pa.ArrowException, ValueError, OSError) as error:

@@ -199,12 +199,14 @@ def _check_unchanged(found: pa.Table, planned: pa.Table, audio: Location, path: 
         "split": pc.not_equal(pc.coalesce(now["split"], then["split"]), then["split"]),
         "start": np.rint(start) != first,
         "end": np.abs(first + frames - end) > END_TOLERANCE_SECONDS * rate,
+        "frames": pc.not_equal(pc.coalesce(now["frames"], then["file_frames"]), then["file_frames"]),
+        "rate": pc.not_equal(pc.coalesce(now["rate"], then["rate"]), then["rate"]),
     }
     for name, differs in differing.items():
         if (row := pc.index(pa.array(differs), True).as_py()) >= 0:
             raise UserError(
-                f"{audio} names another {name} for {now['recording'][row].as_py()!r} than {path}, after which shards "
-                "were made: undo that, or take another work="
+                f"{audio} names another {name} for {now['recording'][row].as_py()!r} than {path}, which stands: "
+                "undo that, or take another work="
             )
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from codec.audio import EXTENSIONS
+from codec.audio import DECODED, EXTENSIONS
 from pipeline.manifest import MANIFESTS, read_manifest
 from pipeline.tars import members
 from shards.errors import UserError
@@ -102,6 +102,8 @@ def _folder(folder: Location) -> Iterator[Item]:
         suffix = os.path.splitext(name)[1].lower()  # noqa: PTH122 (a million of them)
         if suffix not in (*EXTENSIONS, TAR):
             yield suffix or name
+        elif name.endswith(DECODED):
+            yield DECODED
         elif not _is_utf8(path):  # such a name fits in no Parquet file
             readable = os.fsencode(id).decode("utf-8", "backslashreplace")
             yield {"recording": readable, "path": "", "problem": "file name is not UTF-8: rename it"}

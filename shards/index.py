@@ -168,7 +168,7 @@ def unlisted(folder: Path, shards: Sequence[tuple[str, int]]) -> Iterator[str]:
     known = {tar_path(folder, split, shard) for split, shard in shards}
     for path in sorted(folder.glob("*/*")):
         if path.suffix in (".tar", ".parquet") and path.with_suffix(".tar") not in known:
-            yield f"{path}: not in the index"
+            yield f"{path}: not in the index: run `just shard-targets` to its end"
 
 
 def problems(folder: Path, split: str, shard: int, sums: Mapping[str, str]) -> Iterator[str]:

@@ -69,6 +69,7 @@ def test_what_could_not_be_read_goes_into_new_shards_once_it_can(extended: tuple
     audio, _ = extended
     work, broken = tmp_path / "another", audio / "speaker_0" / "broken.wav"
     broken.write_text("no audio")
+    assert in_process(codes_words(audio, work, "max_failed_fraction=0.01")).exit_code == 1
     few = "max_failed_fraction=0.5"
     assert in_process(codes_words(audio, work, few)).exit_code == 0
     soundfile.write(broken, speechlike(1.5, 16_000, 99), 16_000)
@@ -78,7 +79,7 @@ def test_what_could_not_be_read_goes_into_new_shards_once_it_can(extended: tuple
     assert in_process(codes_words(audio, work, few, "extend=true")).exit_code == 0
     rows = [row for row in pq.read_table(work / PLAN_NAME).to_pylist() if row["recording"] == "speaker_0/broken.wav"]
     assert [row["status"] for row in rows] == ["failed", "ok", "ok", "ok"]
-    assert in_process(targets_words(work, few)).exit_code == 0
+    assert in_process(targets_words(work, "max_failed_fraction=0")).exit_code == 0, "nothing is lost any more"
     plan = (work / PLAN_NAME).read_bytes()
     assert in_process(codes_words(audio, work, few, "extend=true")).exit_code == 0
     assert (work / PLAN_NAME).read_bytes() == plan

@@ -96,6 +96,8 @@ def test_a_manifest_that_is_wrong_costs_its_rows(recordings: Path, tmp_path: Pat
         ("0.1,0.9,anna", "0.1,0.8,anna", "end"),
         ("0.1,0.9,anna", "0.1,,anna", "end"),
         ("take_1.wav", "take_0.wav", "path"),
+        ("51200,16000", "51201,16000", "frames"),
+        ("51200,16000", "51200,16001", "rate"),
         (",train", ",validation", "split"),
     ],
 )
@@ -103,8 +105,9 @@ def test_a_manifest_that_changes_what_was_planned_is_refused(
     old: str, new: str, what: str, recordings: Path, tmp_path: Path
 ) -> None:
     *others, first = sorted(recordings.glob("*/take_1.wav"))
-    columns = "id,path,start,end,speaker,split"
-    rows = [f"x,{first},0.1,0.9,anna,train", *(f"{path.parent.name},{path},,,{path.parent.name}," for path in others)]
+    columns = "id,path,frames,rate,start,end,speaker,split"
+    rows = [f"{path.parent.name},{path},,,,,{path.parent.name}," for path in others]
+    rows.insert(0, f"x,{first},51200,16000,0.1,0.9,anna,train")
     settings = codes_settings(write(tmp_path, rows, columns), tmp_path / "work")
     plan = make_plan(settings)
     write(tmp_path, [rows[0].replace(old, new), *rows[1:]], columns)

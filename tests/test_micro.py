@@ -10,8 +10,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from shards.contract import coarse_tokens
 from shards.errors import UserError
 from tests.training_helpers import ADVERSARIAL, as_logged, largest_difference, last_state, small_training
+from trainer.data import Batch
+from trainer.micro import CPU_SECONDS, MicroBatches
 from trainer.training_decoder import TrainingDecoder
 
 Forward = Callable[[TrainingDecoder, Tensor], Tensor]
@@ -80,4 +83,13 @@ def test_what_cannot_fit_is_said(
 
 def test_what_fitted_on_another_device_is_forgotten(work: Path, tmp_path: Path) -> None:
     small_training(work, tmp_path / "run", **FOUR)
-    assert last_state(tmp_path / "run")["micro_batch"] == {"device": "cpu", "coarse": None}
+    assert last_state(tmp_path / "run")["micro_batch"] == {"device": "cpu", "coarse": coarse_tokens(CPU_SECONDS)}
+
+
+def test_on_a_cpu_the_default_batch_is_taken_in_parts() -> None:
+    """It has 32 crops of 53 coarse tokens, which take the decoder at its true size 20 GB at once."""
+    tokens_BT7 = torch.zeros(32, 53, 7, dtype=torch.long)
+    batch = Batch([""] * 32, tokens_BT7, torch.zeros(32, 1), torch.ones(32))
+    sizes = MicroBatches("auto", torch.device("cpu"), print).run(batch, lambda: None, len)
+    assert sum(sizes) == 32
+    assert max(sizes) == 3

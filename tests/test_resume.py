@@ -185,7 +185,7 @@ def test_sigterm_saves_and_another_process_goes_on(work: Path, tmp_path: Path) -
     assert process.returncode == 143
     stopped = last_state(run)["step"]
     assert 0 < stopped < 500
-    assert f"SIGTERM: saved step {stopped}; resume=auto goes on from here" in output
+    assert f"asked to leave: saved step {stopped}; resume=auto goes on from here" in output
     assert logged_steps(run, "train") == list(range(1, stopped + 1))
 
     rest = {"max_steps": stopped + 1, "eval_every": 1000}

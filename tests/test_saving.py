@@ -60,10 +60,25 @@ def test_sigusr1_saves_within_the_step_and_goes_on(work: Path, tmp_path: Path, m
     assert signal.getsignal(signal.SIGUSR1) == signal.SIG_DFL
 
 
-def test_sigterm_saves_within_the_step_and_leaves(work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    at_step(2, lambda: os.kill(os.getpid(), signal.SIGTERM), monkeypatch)
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_sigterm_and_ctrl_c_save_within_the_step_and_leave(
+    number: int, work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    at_step(2, lambda: os.kill(os.getpid(), number), monkeypatch)
     assert not Trainer(train_settings(work, tmp_path / "run", checkpoint_every=99), CPU).run()
     assert steps_kept(tmp_path / "run") == [3]
+    assert signal.getsignal(signal.SIGINT) == signal.default_int_handler
+
+
+def test_a_second_ctrl_c_does_not_wait(work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def twice() -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    at_step(2, twice, monkeypatch)
+    with pytest.raises(KeyboardInterrupt):
+        Trainer(train_settings(work, tmp_path / "run", checkpoint_every=99), CPU).run()
+    assert not steps_kept(tmp_path / "run")
 
 
 def test_a_full_disk_keeps_the_last_good_checkpoint(

@@ -213,7 +213,7 @@ def test_every_config_belongs_to_a_command() -> None:
 
 def test_the_justfile_calls_every_command_under_its_name() -> None:
     called = re.findall(
-        r'^([a-z-]+) \*args: _env\n    @\{\{ python \}\} -m (\w+ [\w-]+) "\$@"$',
+        r'^([a-z-]+) \*args: _env\n    @exec \{\{ python \}\} -m (\w+ [\w-]+) "\$@"$',
         (ROOT / "justfile").read_text(),
         flags=re.MULTILINE,
     )

@@ -54,7 +54,7 @@ def test_a_folder(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     for name in ("anna/1.wav", "anna/deep/2.FLAC", "ben/3.ogg", "ben/4.mp3", "top.wav"):
         write(audio / name)
     os.truncate(audio / "ben/4.mp3", 0)
-    for name in ("notes.txt", "anna/cover.JPG", "ben/more.txt", "LICENSE"):
+    for name in ("notes.txt", "anna/cover.JPG", "ben/more.txt", "LICENSE", "anna/1.48k.wav"):
         (audio / name).touch()
     (audio / "anna" / "loop").symlink_to(audio, target_is_directory=True)
     (audio / "self.wav").symlink_to(audio / "self.wav")
@@ -84,6 +84,7 @@ def test_a_folder(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert "ignored: 2 × .txt" in printed
     assert "1 × .jpg" in printed
     assert "1 × LICENSE" in printed
+    assert "1 × .48k.wav" in printed, "what `just decode` made of a recording beside it"
 
 
 def test_a_folder_whose_own_name_is_not_utf8(tmp_path: Path) -> None:

@@ -54,8 +54,8 @@ def test_verify_names_shards_that_the_index_does_not_know(shards: Path, capsys: 
     with pytest.raises(ShardError, match=r"2 problem\(s\) in 3 shards"):
         verify(VerifySettings(shards=shards))
     assert capsys.readouterr().out.splitlines() == [
-        f"{shards}/train/000000.parquet: not in the index",
-        f"{shards}/train/000000.tar: not in the index",
+        f"{shards}/train/000000.parquet: not in the index: run `just shard-targets` to its end",
+        f"{shards}/train/000000.tar: not in the index: run `just shard-targets` to its end",
     ]
 
 

@@ -13,7 +13,7 @@ import numpy.typing as npt
 import torch
 from tqdm import tqdm
 
-from codec.audio import AudioError, Recording, probe
+from codec.audio import DECODED, AudioError, Recording, probe
 from codec.snac import device_of, encode_whole
 from shards.contract import COARSE_48K, TARGET_RATE, coarse_tokens, load_codes
 from shards.errors import ShardError, UserError
@@ -36,7 +36,7 @@ def decode(settings: DecodeSettings) -> None:
         raise UserError(f"input={settings.input}: no such file")
     if settings.lookahead_frames < EXACT and not settings.stream:
         raise UserError(f"lookahead_frames={settings.lookahead_frames} is for stream=true; without it all is known")
-    output = settings.output or settings.input.with_suffix(".48k.wav")
+    output = settings.output or settings.input.with_suffix(DECODED)
     if output.exists():
         raise UserError(f"output={output} exists: choose another file or delete it")
     codec = load_codec(settings.model, settings.pretrained_model)

@@ -37,11 +37,11 @@ FREE_TO_CHANGE = {  # settings that may differ between a run and its resumption
     "keep_last", "keep_best", "log_every", "eval_clips", "wandb", "resume",
 }  # fmt: skip
 PHASES_AGREE_DB = 0.0  # SI-SDR: there, the amplitude that is best for a squared error is 3 dB below the target's
-TERMINATED = 143  # exit code of a process that SIGTERM ended
+TERMINATED = 143  # exit code of a process that SIGTERM ended, and here Ctrl-C too
 
 
 def train(settings: TrainSettings) -> None:
-    """Trains to the end, or until SIGTERM: then saves and leaves with exit code 143 (1 where torchrun stands above)."""
+    """Trains to the end, or until SIGTERM or Ctrl-C: then saves and leaves with exit code 143 (1 below torchrun)."""
     if isinstance(settings.gpu, str) and settings.gpu != "cpu" and not distributed.under_torchrun():
         distributed.launch(settings.gpu)
     keep_freed_memory()
@@ -99,7 +99,7 @@ class Trainer:
         self.log = RunLog(settings.run, self.step, self.total_steps, process.is_first, self.boards)
 
     def run(self) -> bool:
-        """Whether training came to its end; False when SIGTERM asked it to leave."""
+        """Whether training came to its end; False when a signal asked it to leave."""
         self._say(self._describe())
         if self.step == 0:
             self._say(self.begins_from)
@@ -239,7 +239,7 @@ class Trainer:
     def _finish(self, left: bool, early: bool) -> None:
         self.log.bar.close()  # before the words below it
         if left:
-            self._say(f"SIGTERM: saved step {self.step}; resume=auto goes on from here")
+            self._say(f"asked to leave: saved step {self.step}; resume=auto goes on from here")
         elif early:
             self._say(f"stopped at step {self.step}: {self.validations_since_best} validations without a new best")
         if not left:

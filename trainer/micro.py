@@ -7,14 +7,18 @@ from typing import Any, Literal, TypeVar
 
 import torch
 
+from shards.contract import coarse_tokens
 from shards.errors import UserError
 from trainer.data import Batch
 
 T = TypeVar("T")
 
+CPU_SECONDS = 16  # of audio, which take the decoder at its true size some 3 GB
+
 
 class MicroBatches:
-    """A share of a global batch in parts: of a given number of crops, or (`auto`) as large as memory allows.
+    """A share of a global batch in parts: of a given number of crops, or (`auto`) as large as memory allows; on a CPU,
+    whose memory ends without a word, of CPU_SECONDS.
 
     On out-of-memory the part is halved, the share done again from its beginning, and the size remembered: as coarse
     tokens, so that it counts for crops of another length too. Nothing but rounding depends on it.
@@ -22,7 +26,7 @@ class MicroBatches:
 
     def __init__(self, size: int | Literal["auto"], device: torch.device, say: Callable[[str], None]) -> None:
         self.size, self.device, self.say = size, device, say
-        self.coarse: int | None = None  # that fit at once, context included; None: never ran out
+        self.coarse = coarse_tokens(CPU_SECONDS) if device.type == "cpu" else None  # at once, with context; None: all
 
     def run(self, batch: Batch, begin: Callable[[], None], work: Callable[[Batch], T]) -> list[T]:
         """`work` on every part, after `begin`; both again from the start when memory runs out."""
@@ -51,7 +55,7 @@ class MicroBatches:
     def _crops(self, batch: Batch) -> int:
         if self.size != "auto":
             return self.size
-        fitting = len(batch) if self.coarse is None else self.coarse // batch.tokens_BT7.shape[1]
+        fitting = self.coarse // batch.tokens_BT7.shape[1] if self.coarse else len(batch)
         return min(max(fitting, 1), len(batch))
 
     def _halve(self, batch: Batch, trouble: str) -> None:
