@@ -11,14 +11,14 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from pydantic import BaseModel
+from pydantic import BaseModel, NonNegativeInt
 from tqdm import tqdm
 
 from pipeline.measure import END_TOLERANCE_SECONDS, measure
@@ -51,14 +51,14 @@ class Told(BaseModel):
     """What plan.parquet says of itself."""
 
     settings: dict[str, Any]
-    shards: list[tuple[str, int]]  # split and number, in the order of the row groups
+    shards: list[tuple[Literal["train", "validation"], NonNegativeInt]]  # in the order of the row groups
     seconds: list[float]
     rows_sha256: list[str]
     listed_sha256: str | None
 
 
 METADATA = Told.model_fields.keys()
-PLANNED = ["recording", "path", "group", "split", "first_frame", "frames", "rate", "file_frames"]
+PLANNED = ["recording", "path", "offset", "group", "split", "first_frame", "frames", "rate", "file_frames"]
 
 
 class Plan:
@@ -78,7 +78,8 @@ class Plan:
             told = Told.model_validate({name: metadata[name] for name in METADATA})
             if not len(told.shards) == len(told.seconds) == len(told.rows_sha256) == self._file.num_row_groups:
                 raise ValueError(f"{self._file.num_row_groups} row groups for {len(told.shards)} shards")
-        self.shards, self.seconds, self.rows_sha256 = told.shards, told.seconds, told.rows_sha256
+        self.shards: list[tuple[str, int]] = [*told.shards]
+        self.seconds, self.rows_sha256 = told.seconds, told.rows_sha256
         self.settings, self.listed_sha256 = told.settings, told.listed_sha256
 
     def table(self, number: int) -> pa.Table:
@@ -195,6 +196,7 @@ def _check_unchanged(found: pa.Table, planned: pa.Table, audio: Location, path: 
     start, end = np.nan_to_num(start) * rate, np.where(np.isnan(end), whole, end * rate)
     differing = {
         "path": pc.not_equal(now["path"], then["path"]),
+        "place in its tar": pc.not_equal(pc.fill_null(now["offset"], -1), pc.fill_null(then["offset"], -1)),
         "speaker": pc.not_equal(now["group"], then["group"]),
         "split": pc.not_equal(pc.coalesce(now["split"], then["split"]), then["split"]),
         "start": np.rint(start) != first,

@@ -105,8 +105,7 @@ def _folder(folder: Location) -> Iterator[Item]:
         elif name.endswith(DECODED):
             yield DECODED
         elif not _is_utf8(path):  # such a name fits in no Parquet file
-            readable = os.fsencode(id).decode("utf-8", "backslashreplace")
-            yield {"recording": readable, "path": "", "problem": "file name is not UTF-8: rename it"}
+            yield _misnamed(id)
         elif suffix == TAR:
             yield from _tar(locate(path), id)
         else:
@@ -116,13 +115,20 @@ def _folder(folder: Location) -> Iterator[Item]:
 def _tar(path: Location, id: str) -> Iterator[Item]:
     """Its recordings; a tar that cannot be read to its end is one more, with the reason."""
     for member in members(path, EXTENSIONS):
-        if member.problem is not None:
-            yield {"recording": id, "path": str(path), "problem": member.problem}
+        if not _is_utf8(member.name):
+            yield _misnamed(f"{id}/{member.name}")
+        elif member.problem is not None:
+            yield {"recording": f"{id}/{member.name}".rstrip("/"), "path": str(path), "problem": member.problem}
         elif member.ignored is not None:
             yield member.ignored
         else:
             known = {"path": str(path), "offset": member.offset, "file_bytes": member.size, "group": member.speaker}
             yield {"recording": f"{id}/{member.name}", **known}
+
+
+def _misnamed(id: str) -> Item:
+    readable = os.fsencode(id).decode("utf-8", "backslashreplace")
+    return {"recording": readable, "path": "", "problem": "file name is not UTF-8: rename it"}
 
 
 def _is_utf8(text: str) -> bool:

@@ -39,6 +39,7 @@ from shards.contract import (
     TARGET_SUFFIX,
     check_sample,
     npy_bytes,
+    sample_key,
     unflatten_codes,
 )
 from shards.errors import ShardError, UserError
@@ -125,8 +126,8 @@ class TargetsStage(Stage):
     def _codes_came_later(self, number: int) -> bool:
         """Whether stage 1 has mended segments since the shard was made."""
         paths = codes_path(self.settings.work, *self.plan.shards[number]), self.table(number)
-        with_codes, then = (read_table(path, columns=["status"], filters=self.mendable).num_rows for path in paths)
-        return with_codes > then
+        now, then = (read_table(path, columns=["context_before"])["context_before"] for path in paths)
+        return bool(pc.any(pc.and_(pc.is_valid(now), pc.is_null(then))).as_py())
 
     def make(self, number: int, advance: Advance) -> None:
         split, shard = self.plan.shards[number]
@@ -184,6 +185,10 @@ def _sidecar_row(plan: Row, codes: Row) -> Row:
     if (plan["recording"], plan["segment"]) != (codes["recording"], codes["segment"]):
         raise ShardError(
             f"{codes['key']}: codes of {codes['recording']}, the plan says {plan['recording']}: make both anew"
+        )
+    if codes["key"] != (key := sample_key(plan["shard"], plan["row"])):
+        raise ShardError(
+            f"codes of {plan['recording']} have the key {codes['key']!r}, planned is {key}: make both anew"
         )
     copied = {name: codes[name] for name in ("key", "status", "reason", "context_before", "context_after")}
     return {

@@ -6,6 +6,7 @@ import json
 import tarfile
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import PurePosixPath
 from typing import IO
 
@@ -16,7 +17,7 @@ MAX_JSON_BYTES = 1 << 20
 
 @dataclass(frozen=True)
 class Member:
-    """A recording in a tar; or what is ignored there; or why no more of the tar can be read."""
+    """A recording in a tar; or what is ignored there; or why it, or without a name no more of the tar, can be read."""
 
     name: str = ""
     offset: int = 0  # of its bytes in the tar
@@ -34,14 +35,16 @@ def members(path: Location, extensions: Collection[str]) -> Iterator[Member]:
     try:
         with path.open("rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
             for info in tar:
-                if not info.isfile():
+                if info.isdir():
                     continue
                 found.append(info)
-                if info.name.endswith(".json") and info.size <= MAX_JSON_BYTES:
+                if info.isfile() and info.name.endswith(".json") and info.size <= MAX_JSON_BYTES:
                     speakers[_key(info.name)] = _speaker(tar.extractfile(info))
             file.seek(tar.offset)
             if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):  # tarfile would take it for the end
                 problem = f"cut off or damaged at byte {tar.offset}: the tar does not end there"
+            elif any(block.strip(b"\0") for block in iter(partial(file.read, 1 << 20), b"")):
+                problem = f"more follows its end at byte {tar.offset}, such as another tar: its parts must be files"
     except (tarfile.TarError, OSError, EOFError) as error:
         problem = f"not readable as a tar: {error}"
     yield from (_member(info, extensions, speakers) for info in found)
@@ -51,6 +54,10 @@ def members(path: Location, extensions: Collection[str]) -> Iterator[Member]:
 
 def _member(info: tarfile.TarInfo, extensions: Collection[str], speakers: dict[str, str]) -> Member:
     suffix = PurePosixPath(info.name).suffix.lower()
+    if not info.isfile():
+        return Member(ignored="links in tars")
+    if info.issparse():  # what follows its header are pieces, not the file
+        return Member(info.name.removeprefix("./"), problem="a sparse member: pack the tar without --sparse")
     if suffix not in extensions:
         return Member(ignored=f"{suffix or PurePosixPath(info.name).name} in tars")
     speaker = speakers.get(_key(info.name)) or None
@@ -70,4 +77,4 @@ def _speaker(file: IO[bytes] | None) -> str:
     except (ValueError, RecursionError):
         return ""
     named = content.get("speaker") if isinstance(content, dict) else None
-    return "" if named is None else str(named)
+    return "" if named is None else str(named).encode("utf-8", "replace").decode()  # JSON may hold half a character

@@ -168,9 +168,12 @@ def npy_bytes(array: npt.NDArray[Any]) -> bytes:
 def load_codes(data: bytes) -> npt.NDArray[np.int16]:
     """Bytes of a `codes.npy` → (T, 7), checked; never unpickles."""
     try:
-        flat = np.lib.format.read_array(io.BytesIO(data), allow_pickle=False)
+        file = io.BytesIO(data)
+        flat = np.lib.format.read_array(file, allow_pickle=False)
     except Exception as error:  # on damaged headers NumPy raises whatever its parser of Python literals raises
         raise ShardError(f"codes are not a plain .npy array: {error}") from error
+    if file.tell() < len(data):
+        raise ShardError(f"{len(data) - file.tell()} bytes follow the codes in their .npy")
     return unflatten_codes(flat)
 
 

@@ -17,7 +17,15 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from shards.cache import ShardCache, default_cache
-from shards.contract import FORMAT_VERSION, INDEX_NAME, INDEX_SCHEMA, OK, SIDECAR_SCHEMA, SUMS_NAME, tar_path
+from shards.contract import (
+    FORMAT_VERSION,
+    INDEX_NAME,
+    INDEX_SCHEMA,
+    OK,
+    SIDECAR_SCHEMA,
+    SUMS_NAME,
+    tar_path,
+)
 from shards.errors import ShardError
 from shards.files import file_sha256, replacing
 from shards.reader import decode_sample, split_members
@@ -25,6 +33,7 @@ from shards.storage import Location
 from shards.writer import check_columns, differences, encode_metadata, naming, parquet_source, read_metadata, read_table
 
 GROUP_ROWS = 1 << 16  # of an index in memory at once
+KEY_PATTERN = r"^\d{6,}-\d{5,}$"  # of `sample_key`: keys name files, and nothing else may stand in one
 
 
 def compact(folder: Location, shards: Sequence[tuple[str, int]], about: Mapping[str, Any] | None = None) -> Location:
@@ -142,11 +151,19 @@ def _mapped(path: Location, split: str) -> tuple[pa.Table, Counter[int]]:
             for rows in parquet.iter_batches(GROUP_ROWS, columns=[*columns, "split", "status"]):
                 usable = rows.filter(pc.and_(pc.equal(rows["split"], split), pc.equal(rows["status"], OK)))
                 usable.validate(full=True)  # pyarrow takes any bytes for text
+                if wrong := wrong_key(usable["key"]):
+                    raise ValueError(wrong)
                 written.write_batch(usable.select(columns))
                 for found in usable["shard"].value_counts().to_pylist():
                     counts[found["values"]] += found["counts"]
         pa.default_memory_pool().release_unused()
         return pa.ipc.open_file(pa.memory_map(file.name)).read_all(), counts
+
+
+def wrong_key(keys: pa.Array | pa.ChunkedArray) -> str | None:
+    """What is said of the first key that is none of `sample_key`."""
+    place = pc.index(pc.match_substring_regex(keys, KEY_PATTERN), False).as_py()
+    return None if place < 0 else f"{keys[place].as_py()!r} is no key of a sample"
 
 
 def shard_list(folder: Location) -> list[tuple[str, int]]:
@@ -193,6 +210,9 @@ def problems(folder: Path, split: str, shard: int, sums: Mapping[str, str]) -> I
     trusted = indexed.replace_schema_metadata(None).equals(rows.replace_schema_metadata(None))
     if not trusted:
         yield f"{sidecar}: its rows are not those of the index"
+    elif wrong := wrong_key(rows["key"]):
+        yield f"{sidecar}: {wrong}"
+        return
     changed = differences(_common(metadata["fingerprint"]), made_by)
     if changed:
         yield f"{sidecar}: made by another run than the index ({changed})"

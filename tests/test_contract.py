@@ -137,6 +137,12 @@ def test_what_is_no_npy_is_refused(data: bytes) -> None:
         load_codes(data)
 
 
+def test_bytes_behind_the_codes_are_refused() -> None:
+    data = npy_bytes(flatten_codes(some_codes(2)))
+    with pytest.raises(ShardError, match="3 bytes follow the codes"):
+        load_codes(data + b"abc")
+
+
 def test_a_cut_or_damaged_npy_is_refused_or_still_codes() -> None:
     whole = npy_bytes(flatten_codes(some_codes(3)))
     for length in range(len(whole)):

@@ -299,6 +299,19 @@ def test_only_the_discriminators_learn_at_first(work: Path, tmp_path: Path) -> N
     assert losses.MEL_SCALES[-1] == (2048, 320)
 
 
+def test_patience_begins_when_the_decoder_learns(work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    scripted([1, 2, 3, 4, 5, 6, 7, 8], monkeypatch)
+    recipe = {
+        **ADVERSARIAL,
+        "discriminator_start": 3,
+        "phase1_steps": 0,
+        "eval_every": 1,
+        "max_steps": 7,
+        "patience": 2,
+    }
+    assert small_training(work, tmp_path / "run", **recipe)["step"] == 5
+
+
 def test_the_decoder_warms_up_when_it_begins_to_learn(work: Path, tmp_path: Path) -> None:
     recipe = {**ADVERSARIAL, "discriminator_start": 3, "phase1_steps": 0, "warmup_steps": 3, "eval_every": 99}
     small_training(work, tmp_path / "run", **recipe, max_steps=6)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
+import subprocess
 import tarfile
 from pathlib import Path
 from typing import Any
@@ -109,3 +111,51 @@ def test_a_part_is_a_file(recordings: Path, tmp_path: Path) -> None:
     for ours, theirs in zip(Recording(part, probe(part)).blocks(), Recording(path, probe(path)).blocks(), strict=True):
         assert (ours == theirs).all()
     assert Part(tmp_path / "whole", 6, len(data) + 100).stat().st_size == len(data) + 5
+
+
+def test_what_a_tar_holds_and_is_no_recording_is_said(recordings: Path, tmp_path: Path) -> None:
+    wav = (recordings / "speaker_0" / "take_0.wav").read_bytes()
+    with tarfile.open(tmp_path / "a.tar", "w", format=tarfile.GNU_FORMAT, encoding="latin-1") as tar:
+        add(tar, "a/x.wav", wav)
+        add(tar, "b/caf\xe9.wav", wav)
+        add(tar, "c/y.wav", wav)
+        add(tar, "c/y.json", b'{"speaker": "\\ud83d"}')
+        for kind in (tarfile.LNKTYPE, tarfile.SYMTYPE):
+            link = tarfile.TarInfo(f"a/link_{kind.decode()}.wav")
+            link.type, link.linkname = kind, "a/x.wav"
+            tar.addfile(link)
+    table, ignored = find(tmp_path, None)
+    problems = dict(zip(table["recording"].to_pylist(), table["problem"].to_pylist(), strict=True))
+    assert problems == {
+        "a.tar/a/x.wav": None,
+        "a.tar/b/caf\\xe9.wav": "file name is not UTF-8: rename it",
+        "a.tar/c/y.wav": None,
+    }
+    assert ignored == {".json in tars": 1, "links in tars": 2}
+    assert table["group"].to_pylist()[2] == "?"
+
+
+def test_a_tar_behind_another_is_not_overlooked(recordings: Path, tmp_path: Path) -> None:
+    one, two = sorted(write_tars(recordings, tmp_path / "tars").glob("*.tar"))
+    one.write_bytes(one.read_bytes() + two.read_bytes())
+    table = find(one, None)[0]
+    (problem,) = table["problem"].drop_null().to_pylist()
+    assert "more follows its end at byte" in problem
+
+
+def test_sparse_members_are_refused(tmp_path: Path, recordings: Path) -> None:
+    if not (program := shutil.which("tar")):
+        pytest.skip("no tar program")
+    folder = tmp_path / "a"
+    folder.mkdir()
+    data = (recordings / "speaker_0" / "take_0.wav").read_bytes()
+    with (folder / "x.wav").open("wb") as file:
+        file.write(data[:44])
+        file.seek(1 << 20)
+        file.write(data[44:])
+    for kind in ("gnu", "pax"):
+        subprocess.run(
+            [program, f"--format={kind}", "-S", "-C", tmp_path, "-cf", tmp_path / f"{kind}.tar", "a"], check=True
+        )
+        (problem,) = find(tmp_path / f"{kind}.tar", None)[0]["problem"].to_pylist()
+        assert problem == "a sparse member: pack the tar without --sparse"

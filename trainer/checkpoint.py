@@ -23,6 +23,7 @@ from trainer.decoder import RATES_48K
 from trainer.log import as_json
 
 BEST = "best.pt"
+STEPS = f"step_{9 * '[0-9]'}.pt"
 PROVENANCE = "provenance.json"  # in an exported directory, beside what stock snac reads
 
 
@@ -73,7 +74,7 @@ def folder(run: Path) -> Path:
 
 
 def newest(run: Path) -> Path | None:
-    found = sorted(folder(run).glob("step_*.pt"))
+    found = sorted(folder(run).glob(STEPS))
     return found[-1] if found else None
 
 
@@ -93,7 +94,7 @@ def best_path(run: Path, step: int) -> Path:
 
 def prune(run: Path, keep: int) -> None:
     """Leaves the `keep` newest checkpoints to resume from."""
-    for path in sorted(folder(run).glob("step_*.pt"))[:-keep]:
+    for path in sorted(folder(run).glob(STEPS))[:-keep]:
         remove(path)
     for path in folder(run).glob("*.json"):
         if not path.with_suffix(".pt").exists():  # a kill came between the two

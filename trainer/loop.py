@@ -175,7 +175,10 @@ class Trainer:
             raise UserError(
                 f"best_metric={settings.best_metric} has no value on these validation crops: choose another, like lsd"
             )
-        better, self.validations_since_best = value < self.best, self.validations_since_best + 1
+        better, self.validations_since_best = (
+            value < self.best,
+            self.validations_since_best + (self.step > self.alone_steps),
+        )
         if better:
             self.best, self.validations_since_best = value, 0
         if self.process.is_first:

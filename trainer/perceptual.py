@@ -50,8 +50,8 @@ def stoi(wav: Samples, reference: Samples) -> float:
         warnings.simplefilter("error")
         try:
             return float(measure(reference.astype(np.float64), wav.astype(np.float64), TARGET_RATE))
-        except RuntimeWarning as warning:  # it would go on with 1e-5
-            raise Undefined("fewer than 30 frames of speech") from warning
+        except (RuntimeWarning, np.exceptions.AxisError) as error:  # it would go on with 1e-5, or has no frame
+            raise Undefined("fewer than 30 frames of speech") from error
 
 
 def dnsmos(wav: Samples) -> dict[str, float]:

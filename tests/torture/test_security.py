@@ -12,12 +12,17 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from pydantic import ValidationError
 
+from pipeline.plan import Told
 from pipeline.sidon_decoder import load_decoder
-from shards.errors import UserError
+from shards.errors import ShardError, UserError
+from shards.index import compact, load
 from shards.storage import StorageError, Url
+from shards.writer import ShardWriter
 from tests.command_helpers import codes_words, in_process, refused, rows_of
 from tests.helpers import TINY_SNAC
+from tests.shard_helpers import FINGERPRINT, SHARD, all_problems, some_members, some_row
 from trainer import checkpoint
 
 
@@ -84,3 +89,21 @@ def test_only_storage_is_called(url: str, tmp_path: Path) -> None:
     manifest = tmp_path / "list.csv"
     manifest.write_text(f"path,speaker\n{url}.wav,x\n")
     refused(codes_words(manifest, tmp_path / "work"), "is none of s3, gs, hf")
+
+
+@pytest.mark.parametrize("key", ["../../x", "/tmp/x", "000000-00000/../x", "a.b", ""])
+def test_a_key_names_no_place(key: str, tmp_path: Path) -> None:
+    with ShardWriter(tmp_path / "train", 0, FINGERPRINT) as writer:
+        writer.add({**some_row(0), "key": key}, some_members(0))
+    compact(tmp_path, [SHARD])
+    with pytest.raises(ShardError, match="is no key of a sample"):
+        load(tmp_path, "train")
+    assert any("is no key of a sample" in problem for problem in all_problems(tmp_path))
+
+
+@pytest.mark.parametrize("shard", [("../../outside", 0), ("train/x", 0), ("train", -1)])
+def test_a_plan_names_no_place(shard: tuple[str, int]) -> None:
+    told: dict[str, Any] = {"settings": {}, "seconds": [1.0], "rows_sha256": ["0"], "listed_sha256": None}
+    Told.model_validate({**told, "shards": [("train", 0)]})
+    with pytest.raises(ValidationError, match="shards"):
+        Told.model_validate({**told, "shards": [shard]})
