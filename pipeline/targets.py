@@ -143,8 +143,8 @@ def _codes_fingerprint(work: Location, plan: Plan, number: int) -> dict[str, Any
     path = codes_path(work, *plan.shards[number])
     if not path.exists():
         raise UserError(f"{path} is missing: run `just shard-codes` to its end first")
-    found: dict[str, Any] = read_metadata(path)["fingerprint"]
-    if found["plan_rows"] != plan.rows_sha256[number]:
+    found: dict[str, Any] = read_metadata(path).get("fingerprint", {})
+    if found.get("plan_rows") != plan.rows_sha256[number]:
         raise ShardError(f"{path} was made for another plan: delete {path.parent.parent} and run `just shard-codes`")
     return found
 

@@ -93,6 +93,18 @@ def test_a_schedule_begins_at_0_and_rises(schedule: str) -> None:
         stages(settings(f"segment_schedule={schedule}"))
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("l1_weight=0", "stft_weight=0"), "one of l1_weight, stft_weight, log_stft_weight and mel_weight"),
+        (("adversarial_weight=1", "mpd_periods=[]", "mrd_n_ffts=[]"), "need mpd_periods or mrd_n_ffts"),
+    ],
+)
+def test_something_must_be_learned(words: tuple[str, ...], message: str) -> None:
+    with pytest.raises(SettingsError, match=message):
+        settings(*words)
+
+
 def test_the_rate_is_a_cosine_after_a_warm_up() -> None:
     chosen = settings("warmup_steps=9", "final_rate=0.1")
     rates = [rate_factor(step, 0, 1000, chosen) for step in range(1000)]

@@ -203,6 +203,13 @@ def test_the_native_snake_is_as_accurate_as_torchs(size: float) -> None:
 # What it refuses
 
 
+@pytest.mark.parametrize("kind", ["uint16", "uint32", ">i2", "int8"])
+def test_integers_of_any_kind_are_tokens(model: StepDecoder, kind: str) -> None:
+    tokens = random_tokens(1, 4, 0) % 100
+    assert np.array_equal(streamed(model, [tokens.astype(kind)]), streamed(model, [tokens]))
+    assert np.array_equal(streamed(model, [tokens[:, ::-1]]), streamed(model, [tokens[:, ::-1].copy()]))
+
+
 @pytest.mark.parametrize(
     ("tokens", "reason"),
     [
@@ -211,6 +218,8 @@ def test_the_native_snake_is_as_accurate_as_torchs(size: float) -> None:
         (np.zeros((2, 6), np.int16), r"the shape \(2, 6\), expected \(1, T, 7\)"),
         (np.zeros(7, np.int16), r"the shape \(7,\), expected \(1, T, 7\)"),
         (np.zeros((2, 1, 7), np.int16), r"the shape \(2, 1, 7\), expected \(1, T, 7\)"),
+        (np.array([["1"] * 7]), "tokens are <U1, expected integers"),
+        (np.full((1, 7), 2**63, np.uint64), "tokens run from -9223372036854775808"),
         (np.full((1, 7), 4096), "tokens run from 4096 to 4096, expected 0 to 4095"),
         (np.full((1, 7), -1), "tokens run from -1 to -1"),
     ],

@@ -288,9 +288,15 @@ class Trainer:
         return state
 
     def _resume(self, state: dict[str, Any]) -> None:
-        self.learner.load_state_dict(state)
-        self.step, self.best = state["step"], state["best"]
-        self.validations_since_best = state["validations_since_best"]
+        try:
+            self.learner.load_state_dict(state)
+            self.step, self.best = state["step"], state["best"]
+            self.validations_since_best = state["validations_since_best"]
+        except torch.OutOfMemoryError:
+            raise
+        except (RuntimeError, KeyError, ValueError, TypeError, AttributeError) as error:
+            path, reason = checkpoint.newest(self.settings.run), " ".join(str(error).split())[:200]
+            raise UserError(f"{path} is not a checkpoint of this training ({reason}): name another run=") from error
 
 
 def peak_memory_gib(device: torch.device) -> float:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, model_validator
 
 from configs.loader import Local, Place, Settings
 from shards.storage import Location
@@ -106,6 +106,14 @@ class TrainSettings(Settings):
     @property
     def folders(self) -> tuple[Location, ...]:
         return self.shards if isinstance(self.shards, tuple) else (self.shards,)
+
+    @model_validator(mode="after")
+    def _something_is_learned(self) -> TrainSettings:
+        if not any(self.weights[name] for name in ("l1", "stft", "log_stft", "mel")):
+            raise ValueError("one of l1_weight, stft_weight, log_stft_weight and mel_weight must be above 0")
+        if self.is_adversarial and not (self.mpd_periods or self.mrd_n_ffts):
+            raise ValueError("adversarial_weight and feature_weight need mpd_periods or mrd_n_ffts")
+        return self
 
     @property
     def is_adversarial(self) -> bool:

@@ -106,7 +106,7 @@ class StreamingDecoder:
 
 def checked(tokens: npt.ArrayLike | Tensor, streams: int) -> Tensor:
     """int64 (streams, T, 7). Raises UserError with what was found and expected."""
-    found = tokens.cpu() if isinstance(tokens, Tensor) else torch.from_numpy(np.asarray(tokens))
+    found = tokens.cpu() if isinstance(tokens, Tensor) else _integers(tokens)
     if found.is_floating_point() or found.is_complex() or found.dtype == torch.bool:
         raise UserError(f"tokens are {str(found.dtype).removeprefix('torch.')}, expected integers")
     shaped = found[None] if found.dim() == 2 else found
@@ -117,6 +117,13 @@ def checked(tokens: npt.ArrayLike | Tensor, streams: int) -> Tensor:
             f"tokens run from {int(shaped.min())} to {int(shaped.max())}, expected 0 to {CODEBOOK_SIZE - 1}"
         )
     return shaped.long()
+
+
+def _integers(tokens: npt.ArrayLike) -> Tensor:
+    array = np.asarray(tokens)
+    if array.dtype.kind not in "iu":
+        raise UserError(f"tokens are {array.dtype}, expected integers")
+    return torch.from_numpy(array.astype(np.int64))
 
 
 def to_int16(samples: Samples) -> npt.NDArray[np.int16]:
