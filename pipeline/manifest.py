@@ -51,12 +51,17 @@ def read_manifest(path: Location) -> tuple[dict[str, list[Any]], Counter[str]]:
     columns: dict[str, list[Any]] = {
         "recording": [id or _id(*rest) for id, *rest in zip(given.get("id", nothing), names, start, end, strict=True)],
         "name": names,
-        "path": [name if "://" in name else posixpath.normpath(posixpath.join(folder, name)) for name in names],
+        "path": [_joined(folder, name) for name in names],
         "group": given.get("speaker", nothing),
         "split": [split or None for split in given.get("split", nothing)],
         **{"start": start, "end": end, "frames": frames, "rate": rate, "problem": problem},
     }
     return columns, ignored
+
+
+def _joined(folder: str, name: str) -> str:
+    path = name if "://" in name else posixpath.join(folder, name)
+    return path if "://" in path else posixpath.normpath(path)
 
 
 def _check(path: Location, table: pa.Table) -> None:
