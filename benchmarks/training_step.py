@@ -97,11 +97,8 @@ def _wait(device: torch.device) -> None:
 @in_rounds(5)
 def main(gpu: str, crops: int, seconds: float, rounds: int) -> None:
     device, length = device_of(gpu), coarse_tokens(seconds)
-    snac, batch, settings = (
-        true_size(),
-        random_batch(crops, length),
-        load_settings(TrainSettings, "decoder_48khz.json", []),
-    )
+    snac, batch = true_size(), random_batch(crops, length)
+    settings = load_settings(TrainSettings, "decoder_48khz.json", [])
     stock = {"stock classes, fp32": plain(snac, batch, settings, device)}
     ways = {
         "ours, fp32": ours(snac, batch, device, "precision=fp32", "compile=false"),

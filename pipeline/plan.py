@@ -24,6 +24,7 @@ from tqdm import tqdm
 from pipeline.measure import END_TOLERANCE_SECONDS, measure
 from pipeline.settings import CodesSettings
 from pipeline.sources import find
+from pipeline.splits import assign_splits, hashed
 from shards.contract import (
     COARSE_24K,
     COARSE_48K,
@@ -221,40 +222,6 @@ def _known(plan: Plan, path: Location) -> tuple[dict[str, str], dict[str, int]]:
     return dict(zip(pairs["group"].to_pylist(), pairs["split"].to_pylist(), strict=True)), numbers
 
 
-def assign_splits(
-    given: Iterable[tuple[str, str | None]], fraction: float, seed: int, known: Mapping[str, str] | None = None
-) -> dict[str, str]:
-    """(group, the manifest's split for it) → split of each group, by the hash of its name where nothing is given.
-
-    What is `known` stays. With two groups or more neither split is empty. Raises UserError when that cannot be, or
-    when a group would be cut.
-    """
-    wanted: dict[str, str | None] = dict(known or {})
-    for group, split in given:
-        if wanted.setdefault(group, split) != split and not (group in (known or {}) and split is None):
-            found = f"{wanted[group] or 'no split'} and {split or 'no split'}"
-            raise UserError(f"group {group!r} stands in more than one split ({found}): it must stay in one")
-    splits = {group: split or _by_hash(group, fraction, seed) for group, split in wanted.items()}
-    free = sorted((group for group, split in wanted.items() if not split), key=lambda group: _hash(group, seed))
-    for split, candidates in (("validation", free), ("train", free[::-1])):
-        if split not in splits.values():
-            if len(splits) < 2 or not candidates:
-                raise UserError(
-                    f"no group is left for {split}: found {len(splits)} group(s) such as {next(iter(splits))!r}. Put "
-                    "speakers into folders, name them in a manifest, or set group_pattern='(.*)' to split by recording"
-                )
-            splits[candidates[0]] = split
-    return splits
-
-
-def _by_hash(group: str, fraction: float, seed: int) -> str:
-    return "validation" if _hash(group, seed) < fraction * 2**64 else "train"
-
-
-def _hash(text: str, seed: int) -> int:
-    return int.from_bytes(hashlib.sha256(f"{seed}/{text}".encode()).digest()[:8], "big")
-
-
 @dataclass(frozen=True)
 class Shard:
     split: str
@@ -271,7 +238,7 @@ def _new_shards(
     given = zip(pairs["group"].to_pylist(), pairs["split"].to_pylist(), strict=True)
     splits = assign_splits(given, settings.validation_fraction, settings.seed, known)
     chosen = np.array([SPLITS.index(splits.get(group, "train")) for group in recordings["group"].to_pylist()])
-    hashes = np.fromiter((_hash(id, settings.seed) for id in recordings["recording"].to_pylist()), np.uint64)
+    hashes = np.fromiter((hashed(id, settings.seed) for id in recordings["recording"].to_pylist()), np.uint64)
     for place, split in enumerate(SPLITS):
         members = np.flatnonzero(chosen == place)
         members = members[np.argsort(hashes[members], kind="stable")]

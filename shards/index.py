@@ -17,15 +17,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from shards.cache import ShardCache, default_cache
-from shards.contract import (
-    FORMAT_VERSION,
-    INDEX_NAME,
-    INDEX_SCHEMA,
-    OK,
-    SIDECAR_SCHEMA,
-    SUMS_NAME,
-    tar_path,
-)
+from shards.contract import FORMAT_VERSION, INDEX_NAME, INDEX_SCHEMA, OK, SIDECAR_SCHEMA, SUMS_NAME, tar_path
 from shards.errors import ShardError
 from shards.files import file_sha256, replacing
 from shards.reader import decode_sample, split_members

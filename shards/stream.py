@@ -83,9 +83,8 @@ class Stream:
 
     def steps(self, epochs: float) -> int:
         """The least number of steps with as many crops as `epochs` times all folders hold samples."""
-        crops = math.ceil(
-            sum(order.samples_per_epoch for order in self.orders) * Fraction(str(epochs))
-        )  # 0.07 is 7 in 100
+        samples = sum(order.samples_per_epoch for order in self.orders)
+        crops = math.ceil(samples * Fraction(str(epochs)))  # 0.07 is 7 in 100
         last = next(s for s in reversed(self.stages) if self.first_position(s.first_step) < crops or s.first_step == 0)
         return last.first_step + math.ceil(Fraction(crops - self.first_position(last.first_step), last.batch))
 

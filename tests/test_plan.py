@@ -14,8 +14,9 @@ import pytest
 import soundfile
 
 from pipeline.measure import measure
-from pipeline.plan import Plan, Segments, assign_splits, make_plan, rows_sha256
+from pipeline.plan import Plan, Segments, make_plan, rows_sha256
 from pipeline.sources import FOUND_SCHEMA
+from pipeline.splits import assign_splits
 from shards.contract import OK, PLAN_NAME, PLAN_SCHEMA, TOO_SHORT
 from shards.errors import UserError
 from tests.helpers import codes_settings
