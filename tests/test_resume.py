@@ -90,6 +90,7 @@ def test_noise_is_resumed_too(work: Path, tmp_path: Path) -> None:
     ("change", "difference"),
     [
         ({"seed": 1}, "seed is 0, now 1"),
+        ({"init_from": "elsewhere"}, "init_from is None, now elsewhere"),
         ({"batch_size": 3}, "batch_size is 2, now 3"),
         ({"window_shards": 1}, "window_shards is 2, now 1"),
         ({"n_ffts": [64, 128]}, "n_ffts is [64, 256], now [64, 128]"),
@@ -120,6 +121,8 @@ def test_a_run_is_not_overwritten_unasked(work: Path, finished: Path, tmp_path: 
         with pytest.raises(UserError, match="holds checkpoints: resume=auto goes on from them"):
             Trainer(train_settings(work, run, resume="never"), CPU)
     assert Trainer(train_settings(work, tmp_path / "run"), CPU).step == 0
+    with pytest.raises(UserError, match=r"best.pt cannot be resumed with other settings or data: seed is 0, now 1"):
+        Trainer(train_settings(work, tmp_path / "run", seed=1), CPU)
 
 
 def damaged(whole: bytes, damage: str) -> bytes:

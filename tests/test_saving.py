@@ -16,8 +16,12 @@ import pytest
 import torch
 from snac import SNAC
 
+from pipeline.codes import shard_codes
+from pipeline.targets import shard_targets
+from shards.contract import PLAN_NAME
 from shards.errors import ShardError, UserError
-from tests.helpers import TINY_SNAC
+from shards.writer import read_table
+from tests.helpers import TINY_SNAC, codes_settings, targets_settings
 from tests.training_helpers import (
     ADVERSARIAL,
     CPU,
@@ -284,6 +288,20 @@ def test_a_run_begins_from_no_decoder_of_other_tokens(work: Path, untrained: Pat
     assert f"init_from={export} speaks the tokens of" in output
 
 
+def test_voices_that_train_here_and_validate_there_are_said(work: Path, recordings: Path, tmp_path: Path) -> None:
+    """The same recordings, the splits exchanged."""
+    split_of = dict(zip(*(read_table(work / PLAN_NAME)[name].to_pylist() for name in ("group", "split")), strict=True))
+    other = {"train": "validation", "validation": "train"}
+    lines = [f"{path},{path.parent.name},{other[split_of[path.parent.name]]}" for path in recordings.glob("*/*.wav")]
+    (tmp_path / "list.csv").write_text("\n".join(["path,speaker,split", *lines]) + "\n")
+    shard_codes(codes_settings(tmp_path / "list.csv", tmp_path / "work"))
+    shard_targets(targets_settings(tmp_path / "work"))
+    folders = [str(work / "shards"), str(tmp_path / "work" / "shards")]
+    small_training(work, tmp_path / "run", shards=folders, max_steps=1)
+    said = (tmp_path / "run" / "training.log").read_text()
+    assert "warning: 4 groups such as 'speaker_0' train in one folder and validate in another" in said
+
+
 def test_only_the_discriminators_learn_at_first(work: Path, tmp_path: Path) -> None:
     recipe = {**ADVERSARIAL, "discriminator_start": 2, "phase1_steps": 0, "eval_every": 99}
     first = Trainer(train_settings(work, tmp_path / "none", **recipe, max_steps=2), CPU)
@@ -331,6 +349,7 @@ def test_folders_are_mixed_and_named(work: Path, tmp_path: Path) -> None:
     assert training.stream.steps(1) == math.ceil(2 * len(training.corpus.training[0]) / 4)
     assert training.run()
     assert logged_steps(run, "validation") == [0, 2]
+    assert training.corpus.in_both == ()
     for change, message in (
         ({"shard_weights": [1, 2]}, r"shard_weights is \[1, 3\], now \[1, 2\]"),
         ({"shard_weights": [1]}, r"shard_weights=\[1\] for 2 folders of shards"),

@@ -6,12 +6,17 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.compute as pc
+
 from shards.cache import ShardCache, default_cache
+from shards.contract import INDEX_NAME, SPLITS
 from shards.errors import SettingsError, UserError
 from shards.index import Index, load
 from shards.order import Order
+from shards.storage import Location
 from shards.stream import Stream
-from shards.writer import differences
+from shards.writer import differences, read_table
 from trainer.schedule import stages
 from trainer.settings import TrainSettings
 
@@ -21,6 +26,7 @@ class Corpus:
     training: tuple[Index, ...]
     validation: tuple[Index, ...]  # of the folders that have one
     stream: Stream
+    in_both: tuple[str, ...]  # groups that train in one folder and validate in another
 
     @property
     def provenance(self) -> dict[str, Any]:
@@ -50,7 +56,17 @@ def open_corpus(settings: TrainSettings, snac_sha256: dict[str, str]) -> Corpus:
         raise UserError(f"{', '.join(map(str, settings.folders))} has no usable segment in the split validation")
     orders = tuple(Order(index.counts, settings.seed, settings.window_shards) for index in training)
     stream = Stream(orders, _weights(settings, training), stages(settings), settings.seed)
-    return Corpus(training, with_voices, stream)
+    return Corpus(training, with_voices, stream, _in_both(settings.folders))
+
+
+def _in_both(folders: tuple[Location, ...]) -> tuple[str, ...]:
+    if len(folders) == 1:
+        return ()  # whose plan keeps them apart
+    names = ["split", "group"]
+    indexes = [read_table(folder / INDEX_NAME, columns=names) for folder in folders]
+    found = pa.concat_tables([index.group_by(names).aggregate([]) for index in indexes])
+    training, validating = (set(found.filter(pc.field("split") == split)["group"].to_pylist()) for split in SPLITS)
+    return tuple(sorted(training & validating))
 
 
 def _weights(settings: TrainSettings, training: tuple[Index, ...]) -> tuple[int, ...]:

@@ -32,7 +32,7 @@ from trainer.settings import TrainSettings
 from trainer.validation import HIGHER_IS_BETTER, validate
 
 FREE_TO_CHANGE = {  # settings that may differ between a run and its resumption
-    "shards", "cache", "cache_gib", "run", "pretrained_model", "init_from", "gpu", "micro_batch", "compile",
+    "shards", "cache", "cache_gib", "run", "pretrained_model", "gpu", "micro_batch", "compile",
     "num_workers", "num_epochs", "max_steps", "eval_batch_size", "patience", "checkpoint_every", "checkpoint_minutes",
     "keep_last", "keep_best", "log_every", "eval_clips", "wandb", "resume",
 }  # fmt: skip
@@ -103,6 +103,7 @@ class Trainer:
         self._say(self._describe())
         if self.step == 0:
             self._say(self.begins_from)
+            self._warn_of_voices()
             self._warn_of_phases(self._validate())
         if self._out_of_patience():  # it ended in an earlier run
             self._finish(left=False, early=True)
@@ -150,6 +151,13 @@ class Trainer:
             ) from error
         self.step += 1
         return {**means, "phase": phase, "learning_rate": settings.learning_rate * factor}
+
+    def _warn_of_voices(self) -> None:
+        if found := self.corpus.in_both:
+            self._say(
+                f"warning: {len(found)} groups such as {found[0]!r} train in one folder and validate in another: where "
+                "they are the same speakers, validation is no judge of unseen voices; make shards with one seed"
+            )
 
     def _warn_of_phases(self, means: dict[str, float]) -> None:
         """The waveform that is best for L1 is weaker the less it can know of the target's phase."""
@@ -269,15 +277,14 @@ class Trainer:
     def _checkpoint(self) -> dict[str, Any] | None:
         """The newest checkpoint of this run, if it may and can be resumed."""
         run = self.settings.run
-        path = checkpoint.newest(run)
-        if path is None and not (checkpoint.folder(run) / checkpoint.BEST).exists():
+        newest, best = checkpoint.newest(run), checkpoint.folder(run) / checkpoint.BEST
+        path = newest or best
+        if not path.exists():
             return None
         if self.settings.resume == "never":
             raise UserError(f"{run} holds checkpoints: resume=auto goes on from them, run= names another")
-        if path is None:  # it ended before its first checkpoint
-            return None
         state = checkpoint.load(path)
-        if "optimizer" not in state:
+        if newest and "optimizer" not in state:
             raise UserError(f"{path} holds no optimizer: it is no checkpoint to resume from")
         then = {name: value for name, value in state["settings"].items() if name not in FREE_TO_CHANGE}
         now = self.settings.model_dump(mode="json", exclude=FREE_TO_CHANGE)
@@ -285,7 +292,7 @@ class Trainer:
         changed = differences({**then, "index": state["data"]["index_sha256"]}, {**now, "index": index})
         if changed:
             raise UserError(f"{path} cannot be resumed with other settings or data: {changed}; take another run=")
-        return state
+        return state if newest else None  # it ended before its first checkpoint: the same training begins anew
 
     def _resume(self, state: dict[str, Any]) -> None:
         try:
