@@ -117,11 +117,6 @@ def make_plan(settings: CodesSettings) -> Plan:
     Slices make it once: the first to come holds a lock, the others wait for it. If it dies, the next one plans.
     """
     path = settings.work / PLAN_NAME
-    if _lies_in(settings.work, settings.audio):
-        raise UserError(
-            f"work={settings.work} lies in audio={settings.audio}, where its shards would be taken for recordings: "
-            "choose a folder beside it"
-        )
     with _planning(settings):
         asked = settings.model_dump(mode="json", include={*PLANNED_BY, "group_pattern"})
         listed = file_sha256(settings.audio) if settings.audio.is_file() else None
@@ -142,12 +137,6 @@ def make_plan(settings: CodesSettings) -> Plan:
         groups, numbers = _known(plan, path)
         _write(path, [plan], _new_shards(new, settings, groups, numbers), metadata)
         return Plan(path)
-
-
-def _lies_in(work: Location, audio: Location) -> bool:
-    if isinstance(work, Path) and isinstance(audio, Path):
-        return work.resolve().is_relative_to(audio.resolve())
-    return f"{work}/".startswith(f"{audio}/")
 
 
 def _to_add(settings: CodesSettings, path: Location) -> pa.Table:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import Field, model_validator
@@ -76,6 +77,16 @@ class CodesSettings(ExecutionSettings):
     threads: int = Field(ge=1, le=256, description="that read and decode recordings ahead")
     max_failed_fraction: float = Field(ge=0, le=1, description="the run ends with an error when more segments failed")
     retry: Literal["none", "failed"] = Field(description="failed: make shards with failed segments again")
+
+    @model_validator(mode="after")
+    def _shards_are_no_recordings(self) -> CodesSettings:
+        work, audio = (place.resolve() if isinstance(place, Path) else place for place in (self.work, self.audio))
+        if f"{work}/".startswith(f"{audio}/"):
+            raise ValueError(
+                f"work={self.work} lies in audio={self.audio}, where shards would be taken for recordings: choose a "
+                "folder beside it"
+            )
+        return self
 
 
 class SidonSettings(Settings):

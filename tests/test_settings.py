@@ -327,7 +327,9 @@ def test_a_key_twice_in_a_file_is_refused(tmp_path: Path) -> None:
 
 def test_workflow_checks_every_commands_settings_first(tmp_path: Path) -> None:
     work = tmp_path / "work"
-    result = run_command("pipeline", "workflow", f"audio={tmp_path}", f"work={work}", "gpu=cpu", "train.typo=1")
+    result = run_command(
+        "pipeline", "workflow", f"audio={tmp_path / 'audio'}", f"work={work}", "gpu=cpu", "train.typo=1"
+    )
     assert result.returncode == 2
     assert "typo: unknown key" in result.stderr
     assert not work.exists()
