@@ -24,8 +24,9 @@ from codec.encoder import prepared
 from codec.memory import keep_freed_memory
 from codec.snac import device_of
 from configs.loader import load_settings
-from pipeline.codes import encode_shard, open_recording
+from pipeline.codes import encode_shard
 from pipeline.plan import make_plan
+from pipeline.recordings import open_recording
 from pipeline.settings import CodesSettings
 from shards.contract import CODEC_RATE, OK, TARGET_RATE, flatten_codes
 

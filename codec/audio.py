@@ -22,9 +22,8 @@ import torch
 from torch import Tensor, nn
 from torchaudio.transforms import Resample
 
-from shards.storage import Location, Part, StorageError
+from shards.storage import StorageError, Stored
 
-Stored = Location | Part  # where a recording's bytes are
 Samples = npt.NDArray[np.float32]
 
 EXTENSIONS = {".wav", ".flac", ".ogg", ".oga", ".mp3", ".opus"}  # of the files that a folder is searched for

@@ -17,14 +17,14 @@ import torch
 from snac import SNAC
 from tqdm import tqdm
 
-from codec.audio import AudioError, Header, Recording, Resampler, probe
+from codec.audio import AudioError, Recording, Resampler
 from codec.encoder import prepared
 from codec.snac import Window, bucketed, coarse_length, device_of, encode, load_snac, windows
 from pipeline.ahead import chained_ahead, map_ahead
 from pipeline.execute import holding, run
 from pipeline.plan import make_plan
+from pipeline.recordings import content_crc32, open_recording
 from pipeline.settings import CodesSettings
-from pipeline.sources import stored
 from pipeline.stage import Advance, Stage
 from shards.contract import (
     COARSE_24K,
@@ -85,7 +85,10 @@ class CodesStage(Stage):
         return {"plan_rows": self.plan.rows_sha256[number], **self._provenance}
 
     def make(self, number: int, advance: Advance) -> None:
-        rows = encode_shard(self.plan.rows(number), self.model, self.settings, advance)
+        planned, kept = self.plan.rows(number), self.kept(number)
+        wanted = [row for row in planned if row["row"] not in kept]
+        fresh = iter(encode_shard(wanted, self.model, self.settings, advance))
+        rows = [kept.get(row["row"]) or next(fresh) for row in planned]
         table = pa.Table.from_pylist(rows, schema=CODES_SCHEMA)
         write_table(self.table(number), table, {"fingerprint": self.fingerprint(number)})
 
@@ -97,10 +100,10 @@ def encode_shard(
 
     Threads read ahead. A GPU encodes batches of equal length; on a CPU each core encodes windows of its own.
     """
-    problems: dict[str, str] = {}
+    problems, contents = dict[str, str](), dict[str, int]()
     tokens: dict[str, list[tuple[Window, Tokens]]] = {}
     wanted = ([row for row in group if row["status"] == OK] for _, group in groupby(rows, key=itemgetter("recording")))
-    sources = (_windows_of(rows, coarse_tokens(settings.window_seconds), problems) for rows in wanted if rows)
+    sources = (_windows_of(rows, coarse_tokens(settings.window_seconds), problems, contents) for rows in wanted if rows)
     read = chained_ahead(sources, settings.threads, WINDOWS_AHEAD)
     on_cpu = next(model.parameters()).device.type == "cpu"
     encoders, batch = (torch.get_num_threads(), 1) if on_cpu else (1, int(settings.batch_seconds * CODEC_RATE))
@@ -112,14 +115,18 @@ def encode_shard(
             advance(len(codes) * COARSE_24K / CODEC_RATE)
     encoding.report()
     joined = {id: _join(parts) for id, parts in tokens.items() if id not in problems}
-    return [_codes_row(row, joined, problems) for row in rows]
+    return [_codes_row(row, joined, problems, contents) for row in rows]
 
 
-def _windows_of(rows: list[dict[str, Any]], window_coarse: int, problems: dict[str, str]) -> Iterator[tuple[int, Read]]:
-    """The windows of one recording, with their lengths; or an entry in `problems`."""
+def _windows_of(
+    rows: list[dict[str, Any]], window_coarse: int, problems: dict[str, str], contents: dict[str, int]
+) -> Iterator[tuple[int, Read]]:
+    """The windows of one recording, with their lengths, and its entry in `contents`; or one in `problems`."""
     id = rows[0]["recording"]
     try:
-        for window, audio in read_windows(rows, window_coarse):
+        recording = open_recording(rows[0])
+        contents[id] = content_crc32(recording.path)
+        for window, audio in read_windows(recording, rows, window_coarse):
             yield len(audio), (id, window, audio)
     except AudioError as error:
         problems[id] = str(error)
@@ -153,38 +160,16 @@ class Encoding:
         )
 
 
-def read_windows(rows: list[dict[str, Any]], window_coarse: int) -> Iterator[tuple[Window, npt.NDArray[np.float32]]]:
+def read_windows(
+    recording: Recording, rows: list[dict[str, Any]], window_coarse: int
+) -> Iterator[tuple[Window, npt.NDArray[np.float32]]]:
     """The windows of one recording that its segments `rows` and their context need, with their 24 kHz samples."""
-    recording = open_recording(rows[0])
     total = coarse_length(recording.length(CODEC_RATE))
     start = max(rows[0]["start_coarse"] - CONTEXT_COARSE, 0)
     stop = min(rows[-1]["start_coarse"] + rows[-1]["n_coarse"] + CONTEXT_COARSE, total)
     resampler = Resampler(recording, CODEC_RATE)
     for window in windows(total, window_coarse, start, stop):
         yield window, resampler.read(*window.samples)
-
-
-def open_recording(row: dict[str, Any]) -> Recording:
-    """The recording of a plan row. Raises AudioError when its file is no longer the one that was planned.
-
-    Where the plan took a manifest at its word, the file's header must say the same.
-    """
-    path = stored(row["path"], row["offset"], row["file_bytes"])
-    try:
-        size = path.stat().st_size
-    except OSError as error:
-        raise AudioError(f"{error.strerror} since planning") from error
-    if row["file_bytes"] not in (size, None):
-        raise AudioError(f"the file has {size} bytes, {row['file_bytes']} when it was planned")
-    header = Header(row["file_frames"], row["rate"], row["channels"])
-    if row["channels"] is None:
-        header = probe(path)
-        if (header.frames, header.rate) != (row["file_frames"], row["rate"]):
-            raise AudioError(
-                f"the file holds {header.frames} frames at {header.rate} Hz, its manifest says {row['file_frames']} at "
-                f"{row['rate']} Hz"
-            )
-    return Recording(path, header, row["first_frame"], row["frames"])
 
 
 def _join(parts: list[tuple[Window, Tokens]]) -> tuple[int, int, Tokens]:
@@ -194,7 +179,10 @@ def _join(parts: list[tuple[Window, Tokens]]) -> tuple[int, int, Tokens]:
 
 
 def _codes_row(
-    row: dict[str, Any], joined: dict[str, tuple[int, int, Tokens]], problems: dict[str, str]
+    row: dict[str, Any],
+    joined: dict[str, tuple[int, int, Tokens]],
+    problems: dict[str, str],
+    contents: dict[str, int],
 ) -> dict[str, Any]:
     result = {name: row[name] for name in ("recording", "segment", "status", "reason", "n_coarse")}
     result["key"] = sample_key(row["shard"], row["row"])
@@ -206,4 +194,5 @@ def _codes_row(
     start, stop = row["start_coarse"], row["start_coarse"] + row["n_coarse"]
     before, after = min(CONTEXT_COARSE, start), min(CONTEXT_COARSE, total - stop)
     cut = codes[start - before - first : stop + after - first]
-    return {**result, "context_before": before, "context_after": after, "codes": flatten_codes(cut)}
+    content = {"content_crc32": contents[row["recording"]], "codes": flatten_codes(cut)}
+    return {**result, "context_before": before, "context_after": after, **content}

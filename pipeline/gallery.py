@@ -22,8 +22,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import SubFigure
 
 from codec.audio import AudioError, Resampler
-from pipeline.codes import open_recording
 from pipeline.plan import Plan
+from pipeline.recordings import open_recording
 from pipeline.settings import TargetsSettings
 from pipeline.teachers import Teacher
 from shards.contract import COARSE_48K, INDEX_NAME, OK, PLAN_NAME, REJECTED, TARGET_RATE, tar_path

@@ -12,10 +12,11 @@ import pyarrow.compute as pc
 from codec.memory import keep_freed_memory
 from pipeline.plan import Plan
 from pipeline.settings import CodesSettings, TargetsSettings
-from shards.contract import FAILED, PLAN_NAME
+from shards.contract import FAILED, OK, PLAN_NAME, REJECTED
 from shards.storage import Location
 from shards.writer import is_done, read_table
 
+Row = dict[str, Any]
 Advance = Callable[[float], object]  # seconds of audio that are done
 
 
@@ -59,6 +60,13 @@ class Stage(ABC):
     def done(self, number: int) -> bool:
         """Whether this run leaves it as it is."""
         return self.made(number) and not (self.settings.retry == "failed" and self.has_failures(number))
+
+    def kept(self, number: int) -> dict[int, Row]:
+        """Of a shard that stands and is made again: its rows that stay as they are, by their place."""
+        if not self.made(number):
+            return {}
+        rows = read_table(self.table(number)).to_pylist()
+        return {place: row for place, row in enumerate(rows) if row["status"] in (OK, REJECTED)}
 
     def has_failures(self, number: int) -> bool:
         """Whether a segment of this shard failed that `retry=failed` may mend."""

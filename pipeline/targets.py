@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import io
 import json
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import groupby
+from operator import itemgetter
 from typing import Any
 
 import numpy as np
@@ -25,7 +27,7 @@ from pipeline.fidelity import check_alignment
 from pipeline.judging import judge
 from pipeline.plan import Plan
 from pipeline.settings import JudgeSettings, TargetsSettings
-from pipeline.stage import Advance, Stage
+from pipeline.stage import Advance, Row, Stage
 from pipeline.teachers import RECORDING, Taught, Teacher
 from shards.contract import (
     COARSE_48K,
@@ -44,10 +46,10 @@ from shards.contract import (
 )
 from shards.errors import ShardError, UserError
 from shards.index import compact
-from shards.storage import Location
+from shards.reader import split_members
+from shards.storage import Location, Part
 from shards.writer import ShardWriter, read_metadata, read_table
 
-Row = dict[str, Any]
 FINISHED_AHEAD = 4  # segments that wait to be written, per thread
 Samples = npt.NDArray[np.float32]
 
@@ -131,12 +133,28 @@ class TargetsStage(Stage):
 
     def make(self, number: int, advance: Advance) -> None:
         split, shard = self.plan.shards[number]
+        planned = self.plan.rows(number)
         codes = read_table(codes_path(self.settings.work, split, shard)).to_pylist()
-        made_from = self.fingerprint(number)
+        made_from, kept = self.fingerprint(number), self.kept(number)
+        again, theirs = ([row for place, row in enumerate(rows) if place not in kept] for rows in (planned, codes))
+        fresh = samples(again, theirs, self.teacher, self.settings, made_from["snac"])
         with ShardWriter(self.folder / split, shard, made_from) as writer:
-            for row, members in samples(self.plan.rows(number), codes, self.teacher, self.settings, made_from["snac"]):
+            for place in range(len(planned)):
+                row, members = self._standing(number, kept[place]) if place in kept else next(fresh)
                 writer.add(row, members) if members else writer.add_row(row)
                 advance(row["n_samples"] / TARGET_RATE)
+
+    def _standing(self, number: int, row: Row) -> tuple[Row, dict[str, bytes] | None]:
+        """A row of the shard that is made again, with its sample as it is."""
+        if row["status"] != OK:
+            return row, None
+        tar = self.table(number).with_suffix(".tar")
+        with Part(tar, row["offset"], row["length"]).open() as file:
+            data = file.read()
+        if zlib.crc32(data) != row["crc32"]:
+            raise ShardError(f"{tar}: {row['key']} is damaged: delete the tar, its shard is made anew")
+        members = split_members(data, row["key"], tar)
+        return row, {suffix: members[suffix] for suffix in (CODES_SUFFIX, TARGET_SUFFIX, META_SUFFIX)}
 
 
 def _codes_fingerprint(work: Location, plan: Plan, number: int) -> dict[str, Any]:
@@ -158,7 +176,8 @@ def samples(
     pairs = zip(plan_rows, codes_rows, strict=True)
     jobs = [(plan, codes, _sidecar_row(plan, codes)) for plan, codes in pairs]
     wanted = [job for job in jobs if job[2]["status"] == OK]
-    recordings = [[plan for plan, _, _ in group] for _, group in groupby(wanted, key=lambda job: job[0]["recording"])]
+    rows = ({**plan, "content_crc32": codes.get("content_crc32")} for plan, codes, _ in wanted)
+    recordings = [list(group) for _, group in groupby(rows, key=itemgetter("recording"))]
     names = teacher.names()
 
     def finish(job: tuple[tuple[Row, Row, Row], Taught | AudioError]) -> tuple[Row, dict[str, bytes] | None]:

@@ -22,8 +22,8 @@ from codec.audio import AudioError, Recording, Resampler, output_length, probe
 from codec.snac import bucketed, device_of
 from pipeline.ahead import Ahead, chained_ahead
 from pipeline.bandwidth import Spectrum
-from pipeline.codes import open_recording
 from pipeline.hybrid import HALF, hybrid
+from pipeline.recordings import open_recording
 from pipeline.settings import TargetsSettings
 from pipeline.sidon import INPUT_RATE, UPSAMPLING, Sidon, high_passed, load_sidon
 from pipeline.windows import Grid, Held, Joiner, Window

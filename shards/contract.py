@@ -53,7 +53,7 @@ PLAN_SCHEMA = pa.schema(
         ("frames", pa.int64()),  # length of the recording, at the file's rate
         ("rate", pa.int32()),  # Hz
         ("channels", pa.int32()),  # null where a manifest was taken at its word; stage 1 compares it with the file
-        ("file_frames", pa.int64()),  # with file_bytes: is the file still the one that was planned?
+        ("file_frames", pa.int64()),  # with rate and channels: is the file still the one that was planned?
         ("file_bytes", pa.int64()),  # null likewise
         ("segment", pa.int32()),  # position in the recording
         ("start_coarse", pa.int32()),  # first coarse token of the segment
@@ -74,6 +74,7 @@ CODES_SCHEMA = pa.schema(
         ("n_coarse", pa.int32()),
         ("context_before", pa.int8()),  # coarse tokens of the neighbour before, 0 at the recording's start
         ("context_after", pa.int8()),
+        ("content_crc32", pa.uint32()),  # of places in the file: is it the one that these codes were made from?
         ("codes", pa.list_(pa.int16())),  # flat as in codes.npy
     ]
 )

@@ -208,6 +208,32 @@ class Part:
         return io.BufferedReader(_Stretch(read, self.offset, self.size, file.close))
 
 
+@dataclass(frozen=True, eq=False)
+class Fetched:
+    """Bytes of a remote object, however often they are opened."""
+
+    data: bytes
+
+    def stat(self) -> Stat:
+        return Stat(len(self.data))
+
+    def open(self, mode: str = "rb") -> IO[bytes]:
+        assert mode == "rb"
+        return io.BytesIO(self.data)
+
+
+Stored = Path | Url | Part | Fetched  # where the bytes of one recording are
+
+
+def at_hand(place: Stored) -> Stored:
+    """What is remote, fetched once; one above WHOLE_BYTES is left where it is."""
+    remote = isinstance(place.whole if isinstance(place, Part) else place, Url)
+    if not remote or place.stat().st_size > WHOLE_BYTES:
+        return place
+    with place.open("rb") as file:
+        return Fetched(file.read())
+
+
 class _Stretch(io.RawIOBase):
     """Bytes [offset, offset + size) of what `read(start, stop)` reads."""
 

@@ -14,7 +14,7 @@ import pytest
 import soundfile
 from snac import SNAC
 
-from codec.audio import probe
+from codec.audio import Recording, probe
 from pipeline.codes import codes_path, encode_shard, read_windows, shard_codes
 from pipeline.plan import Plan
 from shards.contract import (
@@ -108,10 +108,11 @@ def test_bad_recordings_fail_alone(recordings: Path, snac: SNAC, tmp_path: Path)
     soundfile.write(damaged, audio, rate, "FLOAT")
     (tmp_path / "audio" / "speaker_2" / "take_0.wav").unlink()
     longer = tmp_path / "audio" / "speaker_1" / "take_1.wav"
-    longer.write_bytes(longer.read_bytes() + b"\0\0")
+    audio, rate = soundfile.read(longer, dtype="float32")
+    soundfile.write(longer, np.append(audio, audio[:1], axis=0), rate, "FLOAT")
     reasons = {
         "speaker_0/empty.wav": "the file is empty",
-        "speaker_1/take_1.wav": "bytes, ",
+        "speaker_1/take_1.wav": "frames at ",
         "speaker_2/take_0.wav": "No such file or directory since planning",
         "speaker_3/take_1.wav": "NaN or infinity near",
     }
@@ -130,9 +131,11 @@ def test_bad_recordings_fail_alone(recordings: Path, snac: SNAC, tmp_path: Path)
 
 def test_only_the_windows_of_the_segments_are_read(recordings: Path) -> None:
     path = recordings / "speaker_3" / "take_1.wav"
-    header = probe(path)
-    row = {"path": str(path), "first_frame": 0, "frames": header.frames, "rate": header.rate, "channels": 2}
-    row |= {"offset": None, "file_frames": header.frames, "file_bytes": path.stat().st_size, "n_coarse": 4}
-    assert [w.start for w, _ in read_windows([{**row, "start_coarse": 17}], WINDOW)] == [12]
-    assert [w.start for w, _ in read_windows([{**row, "start_coarse": 14}], WINDOW)] == [0, 12]
-    assert [w.start for w, _ in read_windows([{**row, "start_coarse": 0}], 5)] == [0, 5]
+    recording = Recording(path, probe(path))
+
+    def starts(row: dict[str, Any], window_coarse: int = WINDOW) -> list[int]:
+        return [window.start for window, _ in read_windows(recording, [{**row, "n_coarse": 4}], window_coarse)]
+
+    assert starts({"start_coarse": 17}) == [12]
+    assert starts({"start_coarse": 14}) == [0, 12]
+    assert starts({"start_coarse": 0}, 5) == [0, 5]

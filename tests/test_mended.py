@@ -1,0 +1,157 @@
+"""What was mended, replaced or lost between two runs: what stands stays, and codes meet the target of no other file."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+
+from pipeline.codes import shard_codes
+from pipeline.plan import make_plan
+from pipeline.recordings import content_crc32
+from pipeline.settings import CodesSettings
+from pipeline.targets import shard_targets
+from shards.contract import CODES_SCHEMA, FAILED, OK, TOO_SHORT
+from shards.errors import ShardError
+from shards.writer import read_metadata, read_table, write_table
+from tests.command_helpers import rows_of
+from tests.helpers import codes_settings, speechlike, targets_settings
+
+SOME = "max_failed_fraction=0.99"
+CHANGED = "the file is not the one that its codes were made from"
+
+
+@pytest.fixture
+def audio(tmp_path: Path) -> Path:
+    """Three recordings of equal size and of one speaker, so that they share a shard, and one of another's."""
+    for seed, name in enumerate(("a", "b", "c", "other/d")):
+        path = tmp_path / "audio" / f"{name}.wav"
+        path.parent.mkdir(exist_ok=True)
+        soundfile.write(path, speechlike(1.5, 24_000, seed), 24_000)
+    return tmp_path / "audio"
+
+
+@pytest.fixture
+def work(tmp_path: Path) -> Path:
+    return tmp_path / "work"
+
+
+def planned(audio: Path, work: Path, *more: str) -> CodesSettings:
+    return codes_settings(audio, work, "segments_per_shard=16", *more)
+
+
+def statuses(folder: Path) -> dict[str, set[str]]:
+    found = rows_of(folder)
+    return {name: {row["status"] for row in found[name] if row["status"] != TOO_SHORT} for name in sorted(found)[:3]}
+
+
+def reasons(folder: Path, recording: str) -> set[str]:
+    return {row["reason"] for row in rows_of(folder)[recording] if row["status"] == FAILED}
+
+
+def swap(audio: Path) -> None:
+    a, b = ((audio / name).read_bytes() for name in ("a.wav", "b.wav"))
+    (audio / "a.wav").write_bytes(b)
+    (audio / "b.wav").write_bytes(a)
+
+
+def quieter(audio: Path) -> None:
+    for name in ("a.wav", "b.wav"):
+        samples, rate = soundfile.read(audio / name)
+        soundfile.write(audio / name, samples / 2, rate)
+
+
+@pytest.mark.parametrize("change", [swap, quieter])
+def test_files_replaced_between_the_stages_fail(change: Callable[[Path], None], audio: Path, work: Path) -> None:
+    """Of the same size and header; what is put back is taken again."""
+    shard_codes(planned(audio, work))
+    kept = shutil.copytree(audio, work.with_name("kept"))
+    change(audio)
+    shard_targets(targets_settings(work, SOME))
+    assert statuses(work / "shards") == {"a.wav": {FAILED}, "b.wav": {FAILED}, "c.wav": {OK}}
+    assert reasons(work / "shards", "a.wav") == reasons(work / "shards", "b.wav") == {CHANGED}
+    shutil.copytree(kept, audio, dirs_exist_ok=True)
+    shard_targets(targets_settings(work, "retry=failed"))
+    assert statuses(work / "shards") == {"a.wav": {OK}, "b.wav": {OK}, "c.wav": {OK}}
+
+
+def test_codes_that_do_not_know_their_file_are_taken(audio: Path, work: Path) -> None:
+    """Those of 0.1.0."""
+    shard_codes(planned(audio, work))
+    for path in (work / "codes").glob("*/*.parquet"):
+        table = read_table(path)
+        assert table.schema.remove_metadata() == CODES_SCHEMA
+        write_table(path, table.drop_columns("content_crc32"), read_metadata(path))
+    shard_targets(targets_settings(work))
+    assert set.union(*statuses(work / "shards").values()) == {OK}
+
+
+def test_a_second_try_keeps_what_succeeded(audio: Path, work: Path, tmp_path: Path) -> None:
+    """Also of recordings that are gone meanwhile; in the end the bytes are those of a run without failures."""
+    whole = tmp_path / "whole"
+    shard_codes(planned(audio, whole))
+    shard_targets(targets_settings(whole))
+
+    make_plan(planned(audio, work))
+    away = shutil.move(audio / "b.wav", tmp_path / "b.wav")
+    shard_codes(planned(audio, work, SOME))
+    shutil.move(audio / "c.wav", tmp_path / "c.wav")
+    shutil.move(away, audio / "b.wav")
+    shard_codes(planned(audio, work, "retry=failed"))
+    assert statuses(work / "codes") == {"a.wav": {OK}, "b.wav": {OK}, "c.wav": {OK}}
+
+    shard_targets(targets_settings(work, SOME))
+    assert statuses(work / "shards") == {"a.wav": {OK}, "b.wav": {OK}, "c.wav": {FAILED}}
+    shutil.move(tmp_path / "c.wav", audio / "c.wav")
+    (audio / "a.wav").unlink()
+    shard_targets(targets_settings(work, "retry=failed"))
+    for path in [*whole.glob("codes/*/*.parquet"), *whole.glob("shards/*/*")]:
+        assert (work / path.relative_to(whole)).read_bytes() == path.read_bytes(), path
+
+
+def test_what_is_kept_is_checked(audio: Path, work: Path, tmp_path: Path) -> None:
+    shard_codes(planned(audio, work))
+    shutil.move(audio / "b.wav", tmp_path / "b.wav")
+    shard_targets(targets_settings(work, SOME))
+    tar, *_ = (work / "shards").glob("*/*.tar")
+    data = bytearray(tar.read_bytes())
+    data[len(data) // 4] ^= 1
+    tar.write_bytes(data)
+    shutil.move(tmp_path / "b.wav", audio / "b.wav")
+    with pytest.raises(ShardError, match="is damaged: delete the tar, its shard is made anew"):
+        shard_targets(targets_settings(work, "retry=failed"))
+    tar.unlink()
+    shard_targets(targets_settings(work))
+    assert set.union(*statuses(work / "shards").values()) == {OK}
+
+
+def test_a_file_mended_to_another_size_is_taken(audio: Path, work: Path) -> None:
+    """As long as it is as long as planned."""
+    samples, rate = soundfile.read(audio / "b.wav")
+    (audio / "b.wav").unlink()
+    soundfile.write(audio / "b.flac", samples, rate)
+    good = (audio / "b.flac").read_bytes()
+    (audio / "b.flac").write_bytes(good[: len(good) // 2])
+    shard_codes(planned(audio, work, SOME))
+    assert statuses(work / "codes")["b.flac"] == {FAILED}
+    (audio / "b.flac").write_bytes(good)
+    shard_codes(planned(audio, work, "retry=failed"))
+    shard_targets(targets_settings(work))
+    assert set.union(*statuses(work / "shards").values()) == {OK}
+
+
+@pytest.mark.parametrize("size", [0, 1, 4096, 70_000, 1_000_000])
+def test_the_content_is_told_from_others(size: int, tmp_path: Path) -> None:
+    path, data = tmp_path / "file", np.random.default_rng(size).bytes(size)
+
+    def crc(content: bytes) -> int:
+        path.write_bytes(content)
+        return content_crc32(path)
+
+    assert crc(data) == crc(data)
+    others = [data + b"\0", np.random.default_rng(1).bytes(size + 1), data[:-1] + b"\0", b"\0" + data[1:], data[::-1]]
+    assert crc(data) not in {crc(other) for other in others if other != data}
