@@ -76,7 +76,7 @@ class CodesSettings(ExecutionSettings):
     batch_seconds: float = Field(ge=1, le=100_000, description="audio of equal length encoded together")
     threads: int = Field(ge=1, le=256, description="that read and decode recordings ahead")
     max_failed_fraction: float = Field(ge=0, le=1, description="the run ends with an error when more segments failed")
-    retry: Literal["none", "failed"] = Field(description="failed: make shards with failed segments again")
+    retry: Literal["none", "failed"] = Field(description="failed: try the segments again that failed")
 
     @model_validator(mode="after")
     def _shards_are_no_recordings(self) -> CodesSettings:
@@ -161,7 +161,7 @@ class TargetsSettings(ExecutionSettings, SidonSettings, JudgeSettings):
     target_bits: Literal[16, 24] = Field(description="bits per sample of the FLAC target")
     threads: int = Field(ge=1, le=256, description="that read recordings ahead, and that judge and compress targets")
     max_failed_fraction: float = Field(ge=0, le=1, description="the run ends with an error when more segments failed")
-    retry: Literal["none", "failed"] = Field(description="failed: make shards with failed segments again")
+    retry: Literal["none", "failed"] = Field(description="failed: try the segments again that failed")
 
 
 class InspectSettings(Settings):

@@ -18,7 +18,7 @@ from shards.storage import Location, Url
 def replacing(path: Location) -> Iterator[Path]:
     """Yields a temporary name beside `path`; on success its bytes reach the disk, then the name is taken over.
 
-    For a Url the temporary name is of a local file, which is uploaded.
+    Raises UserError where another process is at it. For a Url the temporary name is of a local file, which is uploaded.
     """
     if isinstance(path, Url):
         with path.replacing() as temporary:
@@ -26,14 +26,19 @@ def replacing(path: Location) -> Iterator[Path]:
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
-    try:
-        yield temporary
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    with temporary.open("ab") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{path}: another process is writing it; wait for it or choose another name") from None
+        try:
+            yield temporary
+            with temporary.open("rb") as file:
+                os.fsync(file.fileno())
+            temporary.replace(path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
     _fsync_folder(path.parent)
 
 

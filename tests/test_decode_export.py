@@ -280,6 +280,13 @@ def test_a_wav_clips_and_never_wraps(tmp_path: Path) -> None:
     assert soundfile.read(tmp_path / "a.wav", dtype="int16")[0].tolist() == expected
 
 
+def test_a_wav_longer_than_its_header_can_say_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"a.wav: 12.4 hours, a WAV holds 12.4: decode it in parts"):
+        write_wav(tmp_path / "a.wav", iter([]), 2**31 - 18)
+    with pytest.raises(UserError, match=f"{2**31 - 19} of {2**31 - 19} samples were not decoded"):
+        write_wav(tmp_path / "a.wav", iter([]), 2**31 - 19)
+
+
 def test_a_wav_that_would_be_too_short_is_not_written(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="5 of 15 samples were not decoded"):
         write_wav(tmp_path / "a.wav", iter([np.zeros(10, np.float32)]), 15)

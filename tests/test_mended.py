@@ -79,6 +79,21 @@ def test_files_replaced_between_the_stages_fail(change: Callable[[Path], None], 
     assert statuses(work / "shards") == {"a.wav": {OK}, "b.wav": {OK}, "c.wav": {OK}}
 
 
+def test_a_replaced_file_gets_new_codes_when_the_old_ones_are_deleted(audio: Path, work: Path) -> None:
+    """As README.md says, together with its tar."""
+    shard_codes(planned(audio, work))
+    shard_targets(targets_settings(work))
+    swap(audio)
+    for path in [*work.glob("codes/train/*.parquet"), *work.glob("shards/train/*.tar")]:
+        path.unlink()
+    old, new = work, work.with_name("new")
+    for folder in (old, new):
+        shard_codes(planned(audio, folder))
+        shard_targets(targets_settings(folder))
+    for path in new.glob("shards/*/*"):
+        assert (old / path.relative_to(new)).read_bytes() == path.read_bytes(), path
+
+
 def test_codes_that_do_not_know_their_file_are_taken(audio: Path, work: Path) -> None:
     """Those of 0.1.0."""
     shard_codes(planned(audio, work))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,11 @@ from typing import Any
 import pytest
 
 from pipeline.codes import shard_codes
+from pipeline.plan import Plan
 from pipeline.settings import CodesSettings
 from pipeline.targets import shard_targets
 from shards import storage
+from shards.contract import OK, PLAN_NAME
 from shards.files import replacing
 from shards.index import load
 from shards.storage import Url
@@ -104,6 +107,19 @@ def test_what_is_done_is_not_made_again_and_leftovers_go(door: Door, remote: Url
     written = [path for method, path in door.asked if method == "PUT"]
     assert all("settings.json" in path for path in written), written
     assert not [url for url in mine.files() if url.suffix == ".tmp"]
+
+
+def test_a_recording_is_fetched_once_for_all_of_a_shard(door: Door, remote: Url, work: Path) -> None:
+    """Its content is known again, it is surveyed, and heard at two rates."""
+    mine = Url("s3://corpus/work_once")
+    shard_codes(settings_of(remote / "files", mine))
+    plan = Plan(work / PLAN_NAME)
+    shards = (plan.rows(number) for number in range(len(plan.shards)))
+    expected = Counter(id for rows in shards for id in {row["recording"] for row in rows if row["status"] == OK})
+    door.asked.clear()
+    shard_targets(targets_settings(mine))  # type: ignore[arg-type]
+    fetched = Counter(path.partition("/files/")[2] for method, path in door.asked if method == "GET")
+    assert {id: n for id, n in fetched.items() if id} == expected
 
 
 @pytest.mark.parametrize("blocks", [0, 2])

@@ -325,3 +325,34 @@ def test_one_process_at_a_time_writes_to_a_folder(work: Path, tmp_path: Path) ->
     with exclusive(copy), pytest.raises(UserError, match="another process"), exclusive(copy):
         pass
     shard_targets(targets_settings(copy))
+
+
+WRITE = """
+import sys
+from pathlib import Path
+from shards.files import replacing
+with replacing(Path(sys.argv[1])) as temporary:
+    temporary.write_text("first")
+    print("writing", flush=True)
+    sys.stdin.read()
+"""
+
+
+@pytest.mark.parametrize("killed", [False, True])
+def test_one_process_at_a_time_writes_a_file(killed: bool, tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    with subprocess.Popen(
+        [sys.executable, "-c", WRITE, str(path)], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as other:
+        assert other.stdout
+        assert other.stdout.readline() == "writing\n"
+        with pytest.raises(UserError, match="file: another process is writing it"), replacing(path):
+            pass
+        assert not path.exists()
+        if killed:
+            other.kill()
+        other.communicate()
+    assert path.exists() != killed
+    with replacing(path) as temporary:
+        temporary.write_text("second")
+    assert [(file.name, file.read_text()) for file in tmp_path.iterdir()] == [("file", "second")]

@@ -27,6 +27,7 @@ from trainer.streaming import EXACT, Samples, StreamingDecoder, to_int16
 __all__ = ["StreamingDecoder", "decode", "decode_stream", "write_wav"]
 
 Tokens = npt.NDArray[np.int16]
+MAX_WAV_SAMPLES = (2**32 - 1 - 36) // 2  # of 16 bit: the header counts bytes in 32 bit
 STEP_COARSE = 4  # on a CPU: weights are read once for so many tokens, and signals still fit in the cache
 
 
@@ -121,6 +122,9 @@ class Clocked:
 
 def write_wav(path: Path, blocks: Iterator[Samples], length: int) -> None:
     """The first `length` samples of `blocks` as 16 bit PCM; beyond full scale they are clipped, never wrapped."""
+    if length > MAX_WAV_SAMPLES:
+        hours = f"{length / TARGET_RATE / 3600:.1f} hours, a WAV holds {MAX_WAV_SAMPLES / TARGET_RATE / 3600:.1f}"
+        raise UserError(f"{path}: {hours}: decode it in parts")
     left = length
     with replacing(path) as temporary:
         with (
