@@ -8,11 +8,14 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+import torch
 
 from configs.loader import load_settings
+from shards.contract import COARSE_48K
 from shards.errors import SettingsError
 from shards.order import Order, rank_slice
 from shards.stream import Place, Stage, Stream
+from trainer.discriminators import SpectrogramDiscriminator
 from trainer.schedule import rate_factor, stages
 from trainer.settings import TrainSettings
 
@@ -90,7 +93,7 @@ def test_the_batch_follows_so_that_a_step_holds_the_same_audio() -> None:
 @pytest.mark.parametrize("schedule", ["[[1, 4.0]]", "[[0, 1.0], [0, 2.0]]", "[[0, 1.0], [9, 2.0], [5, 4.0]]"])
 def test_a_schedule_begins_at_0_and_rises(schedule: str) -> None:
     with pytest.raises(SettingsError, match="steps should begin with 0 and rise"):
-        stages(settings(f"segment_schedule={schedule}"))
+        settings(f"segment_schedule={schedule}")
 
 
 @pytest.mark.parametrize(
@@ -98,11 +101,20 @@ def test_a_schedule_begins_at_0_and_rises(schedule: str) -> None:
     [
         (("l1_weight=0", "stft_weight=0"), "one of l1_weight, stft_weight, log_stft_weight and mel_weight"),
         (("adversarial_weight=1", "mpd_periods=[]", "mrd_n_ffts=[]"), "need mpd_periods or mrd_n_ffts"),
+        (("adversarial_weight=1", "segment_length=0.085", "mrd_n_ffts=[512,8192]"), "shorter than 2 × 4096 samples"),
     ],
 )
-def test_something_must_be_learned(words: tuple[str, ...], message: str) -> None:
-    with pytest.raises(SettingsError, match=message):
+def test_settings_must_go_together(words: tuple[str, ...], message: str) -> None:
+    with pytest.raises(SettingsError, match=message) as error:
         settings(*words)
+    assert "Known keys" not in str(error.value), "no key is wrong by itself"
+
+
+def test_a_discriminator_s_window_may_be_nearly_twice_the_crop() -> None:
+    wav_BN = torch.randn(1, COARSE_48K, generator=torch.Generator().manual_seed(0))
+    assert SpectrogramDiscriminator(2 * COARSE_48K - 2, 1)(wav_BN)
+    with pytest.raises(RuntimeError, match="Padding size"):
+        SpectrogramDiscriminator(2 * COARSE_48K, 1)(wav_BN)
 
 
 def test_the_rate_is_a_cosine_after_a_warm_up() -> None:

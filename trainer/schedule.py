@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 
 from shards.contract import coarse_tokens
-from shards.errors import SettingsError
 from shards.stream import Stage
 from trainer.settings import TrainSettings
 
@@ -17,10 +15,7 @@ def stages(settings: TrainSettings) -> tuple[Stage, ...]:
     To the nearest crop: 32 crops of 47 coarse tokens (4 s) become 125 of 12 (1 s), 1504 tokens against 1500.
     """
     audio = settings.batch_size * coarse_tokens(settings.segment_length)
-    planned = settings.segment_schedule or ((0, settings.segment_length),)
-    if planned[0][0] != 0 or any(a[0] >= b[0] for a, b in itertools.pairwise(planned)):
-        raise SettingsError(f"segment_schedule={list(planned)}: steps should begin with 0 and rise")
-    lengths = [(step, coarse_tokens(seconds)) for step, seconds in planned]
+    lengths = [(step, coarse_tokens(seconds)) for step, seconds in settings.planned_lengths]
     return tuple(Stage(step, length, max(round(audio / length), 1)) for step, length in lengths)
 
 

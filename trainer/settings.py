@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -114,6 +115,26 @@ class TrainSettings(Settings):
         if self.is_adversarial and not (self.mpd_periods or self.mrd_n_ffts):
             raise ValueError("adversarial_weight and feature_weight need mpd_periods or mrd_n_ffts")
         return self
+
+    @model_validator(mode="after")
+    def _crops_fit(self) -> TrainSettings:
+        from shards.contract import COARSE_48K, coarse_tokens  # what it imports would slow down --help
+
+        steps = [step for step, _ in self.planned_lengths]
+        if steps[0] != 0 or any(a >= b for a, b in itertools.pairwise(steps)):
+            raise ValueError(f"segment_schedule={list(self.segment_schedule)}: steps should begin with 0 and rise")
+        shortest = COARSE_48K * min(coarse_tokens(seconds) for _, seconds in self.planned_lengths)
+        if self.is_adversarial and max(self.mrd_n_ffts, default=0) >= 2 * shortest:  # half of it lies beyond an edge
+            raise ValueError(
+                f"mrd_n_ffts={list(self.mrd_n_ffts)}: windows should be shorter than 2 × {shortest} samples, twice the "
+                "shortest crop"
+            )
+        return self
+
+    @property
+    def planned_lengths(self) -> tuple[tuple[int, float], ...]:
+        """From which step on crops last how many seconds."""
+        return self.segment_schedule or ((0, self.segment_length),)
 
     @property
     def is_adversarial(self) -> bool:
