@@ -12,10 +12,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.settings import InspectSettings
-from shards.contract import INDEX_NAME, OK, PLAN_NAME, TARGET_RATE
+from shards.contract import INDEX_NAME, OK, PLAN_NAME, SIDECAR_SCHEMA, TARGET_RATE
 from shards.errors import ShardError, UserError
 from shards.reader import decode_sample, split_members
-from shards.writer import read_metadata, read_table
+from shards.writer import check_columns, read_metadata, read_table
 
 
 def inspect(settings: InspectSettings) -> None:
@@ -27,6 +27,7 @@ def inspect(settings: InspectSettings) -> None:
         draw(path if (path / INDEX_NAME).exists() else path / "shards", settings.picture)
         click.echo(f"{settings.picture}")
     if path.is_dir():
+        _unfinished(path)
         inside = [path / INDEX_NAME, path / "shards" / INDEX_NAME, path / PLAN_NAME]
         path = next((file for file in inside if file.exists()), path)
     if path.suffix == ".parquet" and path.is_file():
@@ -37,6 +38,15 @@ def inspect(settings: InspectSettings) -> None:
         raise UserError(f"{settings.path}: expected a .parquet or .tar of ours, or a folder with {INDEX_NAME}")
 
 
+def _unfinished(work: Path) -> None:
+    """Says what of a work folder's plan its index does not hold yet."""
+    plan, index = work / PLAN_NAME, work / "shards" / INDEX_NAME
+    if plan.exists() and index.exists():
+        planned, made = (read_table(file, columns=["status"]).num_rows for file in (plan, index))
+        if planned > made:
+            click.echo(f"{plan}: {planned} segments, {planned - made} of them not in the index yet")
+
+
 def _table(path: Path, rows: int) -> None:
     metadata, table = read_metadata(path), read_table(path)
     click.echo(f"{path}: {table.num_rows} rows")
@@ -44,6 +54,8 @@ def _table(path: Path, rows: int) -> None:
         click.echo(f"  {key}: {value if len(str(value)) < 400 else f'{len(value)} entries'}")
     if {"status", "reason"} <= set(table.column_names):
         _statuses(table)
+        usable = pc.field("status") == OK
+        table = pa.concat_tables([table.filter(~usable), table.filter(usable)])  # the rows to look at come first
     _rows(table.slice(0, rows).to_pylist())
 
 
@@ -72,7 +84,9 @@ def _tar(path: Path, rows: int) -> None:
     sidecar = path.with_suffix(".parquet")
     if not sidecar.exists():
         raise ShardError(f"{path}: expected its sidecar {sidecar.name} beside it; a tar without one is not complete")
-    samples = read_table(sidecar).filter(pc.field("status") == OK)
+    table = read_table(sidecar)
+    check_columns(sidecar, table.schema.remove_metadata(), SIDECAR_SCHEMA)
+    samples = table.filter(pc.field("status") == OK)
     try:
         with tarfile.open(path, "r:") as tar:
             names = tar.getnames()

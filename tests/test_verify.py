@@ -8,6 +8,7 @@ import shutil
 import subprocess
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 
 from pipeline.inspect import inspect
@@ -75,7 +76,7 @@ def test_what_is_damaged_can_be_made_again(work: Path, tmp_path: Path) -> None:
         ("plan.parquet", ["29 rows", "segment_length", "statuses: {'ok': 24, 'too_short': 5}", "usable: 24 segments"]),
         ("codes/train/000000.parquet", ["8 rows", "snac_sha256", "key=000000-00000", "codes=["]),
         ("shards/train/000000.parquet", ["8 rows", "tar_sha256", "key=000000-00000", "level_db="]),
-        ("shards/index.parquet", ["29 rows", "fingerprint", "split=train"]),
+        ("shards/index.parquet", ["29 rows", "fingerprint", "split=train", "status=too_short, reason=shorter than"]),
         ("shards/train/000000.tar", ["18 members, 6 samples", "000000-00000: codes (10, 7), target (28672,)"]),
         ("shards", ["index.parquet: 29 rows"]),
         (".", ["shards/index.parquet: 29 rows"]),
@@ -84,11 +85,20 @@ def test_what_is_damaged_can_be_made_again(work: Path, tmp_path: Path) -> None:
 def test_inspect_prints_each_kind_of_file(
     file: str, expected: list[str], work: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    inspect(InspectSettings(path=work / file, rows=2))
+    inspect(InspectSettings(path=work / file, rows=8))
     out = capsys.readouterr().out
     for text in expected:
         assert text in out
-    assert len(re.findall(r"^  (?:\d{6}-\d{5}: |key=|split=)", out, flags=re.MULTILINE)) == 2
+    printed = len(re.findall(r"^  (?:\d{6}-\d{5}: |key=|split=)", out, flags=re.MULTILINE))
+    assert printed == (6 if file.endswith(".tar") else 8)
+
+
+def test_inspect_says_what_the_index_lacks(work: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    copy = Path(shutil.copytree(work, tmp_path / "work"))
+    table = pq.read_table(copy / "shards" / "index.parquet")
+    pq.write_table(table.slice(0, 20), copy / "shards" / "index.parquet")
+    inspect(InspectSettings(path=copy, rows=0))
+    assert "plan.parquet: 29 segments, 9 of them not in the index yet" in capsys.readouterr().out
 
 
 def test_inspect_says_what_it_expects(work: Path, tmp_path: Path) -> None:
@@ -96,6 +106,8 @@ def test_inspect_says_what_it_expects(work: Path, tmp_path: Path) -> None:
     (tmp_path / "cut.parquet").write_bytes((work / "plan.parquet").read_bytes()[:1000])
     (tmp_path / "alone.tar").write_bytes((work / "shards" / "train" / "000000.tar").read_bytes())
     (tmp_path / "folder.tar").mkdir()
+    (tmp_path / "other.tar").write_bytes((work / "shards" / "train" / "000000.tar").read_bytes())
+    (tmp_path / "other.parquet").write_bytes((work / "plan.parquet").read_bytes())
     for name, message in [
         ("notes.txt", r"expected a \.parquet or \.tar of ours, or a folder with index\.parquet"),
         ("absent.parquet", "expected a"),
@@ -103,6 +115,7 @@ def test_inspect_says_what_it_expects(work: Path, tmp_path: Path) -> None:
         ("folder.tar", "expected a"),
         ("cut.parquet", "damaged, or no file of ours"),
         ("alone.tar", r"expected its sidecar alone\.parquet beside it"),
+        ("other.tar", r"other\.parquet: its columns are not those of its kind"),
     ]:
         with pytest.raises(UserError, match=message):
             inspect(InspectSettings(path=tmp_path / name, rows=2))

@@ -21,7 +21,8 @@ class MicroBatches:
     whose memory ends without a word, of CPU_SECONDS.
 
     On out-of-memory the part is halved, the share done again from its beginning, and the size remembered: as coarse
-    tokens, so that it counts for crops of another length too. Nothing but rounding depends on it.
+    tokens, so that it counts for crops of another length too. Nothing but rounding depends on it, and with `noise=keep`
+    the noise that is drawn.
     """
 
     def __init__(self, size: int | Literal["auto"], device: torch.device, say: Callable[[str], None]) -> None:
