@@ -6,7 +6,7 @@ import math
 import posixpath
 from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -108,11 +108,23 @@ def _read(path: Location) -> pa.Table:
                 convert = pa.csv.ConvertOptions(column_types=COLUMNS, null_values=[""], strings_can_be_null=True)
                 table = pa.csv.read_csv(file, pa.csv.ReadOptions(use_threads=False), convert_options=convert)
             else:
-                table = pa.json.read_json(file, pa.json.ReadOptions(use_threads=False))
+                table = _read_json(file)
         table.validate(full=True)  # pyarrow takes any bytes for text
         return _typed(table)
     except (pa.ArrowException, ValueError, OSError) as error:
         raise UserError(f"manifest {path} cannot be read: {error}") from error
+
+
+def _read_json(file: IO[bytes]) -> pa.Table:
+    """Types are as they are found, but text that looks like a time stays text: a speaker may be called 2024-01-01."""
+    options = pa.json.ReadOptions(use_threads=False)
+    table = pa.json.read_json(file, options)
+    dates = [field.name for field in table.schema if pa.types.is_timestamp(field.type)]
+    if dates:
+        file.seek(0)
+        text = pa.json.ParseOptions(explicit_schema=pa.schema([(name, pa.string()) for name in dates]))
+        table = pa.json.read_json(file, options, text)
+    return table
 
 
 def _typed(table: pa.Table) -> pa.Table:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import soundfile
 
 from pipeline import measure
 from pipeline.codes import shard_codes
+from pipeline.manifest import read_manifest
 from pipeline.plan import make_plan
 from shards.contract import FAILED, OK, TOO_SHORT
 from shards.errors import UserError
@@ -126,3 +128,19 @@ def test_recordings_that_a_manifest_names_no_more_stay_planned(
     write(tmp_path, rows[1:])
     assert make_plan(settings).rows_sha256 == plan.rows_sha256
     assert "1 recordings of" in capsys.readouterr().out
+
+
+def test_text_that_looks_like_a_time_stays_text(tmp_path: Path) -> None:
+    """Arrow would make times of it; numbers become text as they are."""
+    path = tmp_path / "list.jsonl"
+    lines = [
+        {"path": "2024-01-01", "id": "2024-01-01", "speaker": 7, "recorded": "2024-01-01", "start": 0.5},
+        {"path": "b.wav", "id": "2024-01-02T10:00:00Z", "speaker": 8, "recorded": None, "start": 1},
+    ]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    columns, ignored = read_manifest(path)
+    assert columns["recording"] == [line["id"] for line in lines]
+    assert columns["path"] == [str(tmp_path / str(line["path"])) for line in lines]
+    assert columns["group"] == ["7", "8"]
+    assert columns["start"] == [0.5, 1.0]
+    assert ignored == {"column recorded": 1}
