@@ -108,8 +108,10 @@ def test_an_export_holds_what_the_stock_package_expects(exported: Path) -> None:
     provenance = json.loads((exported / "provenance.json").read_text())
     assert provenance["step"] == 3
     assert provenance["settings"]["learning_rate"] == 1e-3
+    assert provenance["settings"]["shards"] == "shards", "where that lay is nobody's business"
     assert "stand-in" in provenance["snac"]
     assert provenance["data"]["teacher"] == "recording"
+    assert str(Path(TINY_SNAC).parent) not in (exported / "README.md").read_text()
 
 
 def test_the_safetensors_hold_the_same_weights(exported: Path) -> None:

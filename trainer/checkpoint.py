@@ -156,8 +156,18 @@ def load_codec(model: Path, pretrained_model: str | None = None) -> Codec48k:
     except (RuntimeError, TypeError, AttributeError) as error:
         raise UserError(f"{path} does not hold this decoder: {str(error).splitlines()[0]}") from error
     names = ("step", "settings", "data", "validation")
-    provenance = {"snac": weights.describe(), **{name: state[name] for name in names if name in state}}
+    found = {name: _without_folders(state[name]) for name in names if name in state}
+    provenance = {"snac": weights.describe(), **found}
     return Codec48k(snac, config, decoder.eval().requires_grad_(False), provenance)
+
+
+def _without_folders(value: Any) -> Any:
+    """Paths of the machine that trained are nobody else's business: of an absolute one its name is left."""
+    if isinstance(value, dict):
+        return {name: _without_folders(inner) for name, inner in value.items()}
+    if isinstance(value, list):
+        return [_without_folders(inner) for inner in value]
+    return Path(value).name if isinstance(value, str) and value.startswith("/") else value
 
 
 def _from_export(directory: Path) -> Codec48k:
