@@ -127,7 +127,9 @@ def make_plan(settings: CodesSettings) -> Plan:
         plan = Plan(path)
         changed = differences(plan.settings, asked)
         if changed:
-            raise UserError(f"{path} was made with other settings ({changed}): use another work= or delete it")
+            moved = asked | {"audio": plan.settings["audio"]} == plan.settings
+            hint = "; where recordings only moved, a link at their old place will do" if moved else ""
+            raise UserError(f"{path} was made with other settings ({changed}): use another work= or delete it{hint}")
         as_it_was = listed is not None and listed == plan.listed_sha256 and not settings.extend
         if as_it_was or not settings.audio.exists():  # where the audio is gone, the plan stands alone
             return plan

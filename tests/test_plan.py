@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -105,6 +106,17 @@ def test_other_settings_are_refused(override: str, difference: str, recordings: 
     planned(recordings, tmp_path)
     with pytest.raises(UserError, match=rf"made with other settings \({difference}\): use another work= or delete it"):
         planned(recordings, tmp_path, override)
+
+
+def test_recordings_that_moved_are_found_by_a_link(recordings: Path, tmp_path: Path) -> None:
+    old, new = tmp_path / "old", tmp_path / "new"
+    shutil.copytree(recordings, old)
+    rows = planned(old, tmp_path / "work")
+    old.rename(new)
+    with pytest.raises(UserError, match="where recordings only moved, a link at their old place will do"):
+        planned(new, tmp_path / "work")
+    old.symlink_to(new)
+    assert planned(old, tmp_path / "work") == rows
 
 
 def test_rows_sha256_knows_all_but_the_place() -> None:
