@@ -1,8 +1,8 @@
 """Shards → batches, written and checked: how fast, and what stands between that and the disk?
 
 A folder of shards of made voices (segments of 4 s, random tokens; crops of all of it and of 1 s), in one process.
-Loading is compared with plain webdataset and DataLoader on the same tars, and with decoding their FLAC alone, which is
-its floor; writing with copying the bytes to disk, checking with reading them.
+Loading is compared with plain webdataset and DataLoader on the same tars, and with decoding their FLAC alone, by the
+same decoder, which is its floor, and by libsndfile; writing with copying the bytes to disk, checking with reading them.
 """
 
 from __future__ import annotations
@@ -42,6 +42,7 @@ from shards.contract import (
     npy_bytes,
     sample_key,
 )  # fmt: skip
+from shards.flac import Flac
 from shards.index import Index, compact, load
 from shards.order import Order
 from shards.reader import read_sample
@@ -120,6 +121,12 @@ def _decoded(sample: dict[str, Any], coarse: int) -> tuple[torch.Tensor, torch.T
 
 def flac_alone(samples: list[Sample]) -> None:
     for _, members in samples:
+        with Flac(members[TARGET_SUFFIX]) as flac:
+            flac.read(0, flac.frames)
+
+
+def flac_by_libsndfile(samples: list[Sample]) -> None:
+    for _, members in samples:
         soundfile.read(io.BytesIO(members[TARGET_SUFFIX]), dtype="float32")
 
 
@@ -139,6 +146,7 @@ def main() -> None:
             "batches: ours": ("loading", partial(ours, index, COARSE)),
             "batches of short crops: ours": ("short crops", partial(ours, index, SHORT)),
             "floor: their FLAC decoded": ("loading", partial(flac_alone, samples)),
+            "their FLAC decoded by libsndfile": ("loading", partial(flac_by_libsndfile, samples)),
             "samples read and checked": ("reading", lambda: [read_sample(index, n) for n in range(len(index))]),
             "just verify": ("checking", partial(verify, shards)),
             "shards written": ("writing", partial(write, folder, samples)),

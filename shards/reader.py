@@ -7,13 +7,8 @@ import os
 import tarfile
 import time
 import zlib
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
-
-import numpy as np
-import numpy.typing as npt
-import soundfile
 
 from shards.contract import (
     COARSE_48K,
@@ -26,6 +21,7 @@ from shards.contract import (
     tar_path,
 )
 from shards.errors import ShardError
+from shards.flac import Flac
 from shards.storage import Location, StorageError
 
 if TYPE_CHECKING:
@@ -65,33 +61,13 @@ def decode_sample(members: dict[str, Any], part: Callable[[dict[str, Any]], rang
     try:
         meta = check_meta(members[META_SUFFIX])
         codes_T7 = load_codes(members[CODES_SUFFIX])
-        with _opened(members[TARGET_SUFFIX]) as file:
-            check_sample(codes_T7, file.frames, file.samplerate, meta)
-            target = _read(file, part(meta))
+        with Flac(members[TARGET_SUFFIX]) as flac:
+            check_sample(codes_T7, flac.frames, flac.rate, meta)
+            tokens = part(meta)
+            target = flac.read(tokens.start * COARSE_48K, len(tokens) * COARSE_48K)
     except ShardError as error:
         raise ShardError(f"{members['__url__']}: {members['__key__']}: {error}") from error
     return {"codes": codes_T7, "target": target, "meta": meta}
-
-
-@contextmanager
-def _opened(data: bytes) -> Iterator[soundfile.SoundFile]:
-    try:
-        with soundfile.SoundFile(io.BytesIO(data)) as file:
-            if file.format != "FLAC" or file.channels != 1:
-                raise ShardError(f"target is {file.format} of {file.channels} channels, expected FLAC of one")
-            yield file
-    except soundfile.LibsndfileError as error:
-        raise ShardError(f"target is not readable FLAC: {error}") from error
-
-
-def _read(file: soundfile.SoundFile, tokens: range) -> npt.NDArray[np.float32]:
-    """Frames of FLAC are compressed each for itself: what lies before and after is not decoded."""
-    if tokens.start:
-        file.seek(tokens.start * COARSE_48K)
-    samples: npt.NDArray[np.float32] = file.read(len(tokens) * COARSE_48K, dtype="float32")
-    if len(samples) != len(tokens) * COARSE_48K:
-        raise ShardError(f"target ends after {len(samples)} of {len(tokens) * COARSE_48K} samples")
-    return samples
 
 
 def read_sample(index: Index, sample: int) -> dict[str, Any]:
