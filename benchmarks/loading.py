@@ -121,8 +121,8 @@ def _decoded(sample: dict[str, Any], coarse: int) -> tuple[torch.Tensor, torch.T
 
 def flac_alone(samples: list[Sample]) -> None:
     for _, members in samples:
-        with Flac(members[TARGET_SUFFIX]) as flac:
-            flac.read(0, flac.frames)
+        flac = Flac(members[TARGET_SUFFIX])
+        flac.read(0, flac.frames)
 
 
 def flac_by_libsndfile(samples: list[Sample]) -> None:

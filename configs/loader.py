@@ -113,13 +113,14 @@ def _put(values: dict[str, Any], dotted: str, value: Any) -> None:
 
 def _explain(error: ValidationError, model: type[BaseModel]) -> str:
     """In one line: what is wrong with which keys, and which there are; or with how they go together."""
-    problems, keys = list[str](), set[str]()
+    problems = []
     for problem in error.errors(include_url=False):
         parts = map(str, problem["loc"])
         key = ".".join(part for part in parts if part.isidentifier() or part.isdigit())  # not a union's alternatives
         given = f" (given: {problem['input']!r})" if problem["type"] not in ("missing", "extra_forbidden") else ""
         text = "unknown key" if problem["type"] == "extra_forbidden" else problem["msg"].removeprefix("Value error, ")
         problems.append(f"{key}: {text}{given}" if key else text)
-        keys.add(key)
-    known = f". Known keys: {', '.join(model.model_fields)}" if any(keys) else ""
+    known = (
+        f". Known keys: {', '.join(model.model_fields)}" if any(problem["loc"] for problem in error.errors()) else ""
+    )
     return "; ".join(problems) + known

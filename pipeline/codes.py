@@ -86,9 +86,9 @@ class CodesStage(Stage):
 
     def make(self, number: int, advance: Advance) -> None:
         planned, kept = self.plan.rows(number), self.kept(number)
-        wanted = [row for row in planned if row["row"] not in kept]
-        fresh = iter(encode_shard(wanted, self.model, self.settings, advance))
-        rows = [kept.get(row["row"]) or next(fresh) for row in planned]
+        again = [row for place, row in enumerate(planned) if place not in kept]
+        fresh = iter(encode_shard(again, self.model, self.settings, advance))
+        rows = [kept.get(place) or next(fresh) for place in range(len(planned))]
         table = pa.Table.from_pylist(rows, schema=CODES_SCHEMA)
         write_table(self.table(number), table, {"fingerprint": self.fingerprint(number)})
 
@@ -100,10 +100,10 @@ def encode_shard(
 
     Threads read ahead. A GPU encodes batches of equal length; on a CPU each core encodes windows of its own.
     """
-    problems, contents = dict[str, str](), dict[str, int]()
+    problems: dict[str, str] = {}
     tokens: dict[str, list[tuple[Window, Tokens]]] = {}
     wanted = ([row for row in group if row["status"] == OK] for _, group in groupby(rows, key=itemgetter("recording")))
-    sources = (_windows_of(rows, coarse_tokens(settings.window_seconds), problems, contents) for rows in wanted if rows)
+    sources = (_windows_of(rows, coarse_tokens(settings.window_seconds), problems) for rows in wanted if rows)
     read = chained_ahead(sources, settings.threads, WINDOWS_AHEAD)
     on_cpu = next(model.parameters()).device.type == "cpu"
     encoders, batch = (torch.get_num_threads(), 1) if on_cpu else (1, int(settings.batch_seconds * CODEC_RATE))
@@ -115,17 +115,16 @@ def encode_shard(
             advance(len(codes) * COARSE_24K / CODEC_RATE)
     encoding.report()
     joined = {id: _join(parts) for id, parts in tokens.items() if id not in problems}
-    return [_codes_row(row, joined, problems, contents) for row in rows]
+    return [_codes_row(row, joined, problems) for row in rows]
 
 
-def _windows_of(
-    rows: list[dict[str, Any]], window_coarse: int, problems: dict[str, str], contents: dict[str, int]
-) -> Iterator[tuple[int, Read]]:
-    """The windows of one recording, with their lengths, and its entry in `contents`; or one in `problems`."""
+def _windows_of(rows: list[dict[str, Any]], window_coarse: int, problems: dict[str, str]) -> Iterator[tuple[int, Read]]:
+    """The windows of one recording, with their lengths, and `content_crc32` in its rows; or an entry in `problems`."""
     id = rows[0]["recording"]
     try:
         recording = open_recording(rows[0])
-        contents[id] = content_crc32(recording.path)
+        for row in rows:
+            row["content_crc32"] = content_crc32(recording.path, row)
         for window, audio in read_windows(recording, rows, window_coarse):
             yield len(audio), (id, window, audio)
     except AudioError as error:
@@ -179,10 +178,7 @@ def _join(parts: list[tuple[Window, Tokens]]) -> tuple[int, int, Tokens]:
 
 
 def _codes_row(
-    row: dict[str, Any],
-    joined: dict[str, tuple[int, int, Tokens]],
-    problems: dict[str, str],
-    contents: dict[str, int],
+    row: dict[str, Any], joined: dict[str, tuple[int, int, Tokens]], problems: dict[str, str]
 ) -> dict[str, Any]:
     result = {name: row[name] for name in ("recording", "segment", "status", "reason", "n_coarse")}
     result["key"] = sample_key(row["shard"], row["row"])
@@ -194,5 +190,5 @@ def _codes_row(
     start, stop = row["start_coarse"], row["start_coarse"] + row["n_coarse"]
     before, after = min(CONTEXT_COARSE, start), min(CONTEXT_COARSE, total - stop)
     cut = codes[start - before - first : stop + after - first]
-    content = {"content_crc32": contents[row["recording"]], "codes": flatten_codes(cut)}
+    content = {"content_crc32": row["content_crc32"], "codes": flatten_codes(cut)}
     return {**result, "context_before": before, "context_after": after, **content}

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.settings import InspectSettings
-from shards.contract import INDEX_NAME, OK, PLAN_NAME, SIDECAR_SCHEMA, TARGET_RATE
+from shards.contract import FAILED, INDEX_NAME, OK, PLAN_NAME, REJECTED, SIDECAR_SCHEMA, TARGET_RATE, TOO_SHORT
 from shards.errors import ShardError, UserError
 from shards.reader import decode_sample, split_members
 from shards.writer import check_columns, read_metadata, read_table
@@ -54,8 +54,9 @@ def _table(path: Path, rows: int) -> None:
         click.echo(f"  {key}: {value if len(str(value)) < 400 else f'{len(value)} entries'}")
     if {"status", "reason"} <= set(table.column_names):
         _statuses(table)
-        usable = pc.field("status") == OK
-        table = pa.concat_tables([table.filter(~usable), table.filter(usable)])  # the rows to look at come first
+        table = pa.concat_tables(
+            [table.filter(pc.field("status") == status) for status in (FAILED, REJECTED, TOO_SHORT, OK)]
+        )
     _rows(table.slice(0, rows).to_pylist())
 
 

@@ -3,26 +3,25 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from codec.audio import AudioError, Header, Recording, probe
 from pipeline.sources import stored
+from shards.contract import COARSE_24K, CODEC_RATE
 from shards.storage import Stored, at_hand
 
-PLACES, PLACE_BYTES = 16, 4096  # of a file, by which its content is known again
+Row = dict[str, Any]
 
 
-def open_recording(row: dict[str, Any]) -> Recording:
-    """The recording of a plan row. Raises AudioError when it is gone or, where the row has one, another content_crc32.
+def open_recording(row: Row) -> Recording:
+    """The recording of a plan row. Raises AudioError when it is gone.
 
     Its header is compared with the plan where it is read; here, where the plan took a manifest at its word.
     """
     with _gone_is_a_reason():
         file = at_hand(stored(row["path"], row["offset"], row["file_bytes"]))
-    if row.get("content_crc32") not in (None, content_crc32(file)):
-        raise AudioError("the file is not the one that its codes were made from")
     header = Header(row["file_frames"], row["rate"], row["channels"])
     if row["channels"] is None:
         header = probe(file)
@@ -34,19 +33,29 @@ def open_recording(row: dict[str, Any]) -> Recording:
     return Recording(file, header, row["first_frame"], row["frames"])
 
 
-def content_crc32(file: Stored) -> int:
-    """Of PLACES stretches spread over the file, and its size: it tells files apart without reading them whole.
+def check_content(recording: Recording, rows: Iterable[Row]) -> None:
+    """Raises AudioError where rows know the content that their codes were made from, and it is another."""
+    for row in rows:
+        known = row.get("content_crc32")
+        if known is not None and content_crc32(recording.path, row) != known:
+            raise AudioError("the file is not the one that its codes were made from")
+
+
+def content_crc32(file: Stored, row: Row) -> int:
+    """Of the share of the file's bytes that the segment `row` is of its frames: together they are the whole file.
 
     Raises AudioError when the file is gone.
     """
+    coarse = row["start_coarse"], row["start_coarse"] + row["n_coarse"]
+    frames = (row["first_frame"] + place * COARSE_24K * row["rate"] // CODEC_RATE for place in coarse)
     with _gone_is_a_reason():
         size = file.stat().st_size
-        crc = zlib.crc32(str(size).encode())
+        start, stop = (min(size * frame // row["file_frames"], size) for frame in frames)
+        if start == stop:  # a named pipe would wait for a writer
+            return 0
         with file.open("rb") as opened:
-            for place in range(PLACES):
-                opened.seek(place * max(size - PLACE_BYTES, 0) // (PLACES - 1))
-                crc = zlib.crc32(opened.read(PLACE_BYTES), crc)
-    return crc
+            opened.seek(start)
+            return zlib.crc32(opened.read(stop - start))
 
 
 @contextmanager

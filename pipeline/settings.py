@@ -169,7 +169,7 @@ class InspectSettings(Settings):
 
     path: Local = Field(description="the file or folder")
     picture: Local | None = Field(default=None, description="PNG of a folder's distributions and spectrograms")
-    rows: int = Field(ge=0, le=1000, description="rows to print, those that are not ok first")
+    rows: int = Field(ge=0, le=1000, description="rows to print, those that failed first")
 
 
 class VerifySettings(Settings):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import json
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import groupby
@@ -47,7 +47,7 @@ from shards.contract import (
 from shards.errors import ShardError, UserError
 from shards.index import compact
 from shards.reader import split_members
-from shards.storage import Location, Part
+from shards.storage import Location
 from shards.writer import ShardWriter, read_metadata, read_table
 
 FINISHED_AHEAD = 4  # segments that wait to be written, per thread
@@ -138,23 +138,34 @@ class TargetsStage(Stage):
         made_from, kept = self.fingerprint(number), self.kept(number)
         again, theirs = ([row for place, row in enumerate(rows) if place not in kept] for rows in (planned, codes))
         fresh = samples(again, theirs, self.teacher, self.settings, made_from["snac"])
+        standing = self._standing(number, kept, codes)
         with ShardWriter(self.folder / split, shard, made_from) as writer:
             for place in range(len(planned)):
-                row, members = self._standing(number, kept[place]) if place in kept else next(fresh)
+                row, members = next(standing if place in kept else fresh)
                 writer.add(row, members) if members else writer.add_row(row)
                 advance(row["n_samples"] / TARGET_RATE)
 
-    def _standing(self, number: int, row: Row) -> tuple[Row, dict[str, bytes] | None]:
-        """A row of the shard that is made again, with its sample as it is."""
-        if row["status"] != OK:
-            return row, None
-        tar = self.table(number).with_suffix(".tar")
-        with Part(tar, row["offset"], row["length"]).open() as file:
-            data = file.read()
-        if zlib.crc32(data) != row["crc32"]:
-            raise ShardError(f"{tar}: {row['key']} is damaged: delete the tar, its shard is made anew")
-        members = split_members(data, row["key"], tar)
-        return row, {suffix: members[suffix] for suffix in (CODES_SUFFIX, TARGET_SUFFIX, META_SUFFIX)}
+    def _standing(
+        self, number: int, kept: Mapping[int, Row], codes: Sequence[Row]
+    ) -> Iterator[tuple[Row, dict[str, bytes] | None]]:
+        """The `kept` rows of the shard that is made again, with their samples as they are."""
+        path = self.table(number).with_suffix(".tar")
+        with path.open("rb") as tar:
+            for place, row in kept.items():
+                if row["status"] != OK:
+                    yield row, None
+                    continue
+                tar.seek(row["offset"])
+                data = tar.read(row["length"])
+                if zlib.crc32(data) != row["crc32"]:
+                    raise ShardError(f"{path}: {row['key']} is damaged: delete the tar, its shard is made anew")
+                members = split_members(data, row["key"], path)
+                now = codes[place]["codes"]
+                if now is not None and npy_bytes(np.asarray(now, np.int16)) != members[CODES_SUFFIX]:
+                    raise ShardError(
+                        f"{path}: {row['key']} has other codes than codes/: delete the tar, its shard is made anew"
+                    )
+                yield row, {suffix: members[suffix] for suffix in (CODES_SUFFIX, TARGET_SUFFIX, META_SUFFIX)}
 
 
 def _codes_fingerprint(work: Location, plan: Plan, number: int) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from codec.snac import bucketed, device_of
 from pipeline.ahead import Ahead, chained_ahead
 from pipeline.bandwidth import Spectrum
 from pipeline.hybrid import HALF, hybrid
-from pipeline.recordings import open_recording
+from pipeline.recordings import check_content, open_recording
 from pipeline.settings import TargetsSettings
 from pipeline.sidon import INPUT_RATE, UPSAMPLING, Sidon, high_passed, load_sidon
 from pipeline.windows import Grid, Held, Joiner, Window
@@ -145,6 +145,7 @@ class Teacher:
         window = Window(0, 0, 0, 0)
         try:
             recording = open_recording(rows[0])
+            check_content(recording, rows)
             survey = self.survey(recording)
             used = self.chosen(survey)
             heard, source = Resampler(recording, INPUT_RATE), Resampler(recording, TARGET_RATE)

@@ -74,7 +74,7 @@ CODES_SCHEMA = pa.schema(
         ("n_coarse", pa.int32()),
         ("context_before", pa.int8()),  # coarse tokens of the neighbour before, 0 at the recording's start
         ("context_after", pa.int8()),
-        ("content_crc32", pa.uint32()),  # of places in the file: is it the one that these codes were made from?
+        ("content_crc32", pa.uint32()),  # of its share of the file: is it the one that they were made from?
         ("codes", pa.list_(pa.int16())),  # flat as in codes.npy
     ]
 )

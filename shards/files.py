@@ -31,6 +31,10 @@ def replacing(path: Location) -> Iterator[Path]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(f"{path}: another process is writing it; wait for it or choose another name") from None
+        except OSError:  # a file system without locks, where two writers are not told apart
+            pass
+        if not temporary.exists() or not os.path.samestat(os.fstat(lock.fileno()), temporary.stat()):
+            raise UserError(f"{path}: another process has just written it; try again")
         try:
             yield temporary
             with temporary.open("rb") as file:

@@ -1,8 +1,6 @@
-"""FLAC in memory, by miniaudio's decoder (dr_flac): sample for sample what libFLAC gives, in half of its time."""
+"""FLAC in memory, by miniaudio's decoder (dr_flac): sample for sample what libFLAC gives, in 0.6 of its time."""
 
 from __future__ import annotations
-
-from types import TracebackType
 
 import numpy as np
 import numpy.typing as npt
@@ -12,17 +10,16 @@ from shards.errors import ShardError
 
 
 class Flac:
-    """One channel. Raises ShardError for anything else; a context manager, which frees the decoder."""
+    """One channel. Raises ShardError for anything else."""
 
     def __init__(self, data: bytes) -> None:
         self._data = ffi.from_buffer(data)  # the decoder reads from it
-        self._decoder = lib.ma_dr_flac_open_memory(self._data, len(data), ffi.NULL) if data[:4] == b"fLaC" else ffi.NULL
-        if self._decoder == ffi.NULL:
+        decoder = lib.ma_dr_flac_open_memory(self._data, len(data), ffi.NULL) if data[:4] == b"fLaC" else ffi.NULL
+        if decoder == ffi.NULL:
             raise ShardError(f"target is not readable FLAC: it begins with {data[:4]!r}")
-        if self._decoder.channels != 1:
-            channels = self._decoder.channels
-            self._close()
-            raise ShardError(f"target has {channels} channels, expected one")
+        self._decoder = ffi.gc(decoder, lib.ma_dr_flac_close)
+        if decoder.channels != 1:
+            raise ShardError(f"target has {decoder.channels} channels, expected one")
 
     @property
     def frames(self) -> int:
@@ -43,14 +40,3 @@ class Flac:
         if found != count:
             raise ShardError(f"target ends after {start + found} of {start + count} samples")
         return samples
-
-    def _close(self) -> None:
-        lib.ma_dr_flac_close(self._decoder)
-
-    def __enter__(self) -> Flac:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._close()

@@ -61,10 +61,10 @@ def decode_sample(members: dict[str, Any], part: Callable[[dict[str, Any]], rang
     try:
         meta = check_meta(members[META_SUFFIX])
         codes_T7 = load_codes(members[CODES_SUFFIX])
-        with Flac(members[TARGET_SUFFIX]) as flac:
-            check_sample(codes_T7, flac.frames, flac.rate, meta)
-            tokens = part(meta)
-            target = flac.read(tokens.start * COARSE_48K, len(tokens) * COARSE_48K)
+        flac = Flac(members[TARGET_SUFFIX])
+        check_sample(codes_T7, flac.frames, flac.rate, meta)
+        tokens = part(meta)
+        target = flac.read(tokens.start * COARSE_48K, len(tokens) * COARSE_48K)
     except ShardError as error:
         raise ShardError(f"{members['__url__']}: {members['__key__']}: {error}") from error
     return {"codes": codes_T7, "target": target, "meta": meta}

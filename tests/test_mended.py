@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,7 +17,8 @@ from pipeline.plan import make_plan
 from pipeline.recordings import content_crc32
 from pipeline.settings import CodesSettings
 from pipeline.targets import shard_targets
-from shards.contract import CODES_SCHEMA, FAILED, OK, TOO_SHORT
+from pipeline.teachers import Teacher
+from shards.contract import CODES_SCHEMA, FAILED, OK, REJECTED, TOO_SHORT
 from shards.errors import ShardError
 from shards.writer import read_metadata, read_table, write_table
 from tests.command_helpers import rows_of
@@ -159,14 +162,73 @@ def test_a_file_mended_to_another_size_is_taken(audio: Path, work: Path) -> None
     assert set.union(*statuses(work / "shards").values()) == {OK}
 
 
-@pytest.mark.parametrize("size", [0, 1, 4096, 70_000, 1_000_000])
-def test_the_content_is_told_from_others(size: int, tmp_path: Path) -> None:
-    path, data = tmp_path / "file", np.random.default_rng(size).bytes(size)
+@pytest.mark.parametrize(
+    ("size", "rate", "frames"), [(70_000, 16_000, 35_000), (4096, 44_100, 9_000_000), (3, 8_000, 9)]
+)
+def test_segments_together_know_every_byte(size: int, rate: int, frames: int, tmp_path: Path) -> None:
+    """Whatever byte differs, a segment notices, and its neighbours do not."""
+    path, random = tmp_path / "file", np.random.default_rng(size)
+    data = random.bytes(size)
+    length = 7
+    count = -(-frames * 24_000 // (rate * length * 2048))
+    place = {"first_frame": 0, "file_frames": frames, "rate": rate, "n_coarse": length}
+    rows = [{**place, "start_coarse": number * length} for number in range(count)]
 
-    def crc(content: bytes) -> int:
+    def crcs(content: bytes) -> list[int]:
         path.write_bytes(content)
-        return content_crc32(path)
+        return [content_crc32(path, row) for row in rows]
 
-    assert crc(data) == crc(data)
-    others = [data + b"\0", np.random.default_rng(1).bytes(size + 1), data[:-1] + b"\0", b"\0" + data[1:], data[::-1]]
-    assert crc(data) not in {crc(other) for other in others if other != data}
+    before = crcs(data)
+    for changed in {0, size - 1, size // 3, *random.integers(0, size, 20).tolist()}:
+        other = bytearray(data)
+        other[changed] ^= 1
+        assert sum(a != b for a, b in zip(crcs(bytes(other)), before, strict=True)) == 1
+    assert crcs(data + b"\0")[-1] != before[-1]
+
+
+def test_a_pipe_is_a_reason_and_no_wait(audio: Path, work: Path) -> None:
+    """A manifest that states lengths has no file opened before."""
+    os.mkfifo(audio / "pipe.wav")
+    rows = [f"{path},36000,24000,{path.parent.name}" for path in sorted(audio.rglob("*.wav"))]
+    (audio / "list.csv").write_text("\n".join(["path,frames,rate,speaker", *rows]) + "\n")
+    shard_codes(planned(audio / "list.csv", work, SOME))
+    assert reasons(work / "codes", str(audio / "pipe.wav")) == {"the file is empty"}
+
+
+def test_what_was_rejected_is_not_restored_again(
+    audio: Path, work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loud = 1000 * speechlike(1.5, 24_000, 0)  # beyond full scale
+    soundfile.write(audio / "a.wav", loud, 24_000, "FLOAT")
+    shard_codes(planned(audio, work))
+    shutil.move(audio / "b.wav", tmp_path / "b.wav")
+    shard_targets(targets_settings(work, SOME))
+    assert statuses(work / "shards") == {"a.wav": {REJECTED}, "b.wav": {FAILED}, "c.wav": {OK}}
+    shutil.move(tmp_path / "b.wav", audio / "b.wav")
+    asked, segments = list[str](), Teacher.segments
+
+    def watched(self: Teacher, recordings: Sequence[list[dict[str, Any]]]) -> Iterator[Any]:
+        asked.extend(rows[0]["recording"] for rows in recordings)
+        return segments(self, recordings)
+
+    monkeypatch.setattr(Teacher, "segments", watched)
+    shard_targets(targets_settings(work, "retry=failed", SOME))
+    assert statuses(work / "shards") == {"a.wav": {REJECTED}, "b.wav": {OK}, "c.wav": {OK}}
+    assert asked == ["b.wav"]
+
+
+def test_a_sample_with_other_codes_than_those_that_stand_is_not_kept(audio: Path, work: Path, tmp_path: Path) -> None:
+    shard_codes(planned(audio, work))
+    shutil.move(audio / "b.wav", tmp_path / "b.wav")
+    shard_targets(targets_settings(work, SOME))
+    shutil.move(tmp_path / "b.wav", audio / "b.wav")
+    soundfile.write(audio / "a.wav", speechlike(1.5, 24_000, 9), 24_000)
+    for path in work.glob("codes/train/*.parquet"):
+        path.unlink()
+    shard_codes(planned(audio, work))
+    with pytest.raises(ShardError, match="has other codes than codes/: delete the tar, its shard is made anew"):
+        shard_targets(targets_settings(work, "retry=failed"))
+    for path in work.glob("shards/train/*.tar"):
+        path.unlink()
+    shard_targets(targets_settings(work))
+    assert set.union(*statuses(work / "shards").values()) == {OK}

@@ -186,13 +186,13 @@ def speech_like(samples: int) -> np.ndarray[Any, np.dtype[np.float32]]:
 def test_flac_is_decoded_as_by_libsndfile(bits: int) -> None:
     data = flac_bytes(speech_like(20_000), bits)
     expected, _ = soundfile.read(io.BytesIO(data), dtype="float32")
-    with Flac(data) as flac:
-        assert (flac.frames, flac.rate) == (20_000, 48_000)
-        for start, count in [(0, 20_000), (19_999, 1), (4096, 4096), (1, 9000), (0, 1), (4095, 2)]:
-            assert np.array_equal(flac.read(start, count), expected[start : start + count])
-        for start, count in [(0, 20_001), (20_000, 1), (50_000, 4), (19_000, 4096)]:
-            with pytest.raises(ShardError, match=f"of {start + count} samples"):
-                flac.read(start, count)
+    flac = Flac(data)
+    assert (flac.frames, flac.rate) == (20_000, 48_000)
+    for start, count in [(0, 20_000), (19_999, 1), (4096, 4096), (1, 9000), (0, 1), (4095, 2)]:
+        assert np.array_equal(flac.read(start, count), expected[start : start + count])
+    for start, count in [(0, 20_001), (20_000, 1), (50_000, 4), (19_000, 4096)]:
+        with pytest.raises(ShardError, match=f"of {start + count} samples"):
+            flac.read(start, count)
 
 
 def test_damaged_flac_is_refused_or_unharmed() -> None:
@@ -204,11 +204,11 @@ def test_damaged_flac_is_refused_or_unharmed() -> None:
         damaged = bytearray(data)
         damaged[place] ^= 1 << int(random.integers(8))
         try:
-            with Flac(bytes(damaged)) as flac:
-                assert np.array_equal(flac.read(0, 20_000), expected) or place < 42  # bits and rate in the header
+            whole = Flac(bytes(damaged)).read(0, 20_000)
+            assert np.array_equal(whole, expected) or place < 42  # bits and rate in the header
         except ShardError:
             refused += 1
     assert refused > 200
     for length in random.integers(0, len(data), 100).tolist():
-        with pytest.raises(ShardError), Flac(data[:length]) as flac:
-            flac.read(0, 20_000)
+        with pytest.raises(ShardError):
+            Flac(data[:length]).read(0, 20_000)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import gc
 import io
 import os
@@ -356,3 +357,31 @@ def test_one_process_at_a_time_writes_a_file(killed: bool, tmp_path: Path) -> No
     with replacing(path) as temporary:
         temporary.write_text("second")
     assert [(file.name, file.read_text()) for file in tmp_path.iterdir()] == [("file", "second")]
+
+
+def test_who_opened_the_name_before_it_was_taken_does_not_write(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its lock would be on the finished file of the other."""
+    path, flock = tmp_path / "file", fcntl.flock
+
+    def late(lock: Any, how: int) -> None:
+        monkeypatch.undo()
+        with replacing(path) as temporary:
+            temporary.write_text("first")
+        flock(lock, how)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    with pytest.raises(UserError, match="another process has just written it"), replacing(path):
+        pass
+    assert [(file.name, file.read_text()) for file in tmp_path.iterdir()] == [("file", "first")]
+
+
+def test_a_file_system_without_locks_will_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def none(lock: Any, how: int) -> None:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr(fcntl, "flock", none)
+    with replacing(tmp_path / "file") as temporary:
+        temporary.write_text("whole")
+    assert [(file.name, file.read_text()) for file in tmp_path.iterdir()] == [("file", "whole")]

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 from pathlib import Path
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
@@ -15,8 +16,10 @@ from pipeline.inspect import inspect
 from pipeline.settings import InspectSettings, VerifySettings
 from pipeline.targets import shard_targets
 from pipeline.verify import verify
+from shards.contract import FAILED, OK, REJECTED, SIDECAR_SCHEMA, TOO_SHORT
 from shards.errors import ShardError, UserError
 from shards.index import compact, load, shard_list
+from shards.writer import write_table
 from tests.helpers import run_command, targets_settings
 from tests.shard_helpers import all_problems, flip
 
@@ -91,6 +94,14 @@ def test_inspect_prints_each_kind_of_file(
         assert text in out
     printed = len(re.findall(r"^  (?:\d{6}-\d{5}: |key=|split=)", out, flags=re.MULTILINE))
     assert printed == (6 if file.endswith(".tar") else 8)
+
+
+def test_inspect_prints_first_what_failed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    statuses = [OK, TOO_SHORT, OK, REJECTED, TOO_SHORT, FAILED]
+    rows = [{"key": str(place), "status": status, "n_samples": 1} for place, status in enumerate(statuses)]
+    write_table(tmp_path / "a.parquet", pa.Table.from_pylist(rows, SIDECAR_SCHEMA), {})
+    inspect(InspectSettings(path=tmp_path / "a.parquet", rows=6))
+    assert re.findall(r"^  key=(\d)", capsys.readouterr().out, re.MULTILINE) == ["5", "3", "1", "4", "0", "2"]
 
 
 def test_inspect_says_what_the_index_lacks(work: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
