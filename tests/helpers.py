@@ -14,6 +14,7 @@ from configs.loader import load_settings
 from pipeline.settings import CodesSettings, TargetsSettings
 from pipeline.teachers import Taught, Teacher, whole_recording
 from shards.contract import COARSE_48K
+from shards.writer import read_metadata, read_table, write_table
 
 ROOT = Path(__file__).parent.parent
 TINY_SNAC = str(ROOT / "demo" / "snac_tiny_24khz")
@@ -55,6 +56,12 @@ def codes_settings(audio: Path, work: Path, *overrides: str) -> CodesSettings:
 def targets_settings(work: Path, *overrides: str) -> TargetsSettings:
     given = [f"work={work}", "gpu=cpu", "teacher=recording", *overrides]
     return load_settings(TargetsSettings, "shard_targets.json", _last_wins(given))
+
+
+def forget_contents(work: Path) -> None:
+    """Makes its codes those of 0.1.0, which do not know the content of their files."""
+    for path in (work / "codes").glob("*/*.parquet"):
+        write_table(path, read_table(path).drop_columns("content_crc32"), read_metadata(path))
 
 
 def _last_wins(overrides: list[str]) -> list[str]:

@@ -18,11 +18,10 @@ from pipeline.recordings import content_crc32
 from pipeline.settings import CodesSettings
 from pipeline.targets import shard_targets
 from pipeline.teachers import Teacher
-from shards.contract import CODES_SCHEMA, FAILED, OK, REJECTED, TOO_SHORT
+from shards.contract import FAILED, OK, REJECTED, TOO_SHORT
 from shards.errors import ShardError
-from shards.writer import read_metadata, read_table, write_table
 from tests.command_helpers import rows_of
-from tests.helpers import codes_settings, speechlike, targets_settings
+from tests.helpers import codes_settings, forget_contents, speechlike, targets_settings
 
 SOME = "max_failed_fraction=0.99"
 CHANGED = "the file is not the one that its codes were made from"
@@ -100,10 +99,7 @@ def test_a_replaced_file_gets_new_codes_when_the_old_ones_are_deleted(audio: Pat
 def test_codes_that_do_not_know_their_file_are_taken(audio: Path, work: Path) -> None:
     """Those of 0.1.0."""
     shard_codes(planned(audio, work))
-    for path in (work / "codes").glob("*/*.parquet"):
-        table = read_table(path)
-        assert table.schema.remove_metadata() == CODES_SCHEMA
-        write_table(path, table.drop_columns("content_crc32"), read_metadata(path))
+    forget_contents(work)
     shard_targets(targets_settings(work))
     assert set.union(*statuses(work / "shards").values()) == {OK}
 
