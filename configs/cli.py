@@ -10,7 +10,7 @@ import sys
 import click
 
 from configs.loader import FOLDER, Settings, load_settings
-from shards.errors import UserError
+from shards.errors import UserError, printable
 
 
 def add_command(group: click.Group, name: str, settings: type[Settings], config: str, runs: str) -> None:
@@ -29,15 +29,18 @@ def add_command(group: click.Group, name: str, settings: type[Settings], config:
             module, function = runs.split(":")
             getattr(importlib.import_module(module), function)(resolved)
         except UserError as error:
-            click.echo(f"error: {' '.join(str(error).split())}", err=True)
+            _fail(str(error))
             sys.exit(error.exit_code)
         except OSError as error:
-            message = f"{error.strerror or error}: {error.filename or 'while writing'}"
-            click.echo(f"error: {' '.join(message.split())}", err=True)
+            _fail(f"{error.strerror or error}: {error.filename or 'while writing'}")
             sys.exit(1)
 
     body.__doc__ = f"{inspect.cleandoc(settings.__doc__ or '')}\n\n{_keys(settings, config)}"
     group.command(name)(body)
+
+
+def _fail(message: str) -> None:
+    click.echo(f"error: {printable(' '.join(message.split()))}", err=True)
 
 
 def _keys(settings: type[Settings], config: str) -> str:

@@ -26,10 +26,10 @@ from pipeline.plan import Plan
 from pipeline.settings import ExecutionSettings
 from pipeline.stage import Stage
 from shards.contract import FAILED, OK, REJECTED
-from shards.errors import UserError
+from shards.errors import UserError, printable
 from shards.files import exclusive
 from shards.storage import Location, Url
-from shards.writer import read_table
+from shards.writer import AHEAD, finish, read_table
 
 REASONS_SHOWN = 5
 MAX_IN_A_ROW = 3  # shards that could not be made, one after the other: something is wrong with more than one shard
@@ -200,12 +200,12 @@ def alone(settings: ExecutionSettings, what: Location) -> Iterator[None]:
 
 
 def clean(folder: Location, shards: Iterable[tuple[str, int]]) -> None:
-    """Removes what killed processes left of these shards under temporary names."""
+    """Removes, or brings to its end, what killed processes left of these shards."""
     ours = {f"{split}/{shard:06d}" for split, shard in shards}
-    found = folder.files() if isinstance(folder, Url) else folder.glob("*/*.tmp")
+    found = folder.files() if isinstance(folder, Url) else folder.glob("*/*.*")
     for path in found:
-        if path.suffix == ".tmp" and f"{path.parent.name}/{path.name.partition('.')[0]}" in ours:
-            path.unlink(missing_ok=True)
+        if path.suffix in (".tmp", AHEAD) and f"{path.parent.name}/{path.name.partition('.')[0]}" in ours:
+            finish(path) if path.suffix == AHEAD else path.unlink(missing_ok=True)
 
 
 def summarize(paths: Sequence[Location], max_failed_fraction: float, title: str) -> None:
@@ -233,12 +233,12 @@ def summarize(paths: Sequence[Location], max_failed_fraction: float, title: str)
     total = sum(statuses.values())
     tqdm.write(f"{title}: {total} segments, {', '.join(f'{n} {name}' for name, n in statuses.most_common())}")
     for reason, n in reasons.most_common(REASONS_SHOWN):
-        tqdm.write(f"  {n} × {reason} ({'such as ' if n > 1 else ''}{examples[reason]})")
+        tqdm.write(printable(f"  {n} × {reason} ({'such as ' if n > 1 else ''}{examples[reason]})"))
     lost = statuses[FAILED] + statuses[REJECTED]
     if lost > max_failed_fraction * total:
         raise UserError(
             f"{lost} of {total} segments failed or were rejected, above max_failed_fraction={max_failed_fraction:g}; "
-            "the rows say why. What succeeded is kept, the index as it was: raise the limit, or mend the recordings "
+            "the rows say why. What succeeded is kept, without a new index: raise the limit, or mend the recordings "
             "and add retry=failed (for shard-codes, what could not even be planned needs extend=true)"
         )
     if total and not statuses[OK]:

@@ -13,7 +13,8 @@ import pyarrow.compute as pc
 
 from pipeline.settings import InspectSettings
 from shards.contract import FAILED, INDEX_NAME, OK, PLAN_NAME, REJECTED, SIDECAR_SCHEMA, TARGET_RATE, TOO_SHORT
-from shards.errors import ShardError, UserError
+from shards.errors import ShardError, UserError, printable
+from shards.index import wrong_place
 from shards.reader import decode_sample, split_members
 from shards.writer import check_columns, read_metadata, read_table
 
@@ -48,10 +49,18 @@ def _unfinished(work: Path) -> None:
 
 
 def _table(path: Path, rows: int) -> None:
+    try:
+        _shown(path, rows)
+    except (pa.ArrowException, TypeError, ValueError, OverflowError) as error:
+        raise ShardError(f"{path}: not a table of ours: {error}") from error
+
+
+def _shown(path: Path, rows: int) -> None:
     metadata, table = read_metadata(path), read_table(path)
     click.echo(f"{path}: {table.num_rows} rows")
     for key, value in metadata.items():
-        click.echo(f"  {key}: {value if len(str(value)) < 400 else f'{len(value)} entries'}")
+        text = printable(str(value))
+        click.echo(f"  {key}: {text if len(text) < 400 else f'{len(value)} entries'}")
     if {"status", "reason"} <= set(table.column_names):
         _statuses(table)
         table = pa.concat_tables(
@@ -63,7 +72,7 @@ def _table(path: Path, rows: int) -> None:
 def _statuses(table: pa.Table) -> None:
     click.echo(f"  statuses: {dict(Counter(table['status'].to_pylist()))}")
     for reason, n in Counter(filter(None, table["reason"].to_pylist())).most_common():
-        click.echo(f"    {n} × {reason}")
+        click.echo(f"    {n} × {printable(reason)}")
     usable = table.filter(pc.field("status") == OK)
     if "n_samples" in table.column_names and usable.num_rows:
         seconds = pc.sum(usable["n_samples"]).as_py() / TARGET_RATE
@@ -78,7 +87,7 @@ def _rows(rows: list[dict[str, Any]]) -> None:
 def _short(value: Any) -> str:
     if isinstance(value, list) and len(value) > 6:
         return f"[{', '.join(map(str, value[:6]))}, … {len(value)}]"
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+    return f"{value:.4g}" if isinstance(value, float) else printable(str(value))
 
 
 def _tar(path: Path, rows: int) -> None:
@@ -88,6 +97,8 @@ def _tar(path: Path, rows: int) -> None:
     table = read_table(sidecar)
     check_columns(sidecar, table.schema.remove_metadata(), SIDECAR_SCHEMA)
     samples = table.filter(pc.field("status") == OK)
+    if wrong := wrong_place(samples):
+        raise ShardError(f"{sidecar}: {wrong}")
     try:
         with tarfile.open(path, "r:") as tar:
             names = tar.getnames()

@@ -48,6 +48,8 @@ def read_manifest(path: Location) -> tuple[dict[str, list[Any]], Counter[str]]:
     for row, (a, b) in enumerate(zip(start, end, strict=True)):
         if not (0 <= a < (math.inf if b is None else b)):
             problem[row] = f"start {a:g} s and end {b} s are not a stretch of time"
+        if "\0" in names[row]:
+            problem[row] = "its path holds a null character"
     columns: dict[str, list[Any]] = {
         "recording": [id or _id(*rest) for id, *rest in zip(given.get("id", nothing), names, start, end, strict=True)],
         "name": names,

@@ -45,10 +45,10 @@ from shards.contract import (
     unflatten_codes,
 )
 from shards.errors import ShardError, UserError
-from shards.index import compact
+from shards.index import compact, forget
 from shards.reader import split_members
 from shards.storage import Location
-from shards.writer import ShardWriter, read_metadata, read_table
+from shards.writer import ShardWriter, read_fingerprint, read_metadata, read_table
 
 FINISHED_AHEAD = 4  # segments that wait to be written, per thread
 Samples = npt.NDArray[np.float32]
@@ -144,6 +144,8 @@ class TargetsStage(Stage):
                 row, members = next(standing if place in kept else fresh)
                 writer.add(row, members) if members else writer.add_row(row)
                 advance(row["n_samples"] / TARGET_RATE)
+            if self.table(number).exists():
+                forget(self.folder)
 
     def _standing(
         self, number: int, kept: Mapping[int, Row], codes: Sequence[Row]
@@ -172,7 +174,7 @@ def _codes_fingerprint(work: Location, plan: Plan, number: int) -> dict[str, Any
     path = codes_path(work, *plan.shards[number])
     if not path.exists():
         raise UserError(f"{path} is missing: run `just shard-codes` to its end first")
-    found: dict[str, Any] = read_metadata(path).get("fingerprint", {})
+    found = read_fingerprint(path)
     if found.get("plan_rows") != plan.rows_sha256[number]:
         raise ShardError(f"{path} was made for another plan: delete {path.parent.parent} and run `just shard-codes`")
     return found

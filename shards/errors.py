@@ -15,3 +15,8 @@ class SettingsError(UserError):
 
 class ShardError(UserError):
     """A shard, sidecar or index is not what it claims to be."""
+
+
+def printable(text: str) -> str:
+    """What a terminal would obey instead of showing it, written out: names come from data."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

@@ -46,6 +46,17 @@ def replacing(path: Location) -> Iterator[Path]:
     _fsync_folder(path.parent)
 
 
+def move(path: Location, target: Location) -> None:
+    """A whole file takes the name of another, or of none. Remote: it is copied, and then goes."""
+    if isinstance(path, Url) or isinstance(target, Url):
+        with replacing(target) as temporary:
+            temporary.write_bytes(path.read_bytes())
+        path.unlink(missing_ok=True)
+        return
+    path.replace(target)
+    _fsync_folder(target.parent)
+
+
 @contextmanager
 def new_folder(out: Path) -> Iterator[Path]:
     """Yields the name of a folder to make, which becomes `out` on success. Raises UserError where that exists."""
@@ -54,7 +65,12 @@ def new_folder(out: Path) -> Iterator[Path]:
     out.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as temporary:
         yield Path(temporary) / out.name
-        (Path(temporary) / out.name).rename(out)
+        try:
+            (Path(temporary) / out.name).rename(out)
+        except OSError as error:
+            if not out.exists():
+                raise
+            raise UserError(f"out={out} was made meanwhile: choose another folder or delete it") from error
 
 
 @contextmanager

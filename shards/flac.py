@@ -1,4 +1,4 @@
-"""FLAC in memory, by miniaudio's decoder (dr_flac): sample for sample what libFLAC gives, in 0.6 of its time."""
+"""FLAC in memory, by miniaudio's decoder (dr_flac): libFLAC's samples of a whole file, in 0.6 of its time."""
 
 from __future__ import annotations
 

@@ -17,14 +17,34 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from shards.cache import ShardCache, default_cache
-from shards.contract import FORMAT_VERSION, INDEX_NAME, INDEX_SCHEMA, OK, SIDECAR_SCHEMA, SUMS_NAME, tar_path
+from shards.contract import (
+    FORMAT_VERSION,
+    INDEX_NAME,
+    INDEX_SCHEMA,
+    META_FIELDS,
+    OK,
+    SIDECAR_SCHEMA,
+    SUMS_NAME,
+    tar_path,
+)
 from shards.errors import ShardError
 from shards.files import file_sha256, replacing
 from shards.reader import decode_sample, split_members
 from shards.storage import Location
-from shards.writer import check_columns, differences, encode_metadata, naming, parquet_source, read_metadata, read_table
+from shards.writer import (
+    check_columns,
+    differences,
+    encode_metadata,
+    naming,
+    parquet_source,
+    read_fingerprint,
+    read_metadata,
+    read_table,
+)
 
 GROUP_ROWS = 1 << 16  # of an index in memory at once
+SAID_TWICE = set(META_FIELDS) & set(SIDECAR_SCHEMA.names) - {"teacher"}  # by a sample's json and by its row
+MAX_SAMPLE_BYTES = 1 << 30
 KEY_PATTERN = r"^\d{6,}-\d{5,}$"  # of `sample_key`: keys name files, and nothing else may stand in one
 
 
@@ -47,6 +67,12 @@ def compact(folder: Location, shards: Sequence[tuple[str, int]], about: Mapping[
         sums[f"{split}/{sidecar.name}"] = file_sha256(sidecar)
     write_sums(folder, {INDEX_NAME: file_sha256(path), **sums})
     return path
+
+
+def forget(folder: Location) -> None:
+    """Takes away an index that is about to be wrong."""
+    for name in (SUMS_NAME, INDEX_NAME):
+        (folder / name).unlink(missing_ok=True)
 
 
 def write_index(path: Path, schema: pa.Schema, tables: Iterable[pa.Table]) -> None:
@@ -124,7 +150,7 @@ def load(folder: Location, split: str, cache: ShardCache | None = None) -> Index
         shards=tuple(sorted(counts)),
         counts=tuple(counts[shard] for shard in sorted(counts)),
         sha256=sums[INDEX_NAME],
-        fingerprint=read_metadata(path)["fingerprint"],
+        fingerprint=read_fingerprint(path),
         cache=cache or default_cache(),
     )
 
@@ -143,7 +169,7 @@ def _mapped(path: Location, split: str) -> tuple[pa.Table, Counter[int]]:
             for rows in parquet.iter_batches(GROUP_ROWS, columns=[*columns, "split", "status"]):
                 usable = rows.filter(pc.and_(pc.equal(rows["split"], split), pc.equal(rows["status"], OK)))
                 usable.validate(full=True)  # pyarrow takes any bytes for text
-                if wrong := wrong_key(usable["key"]):
+                if wrong := wrong_key(usable["key"]) or wrong_place(usable):
                     raise ValueError(wrong)
                 written.write_batch(usable.select(columns))
                 for found in usable["shard"].value_counts().to_pylist():
@@ -156,6 +182,17 @@ def wrong_key(keys: pa.Array | pa.ChunkedArray) -> str | None:
     """What is said of the first key that is none of `sample_key`."""
     place = pc.index(pc.match_substring_regex(keys, KEY_PATTERN), False).as_py()
     return None if place < 0 else f"{keys[place].as_py()!r} is no key of a sample"
+
+
+def wrong_place(usable: pa.Table | pa.RecordBatch) -> str | None:
+    """What is said of rows with a sample that do not say where it is."""
+    for name in ("offset", "length", "crc32", "n_coarse", "n_samples"):
+        low, high = pc.min_max(usable[name]).as_py().values()
+        if usable[name].null_count:
+            return f"{name} is missing where the status is {OK}"
+        if low is not None and (low < 0 or (name == "length" and high > MAX_SAMPLE_BYTES)):
+            return f"{name} is {low if low < 0 else high}"
+    return None
 
 
 def shard_list(folder: Location) -> list[tuple[str, int]]:
@@ -192,7 +229,7 @@ def problems(folder: Path, split: str, shard: int, sums: Mapping[str, str]) -> I
         metadata = _metadata(folder, split, shard)
         rows = _index_rows(folder, split, shard)
         indexed = read_table(folder / INDEX_NAME, filters=chosen)
-        made_by = read_metadata(folder / INDEX_NAME).get("fingerprint", {})
+        made_by = read_fingerprint(folder / INDEX_NAME)
     except ShardError as error:
         yield str(error)
         return
@@ -202,7 +239,7 @@ def problems(folder: Path, split: str, shard: int, sums: Mapping[str, str]) -> I
     trusted = indexed.replace_schema_metadata(None).equals(rows.replace_schema_metadata(None))
     if not trusted:
         yield f"{sidecar}: its rows are not those of the index"
-    elif wrong := wrong_key(rows["key"]):
+    elif wrong := wrong_key(rows["key"]) or wrong_place(rows.filter(pc.field("status") == OK)):
         yield f"{sidecar}: {wrong}"
         return
     changed = differences(_common(metadata["fingerprint"]), made_by)
@@ -225,9 +262,13 @@ def problems(folder: Path, split: str, shard: int, sums: Mapping[str, str]) -> I
                 yield f"{path}: {row['key']}: crc32 differs"
                 continue
             try:
-                decode_sample(split_members(data, row["key"], path))
+                meta = decode_sample(split_members(data, row["key"], path))["meta"]
             except ShardError as error:
                 yield str(error)
+                continue
+            common = meta.keys() & SAID_TWICE
+            if changed := differences({name: meta[name] for name in common}, {name: row[name] for name in common}):
+                yield f"{path}: {row['key']}: its json differs from its row: {changed}"
 
 
 def _metadata(folder: Location, split: str, shard: int) -> dict[str, Any]:
@@ -236,6 +277,7 @@ def _metadata(folder: Location, split: str, shard: int) -> dict[str, Any]:
         raise ShardError(f"{path}: missing; run `just shard-targets` again")
     metadata = read_metadata(path)
     lacking = {"format_version", "tar_bytes", "tar_sha256", "fingerprint"} - metadata.keys()
+    read_fingerprint(path)
     if lacking:
         raise ShardError(f"{path}: its schema metadata lacks {', '.join(sorted(lacking))}; delete it and make it again")
     if metadata["format_version"] != FORMAT_VERSION:

@@ -17,8 +17,10 @@ import pyarrow.parquet as pq
 
 from shards.contract import FORMAT_VERSION, SIDECAR_SCHEMA
 from shards.errors import ShardError
-from shards.files import file_sha256, replacing
+from shards.files import file_sha256, move, replacing
 from shards.storage import Location, Url
+
+AHEAD = ".next"  # at the end of a sidecar's name whose tar may not stand yet
 
 
 def write_table(
@@ -39,6 +41,14 @@ def read_metadata(path: Location) -> dict[str, Any]:
     with naming(path):
         raw = pq.read_metadata(parquet_source(path)).metadata or {}
         return {key.decode(): json.loads(value) for key, value in raw.items() if key != b"ARROW:schema"}
+
+
+def read_fingerprint(path: Location) -> dict[str, Any]:
+    """What a table says that it was made from; nothing where it does not say. Raises ShardError for what is no such."""
+    found = read_metadata(path).get("fingerprint", {})
+    if not isinstance(found, dict):
+        raise ShardError(f"{path}: its fingerprint is {found!r}; make it again by its stage")
+    return found
 
 
 def read_table(path: Location, **options: Any) -> pa.Table:
@@ -81,7 +91,7 @@ def is_done(path: Location, fingerprint: Mapping[str, Any]) -> bool:
     """Whether the table at `path` stands and was made by this very run. Raises ShardError when by another."""
     if not path.exists():
         return False
-    changed = differences(read_metadata(path).get("fingerprint", {}), fingerprint)
+    changed = differences(read_fingerprint(path), fingerprint)
     if changed:
         raise ShardError(f"{path} was made by another run ({changed}): use another folder or delete it")
     return True
@@ -90,12 +100,14 @@ def is_done(path: Location, fingerprint: Mapping[str, Any]) -> bool:
 class ShardWriter:
     """Collects samples into `folder/000000.tar` and rows into `folder/000000.parquet`; leaving commits both.
 
-    The sidecar is renamed last: a shard is done when its sidecar stands.
+    The sidecar takes its name last: a shard is done when its sidecar stands. Before the tar takes its own, the sidecar
+    is whole under a name with AHEAD: where a shard is made again, a kill between the two leaves `finish` its work.
     """
 
     def __init__(self, folder: Location, shard: int, fingerprint: Mapping[str, Any]) -> None:
         self.tar_path = folder / f"{shard:06d}.tar"
         self.sidecar_path = folder / f"{shard:06d}.parquet"
+        self._ahead = self.sidecar_path.with_name(self.sidecar_path.name + AHEAD)
         self._fingerprint = fingerprint
         self._rows: list[dict[str, Any]] = []
 
@@ -127,13 +139,28 @@ class ShardWriter:
         if error is not None:
             self._open.__exit__(kind, error, trace)
             return
-        with self._open:  # a disk that is full only now leaves nothing behind either
-            self._tar.close()
-            self._file.flush()
-            metadata = {
-                "format_version": FORMAT_VERSION,
-                "tar_bytes": self._temporary.stat().st_size,
-                "tar_sha256": file_sha256(self._temporary),
-                "fingerprint": self._fingerprint,
-            }
-        write_table(self.sidecar_path, pa.Table.from_pylist(self._rows, schema=SIDECAR_SCHEMA), metadata)
+        try:
+            with self._open:  # a disk that is full only now leaves nothing behind either
+                self._tar.close()
+                self._file.flush()
+                metadata = {
+                    "format_version": FORMAT_VERSION,
+                    "tar_bytes": self._temporary.stat().st_size,
+                    "tar_sha256": file_sha256(self._temporary),
+                    "fingerprint": self._fingerprint,
+                }
+                write_table(self._ahead, pa.Table.from_pylist(self._rows, schema=SIDECAR_SCHEMA), metadata)
+        except BaseException:
+            self._ahead.unlink(missing_ok=True)
+            raise
+        move(self._ahead, self.sidecar_path)
+
+
+def finish(path: Location) -> None:
+    """What a killed process left with AHEAD in its name becomes the sidecar when its tar stands, and goes when not."""
+    sidecar = path.with_name(path.name.removesuffix(AHEAD))
+    tar = sidecar.with_suffix(".tar")
+    if tar.exists() and file_sha256(tar) == read_metadata(path).get("tar_sha256"):
+        move(path, sidecar)
+    else:
+        path.unlink(missing_ok=True)

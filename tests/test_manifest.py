@@ -76,7 +76,7 @@ def test_a_manifest_that_is_wrong_costs_its_rows(recordings: Path, tmp_path: Pat
     reasons = {
         str(a): f"the file holds {frames} frames at 48000 Hz, its manifest says {frames + 1} at 48000 Hz",
         str(b): "frames at 44100 Hz, its manifest says",
-        str(gone): "No such file or directory since planning",
+        str(gone): "no such file",
         str(text): "not readable as audio",
         f"{c}#0.1-": "the manifest states 0 frames at 48000 Hz",
         f"{d}#0.1-": "the manifest states 48000 frames at 1 Hz",
@@ -144,3 +144,10 @@ def test_text_that_looks_like_a_time_stays_text(tmp_path: Path) -> None:
     assert columns["group"] == ["7", "8"]
     assert columns["start"] == [0.5, 1.0]
     assert ignored == {"column recorded": 1}
+
+
+def test_a_path_with_a_null_character_costs_its_row(tmp_path: Path) -> None:
+    path = tmp_path / "list.jsonl"
+    path.write_text('{"path": "a\\u0000b.wav"}\n{"path": "c.wav"}\n')
+    columns, _ = read_manifest(path)
+    assert columns["problem"] == ["its path holds a null character", None]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,8 +22,8 @@ from pipeline.targets import shard_targets
 from pipeline.teachers import Teacher
 from shards.contract import FAILED, OK, REJECTED, TOO_SHORT
 from shards.errors import ShardError
-from tests.command_helpers import rows_of
-from tests.helpers import codes_settings, forget_contents, speechlike, targets_settings
+from tests.command_helpers import in_process, refused, rows_of, targets_words
+from tests.helpers import ROOT, codes_settings, forget_contents, speechlike, targets_settings
 
 SOME = "max_failed_fraction=0.99"
 CHANGED = "the file is not the one that its codes were made from"
@@ -228,3 +230,61 @@ def test_a_sample_with_other_codes_than_those_that_stand_is_not_kept(audio: Path
         path.unlink()
     shard_targets(targets_settings(work))
     assert set.union(*statuses(work / "shards").values()) == {OK}
+
+
+DIE = """
+import os, sys
+from pathlib import Path
+from pipeline.__main__ import main
+
+left, ordinary = int(sys.argv[1]), Path.replace
+
+def replace(self, target):
+    global left
+    ordinary(self, target)
+    left -= target.parent.name == "train"
+    if not left:
+        os._exit(9)
+
+Path.replace = replace
+main(sys.argv[2:])
+"""
+
+
+@pytest.mark.parametrize("renamed", [1, 2, 3])
+def test_a_second_try_may_be_killed_between_tar_and_sidecar(
+    renamed: int, audio: Path, work: Path, tmp_path: Path
+) -> None:
+    """Nothing of what had succeeded is lost, although its recordings are gone."""
+    whole = tmp_path / "whole"
+    for folder in (whole, work):
+        shard_codes(planned(audio, folder))
+    shard_targets(targets_settings(whole))
+    shutil.move(audio / "b.wav", tmp_path / "b.wav")
+    shard_targets(targets_settings(work, SOME))
+    shutil.move(tmp_path / "b.wav", audio / "b.wav")
+    (audio / "a.wav").unlink()
+    again = targets_words(work, "retry=failed")
+    died = subprocess.run([sys.executable, "-c", DIE, str(renamed), *again], cwd=ROOT, check=False, capture_output=True)
+    assert died.returncode == 9, died.stderr
+    if renamed < 3:
+        assert not (work / "shards" / "index.parquet").exists(), "it would be wrong of the new tar"
+    assert in_process(again).exit_code == 0
+    for path in whole.glob("shards/*/*"):
+        assert (work / path.relative_to(whole)).read_bytes() == path.read_bytes(), path
+    assert not list(work.glob("shards/*/*.next"))
+    assert in_process(["verify", f"shards={work / 'shards'}"]).exit_code == 0
+
+
+def test_a_second_try_above_the_limit_leaves_no_wrong_index(audio: Path, work: Path, tmp_path: Path) -> None:
+    shard_codes(planned(audio, work))
+    for name in ("a.wav", "b.wav"):
+        shutil.move(audio / name, tmp_path / name)
+    shard_targets(targets_settings(work, SOME))
+    shutil.move(tmp_path / "b.wav", audio / "b.wav")
+    refused(
+        targets_words(work, "retry=failed", "max_failed_fraction=0.05"), "What succeeded is kept, without a new index"
+    )
+    assert not (work / "shards" / "index.parquet").exists()
+    shard_targets(targets_settings(work, SOME))
+    assert in_process(["verify", f"shards={work / 'shards'}"]).exit_code == 0

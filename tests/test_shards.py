@@ -27,7 +27,7 @@ from shards.errors import ShardError, UserError
 from shards.files import exclusive, file_sha256, replacing
 from shards.index import load, shard_list
 from shards.reader import decode_sample, read_sample
-from shards.writer import ShardWriter, is_done, read_metadata, write_table
+from shards.writer import ShardWriter, finish, is_done, read_metadata, write_table
 from tests.helpers import ROOT, targets_settings
 from tests.shard_helpers import FINGERPRINT, files, some_members, some_row, write_shard
 from tests.test_contract import README
@@ -201,12 +201,16 @@ def test_a_disk_that_is_full_leaves_what_stood_before(tmp_path: Path, monkeypatc
     assert files(tmp_path) == ["table.parquet"]
 
 
-def test_a_disk_that_fills_at_the_sidecar_leaves_a_shard_that_is_not_done(tmp_path: Path) -> None:
-    (tmp_path / "000000.parquet.tmp").symlink_to("/dev/full")
+@pytest.mark.parametrize("again", [False, True])
+def test_a_disk_that_fills_at_the_sidecar_leaves_what_was_there(again: bool, tmp_path: Path) -> None:
+    if again:
+        write_shard(tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    (tmp_path / "000000.parquet.next.tmp").symlink_to("/dev/full")
     with pytest.raises(OSError, match="No space left"):
         write_shard(tmp_path)
-    assert files(tmp_path) == ["000000.tar"]
-    assert not is_done(tmp_path / "000000.parquet", FINGERPRINT)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    assert is_done(tmp_path / "000000.parquet", FINGERPRINT) == again
 
 
 class FullFile(io.FileIO):
@@ -253,7 +257,7 @@ def test_the_sidecar_comes_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
     monkeypatch.setattr(Path, "replace", watched)
     write_shard(tmp_path)
-    assert names == ["000000.tar", "000000.parquet"]
+    assert names == ["000000.parquet.next", "000000.tar", "000000.parquet"]
 
 
 def test_bytes_reach_the_disk_before_the_name_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -292,6 +296,22 @@ def test_a_shard_of_this_run_is_done_and_one_of_another_is_an_error(tmp_path: Pa
             is_done(path, other)
         assert message in str(error.value)
         assert str(path) in str(error.value)
+
+
+def test_what_a_kill_left_ahead_is_brought_to_its_end(tmp_path: Path) -> None:
+    """It becomes the sidecar of the tar that it describes, and of no other."""
+    write_shard(tmp_path)
+    sidecar, tar = tmp_path / "000000.parquet", tmp_path / "000000.tar"
+    left, whole = tmp_path / "000000.parquet.next", sidecar.read_bytes()
+    sidecar.rename(left)
+    finish(left)
+    assert sidecar.read_bytes() == whole
+    shutil.copy(sidecar, left)
+    tar.write_bytes(tar.read_bytes()[:-1] + b"x")
+    sidecar.write_bytes(b"of this tar")
+    finish(left)
+    assert sidecar.read_bytes() == b"of this tar"
+    assert not left.exists()
 
 
 def test_other_settings_never_overwrite_shards(work: Path, tmp_path: Path) -> None:

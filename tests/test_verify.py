@@ -6,7 +6,9 @@ import os
 import re
 import shutil
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -19,7 +21,7 @@ from pipeline.verify import verify
 from shards.contract import FAILED, OK, REJECTED, SIDECAR_SCHEMA, TOO_SHORT
 from shards.errors import ShardError, UserError
 from shards.index import compact, load, shard_list
-from shards.writer import write_table
+from shards.writer import read_metadata, read_table, write_table
 from tests.helpers import run_command, targets_settings
 from tests.shard_helpers import all_problems, flip
 
@@ -94,6 +96,79 @@ def test_inspect_prints_each_kind_of_file(
         assert text in out
     printed = len(re.findall(r"^  (?:\d{6}-\d{5}: |key=|split=)", out, flags=re.MULTILINE))
     assert printed == (6 if file.endswith(".tar") else 8)
+
+
+def rewritten(shards: Path, change: Callable[[dict[str, Any]], object], fingerprint: Any = None) -> None:
+    """A sidecar of which every usable row is changed, with an index and sums that agree with it."""
+    path = shards / "train" / "000000.parquet"
+    metadata, rows = read_metadata(path), read_table(path).to_pylist()
+    for row in rows:
+        if row["status"] == OK:
+            change(row)
+    write_table(
+        path,
+        pa.Table.from_pylist(rows, SIDECAR_SCHEMA),
+        metadata | ({"fingerprint": fingerprint} if fingerprint else {}),
+    )
+    compact(shards, shard_list(shards))
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"offset": None}, "offset is missing where the status is ok"),
+        ({"length": None}, "length is missing"),
+        ({"length": 2**50}, f"length is {2**50}"),
+        ({"length": -5}, "length is -5"),
+        ({"offset": -512}, "offset is -512"),
+        ({"n_samples": None}, "n_samples is missing"),
+        ({"recording": "other"}, "its json differs from its row: recording is "),
+        ({"recording": None}, "its json differs from its row: recording is "),
+        ({"start_seconds": 7.5}, "start_seconds is "),
+    ],
+)
+def test_rows_that_say_something_else_than_samples(
+    changed: dict[str, Any], message: str, shards: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rewritten(shards, lambda row: row.update(changed))
+    with pytest.raises(ShardError, match="problem"):
+        verify(VerifySettings(shards=shards))
+    assert message in capsys.readouterr().out
+    if "json" not in message and "start" not in message:
+        with pytest.raises(ShardError, match=message.split(" where")[0]):
+            load(shards, "train")
+        with pytest.raises(ShardError, match=message.split(" where")[0]):
+            inspect(InspectSettings(path=shards / "train" / "000000.tar", rows=3))
+
+
+def test_a_fingerprint_that_is_none_is_named(shards: Path) -> None:
+    with pytest.raises(ShardError, match=r"its fingerprint is \['a'\]"):
+        rewritten(shards, lambda row: None, ["a"])
+
+
+@pytest.mark.parametrize(
+    "columns",
+    [
+        {"status": [["a"]], "reason": ["b"]},
+        {"status": [1], "reason": ["b"]},
+        {"status": ["ok"], "reason": [None], "n_samples": ["many"]},
+        {"status": ["ok"], "reason": [None], "n_samples": pa.array([None], pa.int64())},
+        {"when": pa.array([2**30], pa.date32())},
+    ],
+)
+def test_inspect_refuses_foreign_tables(columns: dict[str, Any], tmp_path: Path) -> None:
+    pq.write_table(pa.table(columns), tmp_path / "a.parquet")
+    with pytest.raises(ShardError, match=r"not a table of ours|damaged, or no file of ours"):
+        inspect(InspectSettings(path=tmp_path / "a.parquet", rows=6))
+
+
+def test_inspect_writes_out_what_a_terminal_would_obey(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [{"key": "\x1b[2J", "status": FAILED, "reason": "\x1b]0;title\x07"}]
+    write_table(tmp_path / "a.parquet", pa.Table.from_pylist(rows, SIDECAR_SCHEMA), {"settings": "\x1b[2J"})
+    inspect(InspectSettings(path=tmp_path / "a.parquet", rows=6))
+    out = capsys.readouterr().out
+    assert "\x1b" not in out
+    assert out.count("\\x1b") == 4
 
 
 def test_inspect_prints_first_what_failed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
