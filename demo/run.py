@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import click
@@ -15,6 +13,7 @@ import pyarrow.parquet as pq
 from demo.picture import draw
 from demo.settings import DemoSettings
 from demo.voice import write_voices
+from pipeline.workflow import run_module
 from shards.contract import OK
 
 SNAC = Path(__file__).parent / "snac_tiny_24khz"
@@ -78,9 +77,7 @@ def run(settings: DemoSettings) -> None:
 
 def _command(*words: str) -> None:
     click.echo(f"\n$ python -m {' '.join(words[:2])}", err=True)
-    code = subprocess.run([sys.executable, "-m", *words], check=False).returncode
-    if code:
-        sys.exit(code)
+    run_module(*words)
 
 
 def _unseen_recording(plan: Path) -> Path:

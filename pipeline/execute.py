@@ -34,6 +34,7 @@ from shards.writer import AHEAD, finish, read_table
 REASONS_SHOWN = 5
 MAX_IN_A_ROW = 3  # shards that could not be made, one after the other: something is wrong with more than one shard
 LOOKING_THREADS = 16
+SECONDS_BETWEEN_LINES = 30  # of progress where it goes to a file
 FATAL = (UserError, OSError, MemoryError)
 
 
@@ -43,7 +44,9 @@ class Progress:
     def __init__(self, doing: str, plan: Plan, mine: Sequence[int], waiting: Sequence[int]) -> None:
         total, left = (sum(plan.seconds[number] for number in numbers) for numbers in (mine, waiting))
         shown = "{desc}: {percentage:3.0f}%|{bar}| {n:.0f}/{total:.0f} s of audio, {rate_fmt}, {remaining} left"
-        self._bar = tqdm(total=total, initial=total - left, desc=doing, unit=" s", bar_format=shown)
+        between = 0.1 if sys.stderr.isatty() else SECONDS_BETWEEN_LINES
+        options = {"initial": total - left, "unit": " s", "bar_format": shown, "mininterval": between}
+        self._bar = tqdm(total=total, desc=doing, **options)
         self._plan, self._advanced = plan, defaultdict[int, float](float)
         self._problems: dict[int, str] = {}
         self._in_a_row = 0
@@ -236,10 +239,13 @@ def summarize(paths: Sequence[Location], max_failed_fraction: float, title: str)
         tqdm.write(printable(f"  {n} × {reason} ({'such as ' if n > 1 else ''}{examples[reason]})"))
     lost = statuses[FAILED] + statuses[REJECTED]
     if lost > max_failed_fraction * total:
+        ways = [f"mend {what} and add {key}" for what, key, n in (
+            ("the recordings", "retry=failed", lost - len(unusable)),
+            ("what could not even be planned", "extend=true to shard-codes", len(unusable)),
+        ) if n]  # fmt: skip
         raise UserError(
             f"{lost} of {total} segments failed or were rejected, above max_failed_fraction={max_failed_fraction:g}; "
-            "the rows say why. What succeeded is kept, without a new index: raise the limit, or mend the recordings "
-            "and add retry=failed (for shard-codes, what could not even be planned needs extend=true)"
+            f"the rows say why. What succeeded is kept: raise the limit, or {', or '.join(ways)}"
         )
     if total and not statuses[OK]:
         raise UserError(f"{title}: no segment is usable")

@@ -71,10 +71,12 @@ def _distributions(figure: SubFigure, rows: list[Row]) -> None:
             status: [row[name] for row in rows if row["status"] == status and row[name] is not None]
             for status in (OK, REJECTED)
         }
-        axis.hist(list(found.values()), bins=40, stacked=True, label=[f"{s}: {len(v)}" for s, v in found.items()])
         axis.set_xlabel(label)
-        if any(found.values()):
-            axis.set_yscale("log")
+        if not any(found.values()):
+            axis.text(0.5, 0.5, "not measured: the targets are the recordings", ha="center", va="center")
+            continue
+        axis.hist(list(found.values()), bins=40, stacked=True, label=[f"{s}: {len(v)}" for s, v in found.items()])
+        axis.set_yscale("log")
         axis.legend(fontsize=8)
     figure.suptitle(f"{len(rows)} segments")
 

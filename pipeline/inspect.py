@@ -71,8 +71,10 @@ def _shown(path: Path, rows: int) -> None:
 
 def _statuses(table: pa.Table) -> None:
     click.echo(f"  statuses: {dict(Counter(table['status'].to_pylist()))}")
+    recordings = table["recording"].to_pylist() if "recording" in table.column_names else [""] * len(table)
+    examples = dict(zip(table["reason"].to_pylist(), recordings, strict=True))
     for reason, n in Counter(filter(None, table["reason"].to_pylist())).most_common():
-        click.echo(f"    {n} × {printable(reason)}")
+        click.echo(printable(f"    {n} × {reason} ({'such as ' if n > 1 else ''}{examples[reason]})"))
     usable = table.filter(pc.field("status") == OK)
     if "n_samples" in table.column_names and usable.num_rows:
         seconds = pc.sum(usable["n_samples"]).as_py() / TARGET_RATE

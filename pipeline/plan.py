@@ -123,6 +123,7 @@ def make_plan(settings: CodesSettings) -> Plan:
         metadata = {"settings": asked, "listed_sha256": listed}
         if not path.exists():
             _write(path, [], _new_shards(measure(_found(settings)), settings, {}, {}), metadata)
+            tqdm.write(_splits_of(path))
             return Plan(path)
         plan = Plan(path)
         changed = differences(plan.settings, asked)
@@ -131,7 +132,10 @@ def make_plan(settings: CodesSettings) -> Plan:
             hint = "; where recordings only moved, a link at their old place will do" if moved else ""
             raise UserError(f"{path} was made with other settings ({changed}): use another work= or delete it{hint}")
         as_it_was = listed is not None and listed == plan.listed_sha256 and not settings.extend
-        if as_it_was or not settings.audio.exists():  # where the audio is gone, the plan stands alone
+        if not settings.audio.exists():
+            tqdm.write(f"audio={settings.audio} is not there: {path} stands alone")
+            return plan
+        if as_it_was:
             return plan
         new = _to_add(settings, path)
         if not len(new):
@@ -202,6 +206,19 @@ def _check_unchanged(found: pa.Table, planned: pa.Table, audio: Location, path: 
                 f"{audio} names another {name} for {now['recording'][row].as_py()!r} than {path}, which stands: "
                 "undo that, or take another work="
             )
+
+
+def _splits_of(path: Location) -> str:
+    """Which groups a plan puts into which split, in a line."""
+    rows = read_table(path, columns=["split", "group", "n_samples"], filters=pc.field("status") == OK)
+    found = rows.group_by(["split", "group"]).aggregate([("n_samples", "sum")]).to_pylist()
+    parts = []
+    for split in SPLITS:
+        groups = [row for row in found if row["split"] == split]
+        hours = sum(row["n_samples_sum"] for row in groups) / TARGET_RATE / 3600
+        such = f", such as {groups[0]['group']!r}" if groups else ""
+        parts.append(f"{split}: {len(groups)} groups{such}, {hours:.2f} h")
+    return f"planned: {'; '.join(parts)}. A group should be a speaker: group_pattern= says which"
 
 
 def _known(plan: Plan, path: Location) -> tuple[dict[str, str], dict[str, int]]:

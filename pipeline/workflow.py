@@ -38,11 +38,20 @@ def workflow(settings: WorkflowSettings) -> None:
 
 
 def _run(module: str, command: str, values: dict[str, Any], *options: str) -> None:
-    """One command in a process of its own; SIGTERM is passed on to it."""
-    arguments = [f"{key}={_written(value)}" for key, value in values.items()]
-    with subprocess.Popen([sys.executable, "-m", module, command, *options, *arguments]) as process:
+    run_module(module, command, *options, *(f"{key}={_written(value)}" for key, value in values.items()))
+
+
+def run_module(*words: str) -> None:
+    """`python -m WORDS` in a process of its own. Leaves with its exit code where that is not 0.
+
+    SIGTERM is passed on to it, Ctrl-C has reached it already: it is waited for, as it may have something to save.
+    """
+    with subprocess.Popen([sys.executable, "-m", *words]) as process:
         before = signal.signal(signal.SIGTERM, lambda *_: process.terminate())
-        code = process.wait()
+        try:
+            code = process.wait()
+        except KeyboardInterrupt:
+            code = process.wait() or 128 + signal.SIGINT
         signal.signal(signal.SIGTERM, before)
     if code:
         sys.exit(code if code > 0 else 128 - code)

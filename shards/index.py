@@ -110,7 +110,9 @@ def check_index(folder: Location) -> dict[str, str]:
     """What `read_sums` says. Raises ShardError for an index that is missing, of another format or not the one named."""
     path = folder / INDEX_NAME
     if not path.exists():
-        raise ShardError(f"{path} is missing: run `just shard-targets` to its end, or name the folder that holds it")
+        inside = folder / "shards"
+        place = inside if (inside / INDEX_NAME).exists() else "the folder that holds it"
+        raise ShardError(f"{path} is missing: run `just shard-targets` to its end, or name {place}")
     found = read_metadata(path).get("format_version")
     if found != FORMAT_VERSION:
         raise ShardError(f"{path} has format {found}, this version reads {FORMAT_VERSION}")

@@ -31,7 +31,8 @@ codec = SNAC.from_pretrained({name}).eval()
 wav_48k = codec.decode(codes)  # codes as the 24 kHz model gives them; 4096 samples for each coarse token
 ```
 
-`encode` still takes 24 kHz audio. `forward` trims to the 24 kHz length, so call `encode` and `decode` instead.
+`encode` still takes 24 kHz audio, which is what `codec.sampling_rate` says. `forward` trims to the 24 kHz length, so
+call `encode` and `decode` instead.
 
 `decoder_only.safetensors` holds what decoding needs and nothing else, under the same names{folding}
 

@@ -17,6 +17,7 @@ from codec.snac import load_snac
 from shards.contract import COARSE_48K, TARGET_RATE, coarse_tokens
 from shards.errors import SettingsError, UserError
 from shards.files import exclusive, replacing
+from shards.index import check_index
 from shards.writer import differences
 from trainer import checkpoint, distributed
 from trainer.boards import Boards
@@ -58,6 +59,8 @@ class Trainer:
 
     def __init__(self, settings: TrainSettings, process: Process) -> None:
         self.settings, self.process = settings, process
+        for folder in settings.folders:
+            check_index(folder)  # before the hub is asked for anything
         self.snac, self.weights = load_snac(settings.pretrained_model)
         self.corpus = open_corpus(settings, self.weights.sha256)
         self.stream = self.corpus.stream
