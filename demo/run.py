@@ -28,6 +28,7 @@ TRAIN = {
     "l1_weight": 0.0,  # the stand-in's waveforms have little in common with the voice's: docs/training.md
     "stft_weight": 0.0,
     "mel_weight": 15.0,
+    "log_stft_weight": 2.0,  # mel filters give no weight to 0 Hz and 24 kHz, where tones would stay
     "warmup_steps": 10,
     "ema_decay": 0.95,
     "eval_every": 80,
