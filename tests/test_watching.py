@@ -80,7 +80,7 @@ def test_status_after_the_end(finished: Path) -> None:
     code, output = call("status", f"run={finished}")
     assert code == 0
     first, second, *rest = output.splitlines()
-    assert first.startswith(f"{finished}: not running, last logged 0:")
+    assert first.startswith(f"{finished}: done, last logged 0:")
     last = [line for line in metrics(finished) if line["kind"] == "train"][-1]
     assert second.startswith(f"step 6 of 6, phase 2: discriminator {last['discriminator']:.4g}, ")
     assert f"loss {last['loss']:.4g}" in second
@@ -103,7 +103,13 @@ def test_status_of_a_run_under_way_or_cut_off(tmp_path: Path) -> None:
     assert first.startswith(f"{run}: running, last logged")
     assert second == "step 40 of 100, phase 1: loss 0.5, seconds_per_step 2"
     assert third == "at this speed 0:02:00 of training are left"
-    assert next(report(run)).startswith(f"{run}: not running")
+    checkpoints = run / "checkpoints"
+    assert next(report(run)).startswith(f"{run}: not running, the same command with resume=auto goes on from step 0, ")
+    checkpoints.mkdir()
+    (checkpoints / "step_000000040.pt").touch()
+    assert "resume=auto goes on from step 40, last logged" in next(report(run))
+    (checkpoints / "step_000000100.pt").touch()
+    assert next(report(run)).startswith(f"{run}: done, last logged")
     code, output = call("status", f"run={tmp_path / 'nothing'}")
     assert code == 1
     assert "is not the folder of a training" in output

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import math
 import time
 from collections.abc import Iterator
 from datetime import timedelta
@@ -32,7 +33,7 @@ def report(run: Path) -> Iterator[str]:
     lines = list(tail(run / "metrics.jsonl"))
     training = [line for line in lines if line["kind"] == "train"]
     validations = [line for line in lines if line["kind"] == "validation"]
-    yield f"{run}: {'running' if is_running(run) else 'not running'}{_age(run)}"
+    yield f"{run}: {_state(run)}{_age(run)}"
     if training:
         last = training[-1]
         yield f"step {last['step']}{_total(run)}, phase {last['phase']}: {_values(last)}"
@@ -43,6 +44,15 @@ def report(run: Path) -> Iterator[str]:
     log = run / "training.log"
     if log.exists():
         yield from (f"  {line}" for line in log.read_text().splitlines()[-LOG_LINES:])
+
+
+def _state(run: Path) -> str:
+    if is_running(run):
+        return "running"
+    steps = [int(path.stem.removeprefix("step_")) for path in (run / "checkpoints").glob("step_*.pt")]
+    if steps and max(steps) >= _read(run / "progress.json").get("total_steps", math.inf):
+        return "done"
+    return f"not running, the same command with resume=auto goes on from step {max(steps, default=0)}"
 
 
 def is_running(run: Path) -> bool:
