@@ -104,7 +104,7 @@ def _tar(path: Path, rows: int) -> None:
     try:
         with tarfile.open(path, "r:") as tar:
             names = tar.getnames()
-    except tarfile.TarError as error:
+    except (tarfile.TarError, OverflowError) as error:
         raise ShardError(f"{path}: not a whole tar: {error}") from error
     click.echo(f"{path}: {path.stat().st_size} bytes, {len(names)} members, {samples.num_rows} samples")
     with path.open("rb") as file:

@@ -43,7 +43,7 @@ def split_members(data: bytes, key: str, path: Location) -> dict[str, Any]:
         if max(ends.values()) > len(data):
             raise ShardError(f"{path}: {key}: ends after {len(data)} of {max(ends.values())} bytes")
         members = {expected[info.name]: data[info.offset_data : ends[info.name]] for info in infos}
-    except tarfile.TarError as error:
+    except (tarfile.TarError, OverflowError) as error:
         raise ShardError(f"{path}: {key}: not a whole tar: {error}") from error
     return {"__key__": key, "__url__": str(path), **members}
 

@@ -12,15 +12,22 @@ from typing import Any
 
 import pytest
 
-from codec.audio import Recording, probe
+from codec.audio import EXTENSIONS, Recording, probe
 from pipeline.codes import shard_codes
+from pipeline.inspect import inspect
 from pipeline.plan import make_plan
+from pipeline.settings import InspectSettings
 from pipeline.sources import find
 from pipeline.targets import shard_targets
-from shards.contract import FAILED
+from pipeline.tars import members
+from shards.contract import FAILED, SIDECAR_SCHEMA
+from shards.errors import ShardError
+from shards.reader import split_members
 from shards.storage import Part
+from shards.writer import write_table
 from tests.command_helpers import rows_of
 from tests.helpers import codes_settings, targets_settings
+from tests.torture.readers import ENDLESS
 
 
 def write_tars(recordings: Path, folder: Path) -> Path:
@@ -159,3 +166,16 @@ def test_sparse_members_are_refused(tmp_path: Path, recordings: Path) -> None:
         )
         (problem,) = find(tmp_path / f"{kind}.tar", None)[0]["problem"].to_pylist()
         assert problem == "a sparse member: pack the tar without --sparse"
+
+
+def test_a_header_of_endless_length_is_a_reason(tmp_path: Path) -> None:
+    path = tmp_path / "000000.tar"
+    path.write_bytes(ENDLESS)
+    (member,) = members(path, EXTENSIONS)
+    assert member.problem
+    assert member.problem.startswith("not readable as a tar: ")
+    with pytest.raises(ShardError, match="not a whole tar"):
+        split_members(ENDLESS, "000000-00000", path)
+    write_table(path.with_suffix(".parquet"), SIDECAR_SCHEMA.empty_table(), {})
+    with pytest.raises(ShardError, match="not a whole tar"):
+        inspect(InspectSettings(path=path, rows=1))

@@ -127,6 +127,15 @@ def look_into(path: Path) -> None:
         inspect(InspectSettings(path=path, rows=9))
 
 
+def endless() -> bytes:
+    """A tar whose pax header states a length beyond what a computer counts to."""
+    info = tarfile.TarInfo("pax")
+    data = b"%d path=a\n" % 10**25
+    info.type, info.size = tarfile.XHDTYPE, len(data)
+    return info.tobuf(tarfile.USTAR_FORMAT) + data.ljust(tarfile.BLOCKSIZE, b"\0") + bytes(2 * tarfile.BLOCKSIZE)
+
+
+ENDLESS = endless()
 READERS = (
     Reader(
         "list.csv",
@@ -141,7 +150,7 @@ READERS = (
         (NESTED, b'{"path": ' + NESTED, b'{"path": "a", "\xa9": 1}'),
     ),
     Reader("list.parquet", parquet_manifest, read_manifest),
-    Reader("recordings.tar", first("recordings.tar"), read_tar),
+    Reader("recordings.tar", first("recordings.tar"), read_tar, (ENDLESS,)),
     Reader("recording.flac", first("audio/*/*.flac"), read_recording),
     Reader("recording.wav", first("audio/*/*.wav"), read_recording),
     Reader("recording.ogg", first("audio/*/*.ogg"), read_recording),
@@ -157,7 +166,7 @@ READERS = (
         read_overrides,
         (b"run=" + NESTED, b"run.a.b=1\nrun=2", b"max_steps=" + b"9" * 5000),
     ),
-    Reader("sample", sample, lambda path: decode_sample(split_members(path.read_bytes(), KEY, path))),
+    Reader("sample", sample, lambda path: decode_sample(split_members(path.read_bytes(), KEY, path)), (ENDLESS,)),
     Reader("codes.npy", member(CODES_SUFFIX), lambda path: load_codes(path.read_bytes())),
     Reader("meta.json", member(META_SUFFIX), lambda path: check_meta(path.read_bytes()), (NESTED,)),
     Reader("sidecar.parquet", first("shards/train/*.parquet"), look_into),
