@@ -1,0 +1,95 @@
+"""A file is whole under its name or not there, and one process at a time writes it."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from shards.errors import UserError
+from shards.files import replacing
+from tests.helpers import ROOT
+
+
+def test_bytes_reach_the_disk_before_the_name_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[str] = []
+    fsync, rename = os.fsync, Path.replace
+
+    def watched_fsync(descriptor: int) -> None:
+        calls.append("fsync " + Path(f"/proc/self/fd/{descriptor}").readlink().name)
+        fsync(descriptor)
+
+    def watched_rename(self: Path, target: Path) -> Path:
+        calls.append("rename " + target.name)
+        return rename(self, target)
+
+    monkeypatch.setattr(os, "fsync", watched_fsync)
+    monkeypatch.setattr(Path, "replace", watched_rename)
+    with replacing(tmp_path / "file") as temporary:
+        temporary.write_text("text")
+    assert calls == ["fsync file.tmp", "rename file", f"fsync {tmp_path.name}"]
+
+
+WRITE = """
+import sys
+from pathlib import Path
+from shards.files import replacing
+with replacing(Path(sys.argv[1])) as temporary:
+    temporary.write_text("first")
+    print("writing", flush=True)
+    sys.stdin.read()
+"""
+
+
+@pytest.mark.parametrize("killed", [False, True])
+def test_one_process_at_a_time_writes_a_file(killed: bool, tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    with subprocess.Popen(
+        [sys.executable, "-c", WRITE, str(path)], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as other:
+        assert other.stdout
+        assert other.stdout.readline() == "writing\n"
+        with pytest.raises(UserError, match="file: another process is writing it"), replacing(path):
+            pass
+        assert not path.exists()
+        if killed:
+            other.kill()
+        other.communicate()
+    assert path.exists() != killed
+    with replacing(path) as temporary:
+        temporary.write_text("second")
+    assert [(file.name, file.read_text()) for file in tmp_path.iterdir()] == [("file", "second")]
+
+
+def test_who_opened_the_name_before_it_was_taken_does_not_write(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its lock would be on the finished file of the other."""
+    path, flock = tmp_path / "file", fcntl.flock
+
+    def late(lock: Any, how: int) -> None:
+        monkeypatch.undo()
+        with replacing(path) as temporary:
+            temporary.write_text("first")
+        flock(lock, how)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    with pytest.raises(UserError, match="another process has just written it"), replacing(path):
+        pass
+    assert [(file.name, file.read_text()) for file in tmp_path.iterdir()] == [("file", "first")]
+
+
+def test_a_file_system_without_locks_will_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def none(lock: Any, how: int) -> None:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr(fcntl, "flock", none)
+    with replacing(tmp_path / "file") as temporary:
+        temporary.write_text("whole")
+    assert [(file.name, file.read_text()) for file in tmp_path.iterdir()] == [("file", "whole")]
