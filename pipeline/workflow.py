@@ -6,6 +6,7 @@ import json
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -46,13 +47,17 @@ def run_module(*words: str) -> None:
 
     SIGTERM is passed on to it, Ctrl-C has reached it already: it is waited for, as it may have something to save.
     """
+    asked: list[int] = []
+    before = signal.signal(signal.SIGTERM, lambda number, _: asked.append(number))
     with subprocess.Popen([sys.executable, "-m", *words]) as process:
-        before = signal.signal(signal.SIGTERM, lambda *_: process.terminate())
         try:
-            code = process.wait()
+            while (code := process.poll()) is None:
+                if asked:
+                    process.send_signal(asked.pop())
+                time.sleep(0.1)
         except KeyboardInterrupt:
             code = process.wait() or 128 + signal.SIGINT
-        signal.signal(signal.SIGTERM, before)
+    signal.signal(signal.SIGTERM, before)
     if code:
         sys.exit(code if code > 0 else 128 - code)
 
