@@ -134,13 +134,15 @@ def parts(bench: Bench) -> list[dict[str, Any]]:
         given_BTF = bench.sidon._features(windows)
         hidden_BTC = bench.sidon.model.encode(given_BTF, frames)
         gflops = matmul_gflops(bench)
+        on_gpu = bench.device.type == "cuda"
         return [
             _row(bench, "reading", lambda: [_read(p, INPUT_RATE, length) for p in bench.paths],
                  lambda: [_plain_read(p, bench.seconds) for p in bench.paths],
                  lambda: [soundfile.read(p, frames=bench.seconds * 48_000) for p in bench.paths], "decoding alone"),
-            _row(bench, "features", lambda: features(wav_BN, [length] * len(windows)),
-                 lambda: [bench.plain.features(w, sampling_rate=INPUT_RATE) for w in windows],
-                 partial(_spectra, frames_FN), "its float64 spectra alone"),
+            _row(bench, "features" if on_gpu else "features, one core",
+                 _on_one_core(lambda: features(wav_BN, [length] * len(windows))),
+                 _on_one_core(lambda: [bench.plain.features(w, sampling_rate=INPUT_RATE) for w in windows]),
+                 _on_one_core(partial(_spectra, frames_FN)), "its float64 spectra alone"),
             _row(bench, "encoder", lambda: bench.sidon.model.encode(given_BTF, frames),
                  lambda: [bench.plain.encoder(row[None]) for row in given_BTF],
                  gflops / ENCODER_GFLOP, "a matrix product at the same precision"),
@@ -173,6 +175,18 @@ def _plain_flac(samples: Samples) -> bytes:
 def _spectra(frames_FN: Tensor) -> None:
     for block in frames_FN.split(BLOCK_FRAMES):
         torch.fft.rfft(block, N_FFT)
+
+
+def _on_one_core(way: Callable[[], object]) -> Callable[[], object]:
+    """On two, a noisy neighbour of one core holds up each of the many small operations."""
+
+    def alone() -> None:
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        way()
+        torch.set_num_threads(threads)
+
+    return alone
 
 
 def _judged_spectra(sources: list[Samples]) -> None:

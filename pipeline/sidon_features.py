@@ -6,7 +6,7 @@ the recording's own frames (variance with ddof 1), and two frames of 10 ms are s
 `transformers.SeamlessM4TFeatureExtractor` (tested); padding for the sake of a batch changes nothing.
 
 Mean and pre-emphasis are linear, and the window's first sample is zero, so a frame is windowed as
-w · (d − 0.03 m): d the whole recording pre-emphasised once, m the frame's mean.
+w · (d − 0.03 m) from its second sample on: d the whole recording pre-emphasised once, m the frame's mean.
 """
 
 from __future__ import annotations
@@ -52,22 +52,31 @@ def features(wav_BN: Tensor, samples: list[int]) -> Tensor:
 
 
 def log_mel(wav_BN: Tensor) -> Tensor:
-    """(B, N) → (B, frames, 80) natural logarithms of the bands' power.
+    """(B, N) → (B, frames, 80) natural logarithms of the bands' power."""
+    frames = (wav_BN.shape[1] - FRAME_LENGTH) // HOP + 1
+    block = max(BLOCK_FRAMES // len(wav_BN), 1) if wav_BN.device.type == "cpu" else frames
+    starts = range(0, frames * HOP, block * HOP)
+    overlap = FRAME_LENGTH - HOP
+    blocks = [_power(wav_BN[:, start : start + block * HOP + overlap]) for start in starts]
+    return torch.cat(blocks, dim=1).clamp_(min=FLOOR).log_()
+
+
+def _power(wav_BN: Tensor) -> Tensor:
+    """(B, N) → (B, frames, 80) power of the bands.
 
     The spectrum is computed in float64: in float32 the bands above an old low-pass would drown in rounding noise.
     """
     window, filters = _constants(wav_BN.device)
-    scaled_BN = wav_BN.double() * FULL_SCALE
-    offset_BF1 = (1 - PREEMPHASIS) * _frame_means(scaled_BN)[..., None]
-    emphasised_BN = nn.functional.pad(scaled_BN[:, 1:] - PREEMPHASIS * scaled_BN[:, :-1], (1, 0))
-    emphasised_BFN = emphasised_BN.unfold(1, FRAME_LENGTH, HOP)
-    block = max(BLOCK_FRAMES // len(wav_BN), 1) if wav_BN.device.type == "cpu" else emphasised_BFN.shape[1]
-    mels = []
-    for frames_BFN, means_BF1 in zip(emphasised_BFN.split(block, 1), offset_BF1.split(block, 1), strict=True):
-        spectrum_BFKc = torch.view_as_real(torch.fft.rfft((frames_BFN - means_BF1) * window, N_FFT))
-        squares_BFK = spectrum_BFKc.flatten(-2).float().square()  # of real and imaginary parts, in turn
-        mels.append((squares_BFK @ filters).clamp(min=FLOOR).log())
-    return torch.cat(mels, dim=1)
+    wav_BN = wav_BN.double()
+    means_BF1 = _frame_means(wav_BN)[..., None]
+    emphasised_BN = torch.sub(wav_BN[:, 1:], wav_BN[:, :-1], alpha=PREEMPHASIS)
+    padded_BFN = wav_BN.new_zeros(len(wav_BN), means_BF1.shape[1], N_FFT)
+    frames_BFN = padded_BFN[..., : len(window)]
+    torch.mul(emphasised_BN.unfold(1, len(window), HOP), window, out=frames_BFN)
+    frames_BFN.addcmul_(means_BF1, window, value=PREEMPHASIS - 1)
+    spectrum_BFKc = torch.view_as_real(torch.fft.rfft(padded_BFN))
+    squares_BFK = spectrum_BFKc.flatten(-2).float().square_()  # of real and imaginary parts, in turn
+    return squares_BFK @ filters
 
 
 def _frame_means(wav_BN: Tensor) -> Tensor:
@@ -79,9 +88,10 @@ def _frame_means(wav_BN: Tensor) -> Tensor:
 
 @lru_cache(maxsize=4)
 def _constants(device: torch.device) -> tuple[Tensor, Tensor]:
-    """Povey window (400,) in float64; mel filters (514, 80) in float32, each row twice: for real and imaginary part.
+    """Povey window without its first sample (399,), float64; mel filters (514, 80) × full scale², float32.
 
-    Filters are triangles on the scale 1127 ln(1 + f / 700) from 20 Hz to 8 kHz, as Kaldi makes them.
+    Filters are triangles on the scale 1127 ln(1 + f / 700) from 20 Hz to 8 kHz, as Kaldi makes them. Each row stands
+    twice, for real and imaginary part.
     """
     window = torch.hann_window(FRAME_LENGTH, periodic=False, dtype=torch.float64) ** 0.85
     bins_K1 = _mel(torch.arange(N_FFT // 2 + 1, dtype=torch.float64) * RATE / N_FFT)[:, None]
@@ -89,8 +99,8 @@ def _constants(device: torch.device) -> tuple[Tensor, Tensor]:
     corners = torch.linspace(low, high, N_MELS + 2, dtype=torch.float64)
     rise = (bins_K1 - corners[:-2]) / (corners[1:-1] - corners[:-2])
     fall = (corners[2:] - bins_K1) / (corners[2:] - corners[1:-1])
-    filters = torch.minimum(rise, fall).clamp(min=0).float().repeat_interleave(2, dim=0)
-    return window.to(device), filters.to(device)
+    filters = (torch.minimum(rise, fall).clamp(min=0) * FULL_SCALE**2).float().repeat_interleave(2, dim=0)
+    return window[1:].to(device), filters.to(device)
 
 
 def _mel(hertz: Tensor) -> Tensor:
