@@ -138,7 +138,7 @@ def parts(bench: Bench) -> list[dict[str, Any]]:
         return [
             _row(bench, "reading", lambda: [_read(p, INPUT_RATE, length) for p in bench.paths],
                  lambda: [_plain_read(p, bench.seconds) for p in bench.paths],
-                 lambda: [soundfile.read(p, frames=bench.seconds * 48_000) for p in bench.paths], "decoding alone"),
+                 lambda: [_decoded(p, bench.seconds) for p in bench.paths], "decoding alone"),
             _row(bench, "features" if on_gpu else "features, one core",
                  _on_one_core(lambda: features(wav_BN, [length] * len(windows))),
                  _on_one_core(lambda: [bench.plain.features(w, sampling_rate=INPUT_RATE) for w in windows]),
@@ -161,9 +161,13 @@ def _read(path: Path, rate: int, samples: int) -> Samples:
 
 
 def _plain_read(path: Path, seconds: int) -> Tensor:
-    rate = soundfile.info(path).samplerate
-    audio = soundfile.read(path, dtype="float32", always_2d=True, frames=seconds * rate)[0]
+    audio, rate = _decoded(path, seconds)
     return F.resample(torch.from_numpy(audio.mean(axis=1)), rate, INPUT_RATE)
+
+
+def _decoded(path: Path, seconds: int) -> tuple[Samples, int]:
+    rate = soundfile.info(path).samplerate
+    return soundfile.read(path, dtype="float32", always_2d=True, frames=seconds * rate)
 
 
 def _plain_flac(samples: Samples) -> bytes:
@@ -191,12 +195,10 @@ def _on_one_core(way: Callable[[], object]) -> Callable[[], object]:
 
 def _judged_spectra(sources: list[Samples]) -> None:
     """Envelopes and bandwidth, of recording and target."""
-    window = torch.hann_window(fidelity.N_FFT)
     for samples in [*sources, *sources]:
-        wav = torch.from_numpy(samples)
-        torch.stft(wav, fidelity.N_FFT, fidelity.HOP, window=window, pad_mode="constant", return_complex=True)
-        frames = np.lib.stride_tricks.sliding_window_view(samples, bandwidth.N_FFT)[:: bandwidth.N_FFT // 2]
-        np.fft.rfft(frames)
+        for size, hop in ((fidelity.N_FFT, fidelity.HOP), (bandwidth.N_FFT, bandwidth.N_FFT // 2)):
+            for block in torch.from_numpy(samples).unfold(0, size, hop).split(fidelity.BLOCK_STEPS):
+                torch.fft.rfft(block)
 
 
 def matmul_gflops(bench: Bench) -> float:

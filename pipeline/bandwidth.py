@@ -17,6 +17,7 @@ from collections.abc import Iterable
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 Samples = npt.NDArray[np.float32]
 Spectra = npt.NDArray[np.float64]
@@ -51,7 +52,7 @@ class Spectrum:
         if len(block) < N_FFT:
             return
         frames = np.lib.stride_tricks.sliding_window_view(block, N_FFT)[:: N_FFT // 2]
-        spectra = np.abs(np.fft.rfft(frames * self._window)).astype(np.float64) ** 2
+        spectra = torch.fft.rfft(torch.from_numpy(frames * self._window)).abs().double().square().numpy()
         spectra *= 2 / (N_FFT * np.square(self._window).sum())  # so that a band's sum is its mean square
         spectra = spectra[spectra.sum(axis=1) > SILENT_POWER]
         sums = np.concatenate([np.zeros((len(spectra), 1)), spectra.cumsum(axis=1)], axis=1)
