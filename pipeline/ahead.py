@@ -7,7 +7,9 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TypeVar
+from typing import Literal, TypeVar
+
+import torch
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -15,19 +17,31 @@ Result = TypeVar("Result")
 END = object()
 CLOSE_SECONDS = 5.0
 POLL_SECONDS = 0.1  # after which a thread that nobody listens to any more notices it
+LEAST_THREADS = 4  # also on fewer cores: reading waits for disks
+
+
+def thread_count(asked: int | Literal["auto"]) -> int:
+    """auto: as many as this process has cores."""
+    return max(torch.get_num_threads(), LEAST_THREADS) if asked == "auto" else asked
+
+
+def cores_each(threads: int) -> int:
+    """When as many threads share the cores of this one."""
+    return max(torch.get_num_threads() // threads, 1)
 
 
 class Ahead(Iterator[Item]):
-    """Runs `items` in a thread of its own, at most `size` of them ahead. Raises here what it raises there."""
+    """Runs `items` in a thread with `cores` of its own, at most `size` ahead. Raises here what it raises there."""
 
-    def __init__(self, items: Iterable[Item], size: int) -> None:
+    def __init__(self, items: Iterable[Item], size: int, cores: int) -> None:
         self._queue: queue.Queue[object] = queue.Queue(size)
         self._closed = threading.Event()
         self._error: BaseException | None = None
-        self._thread = threading.Thread(target=self._run, args=(items,), daemon=True)
+        self._thread = threading.Thread(target=self._run, args=(items, cores), daemon=True)
         self._thread.start()
 
-    def _run(self, items: Iterable[Item]) -> None:
+    def _run(self, items: Iterable[Item], cores: int) -> None:
+        torch.set_num_threads(cores)  # of this thread
         try:
             for item in items:
                 if not self._put(item):
@@ -66,7 +80,7 @@ def chained_ahead(sources: Iterable[Iterable[Item]], threads: int, size: int) ->
     try:
         while True:
             while len(running) < threads and (source := next(waiting, None)) is not None:
-                running.append(Ahead(source, size))
+                running.append(Ahead(source, size, cores_each(threads)))
             if not running:
                 return
             yield from running[0]
@@ -78,7 +92,7 @@ def chained_ahead(sources: Iterable[Iterable[Item]], threads: int, size: int) ->
 
 def map_ahead(function: Callable[[Item], Result], items: Iterable[Item], threads: int, size: int) -> Iterator[Result]:
     """`map`, in order, on `threads` threads, at most `size` items ahead."""
-    with ThreadPoolExecutor(threads) as pool:
+    with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(cores_each(threads),)) as pool:
         running = deque[Future[Result]]()
         try:
             for item in items:

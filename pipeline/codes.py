@@ -20,7 +20,7 @@ from tqdm import tqdm
 from codec.audio import AudioError, Recording, Resampler
 from codec.encoder import prepared
 from codec.snac import Window, bucketed, coarse_length, device_of, encode, load_snac, windows
-from pipeline.ahead import chained_ahead, map_ahead
+from pipeline.ahead import chained_ahead, map_ahead, thread_count
 from pipeline.execute import holding, run
 from pipeline.plan import make_plan
 from pipeline.recordings import content_crc32, open_recording
@@ -98,13 +98,14 @@ def encode_shard(
 ) -> list[dict[str, Any]]:
     """Plan rows of one shard → rows of CODES_SCHEMA, in the same order. A bad recording fails its own rows only.
 
-    Threads read ahead. A GPU encodes batches of equal length; on a CPU each core encodes windows of its own.
+    Threads read ahead. A GPU encodes batches of equal length; on a CPU each core encodes windows of its own, which is
+    quicker than one window split among them.
     """
     problems: dict[str, str] = {}
     tokens: dict[str, list[tuple[Window, Tokens]]] = {}
     wanted = ([row for row in group if row["status"] == OK] for _, group in groupby(rows, key=itemgetter("recording")))
     sources = (_windows_of(rows, coarse_tokens(settings.window_seconds), problems) for rows in wanted if rows)
-    read = chained_ahead(sources, settings.threads, WINDOWS_AHEAD)
+    read = chained_ahead(sources, thread_count(settings.threads), WINDOWS_AHEAD)
     on_cpu = next(model.parameters()).device.type == "cpu"
     encoders, batch = (torch.get_num_threads(), 1) if on_cpu else (1, int(settings.batch_seconds * CODEC_RATE))
     batches = (items for _, items in bucketed(read, batch, PENDING_BATCHES * batch))
@@ -140,8 +141,6 @@ class Encoding:
         self._seconds = list[float]()
 
     def __call__(self, items: list[Read]) -> tuple[list[Read], list[Tokens]]:
-        if self._encoders > 1:
-            torch.set_num_threads(1)  # of this thread: windows side by side beat one window split among cores
         began = time.perf_counter()
         _, parts, audio = zip(*items, strict=True)
         codes = encode(self._model, list(parts), np.stack(audio))

@@ -10,6 +10,7 @@ from pydantic import Field, model_validator
 from configs.loader import Local, Place, Settings
 
 Gpu = Literal["cpu"] | Annotated[int, Field(ge=0)]
+Threads = Literal["auto"] | Annotated[int, Field(ge=1, le=256)]
 Gpus = Gpu | Annotated[str, Field(pattern=r"^\d+(,\d+)+$")]
 
 Some = TypeVar("Some", bound="ExecutionSettings")
@@ -74,7 +75,7 @@ class CodesSettings(ExecutionSettings):
     seed: int = Field(ge=0, lt=2**63, description="of the split and of the order in which recordings fill shards")
     window_seconds: float = Field(ge=1, le=600, description="longest stretch encoded at once")
     batch_seconds: float = Field(ge=1, le=100_000, description="audio of equal length encoded together")
-    threads: int = Field(ge=1, le=256, description="that read and decode recordings ahead")
+    threads: Threads = Field(description="that read and decode recordings ahead; auto: one per core, at least 4")
     max_failed_fraction: float = Field(ge=0, le=1, description="the run ends with an error when more segments failed")
     retry: Literal["none", "failed"] = Field(description="failed: try the segments again that failed")
 
@@ -159,7 +160,9 @@ class TargetsSettings(ExecutionSettings, SidonSettings, JudgeSettings):
     )
     calibrate_recordings: int = Field(ge=4, le=1000, description="that a run with SIDON measures before it starts")
     target_bits: Literal[16, 24] = Field(description="bits per sample of the FLAC target")
-    threads: int = Field(ge=1, le=256, description="that read recordings ahead, and that judge and compress targets")
+    threads: Threads = Field(
+        description="that read recordings ahead, and that judge and compress targets; auto: one per core, at least 4"
+    )
     max_failed_fraction: float = Field(ge=0, le=1, description="the run ends with an error when more segments failed")
     retry: Literal["none", "failed"] = Field(description="failed: try the segments again that failed")
 

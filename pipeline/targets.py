@@ -18,7 +18,7 @@ import pyarrow.compute as pc
 import soundfile
 
 from codec.audio import AudioError
-from pipeline.ahead import map_ahead
+from pipeline.ahead import map_ahead, thread_count
 from pipeline.calibrate import FILE as CALIBRATION
 from pipeline.calibrate import calibrated, check, show
 from pipeline.codes import codes_path
@@ -208,7 +208,8 @@ def samples(
         return row, _members(row, codes["codes"], taught.target, settings.target_bits, meta)
 
     taught = zip(wanted, teacher.segments(recordings), strict=True)
-    finished = map_ahead(finish, taught, settings.threads, FINISHED_AHEAD * settings.threads)
+    threads = thread_count(settings.threads)
+    finished = map_ahead(finish, taught, threads, FINISHED_AHEAD * threads)
     for _, _, row in jobs:
         yield next(finished) if row["status"] == OK else (row, None)
 

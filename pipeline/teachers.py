@@ -16,11 +16,12 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from tqdm import tqdm
 
 from codec.audio import AudioError, Recording, Resampler, output_length, probe
 from codec.snac import bucketed, device_of
-from pipeline.ahead import Ahead, chained_ahead
+from pipeline.ahead import Ahead, chained_ahead, thread_count
 from pipeline.bandwidth import Spectrum
 from pipeline.hybrid import HALF, hybrid
 from pipeline.recordings import check_content, open_recording
@@ -111,8 +112,8 @@ class Teacher:
     def segments(self, recordings: Sequence[list[Row]]) -> Iterator[Taught | AudioError]:
         """For each plan row of each recording, in order: its target, or why there is none."""
         reading = (self._read(job, rows) for job, rows in enumerate(recordings))
-        items = self._restored(chained_ahead(reading, self.settings.threads, WINDOWS_AHEAD))
-        ahead = Ahead(items, WINDOWS_AHEAD)
+        items = self._restored(chained_ahead(reading, thread_count(self.settings.threads), WINDOWS_AHEAD))
+        ahead = Ahead(items, WINDOWS_AHEAD, torch.get_num_threads())
         try:
             for job, group in groupby(ahead, key=lambda item: item[0].job):
                 yield from self._cut(recordings[job], group)

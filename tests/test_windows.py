@@ -14,7 +14,7 @@ import torch
 
 from codec.audio import Recording, probe
 from demo.voice import synthesize
-from pipeline.ahead import Ahead, chained_ahead, map_ahead
+from pipeline.ahead import Ahead, chained_ahead, map_ahead, thread_count
 from pipeline.seams import differences_db, points
 from pipeline.sidon import Native, Sidon
 from pipeline.teachers import Teacher
@@ -108,7 +108,7 @@ def test_ahead_keeps_order_and_raises_where_it_is_heard() -> None:
         yield from range(5)
         raise ValueError("broken")
 
-    ahead = Ahead(items(), 2)
+    ahead = Ahead(items(), 2, cores=1)
     assert [next(ahead) for _ in range(5)] == list(range(5))
     for _ in range(2):
         with pytest.raises(ValueError, match="broken"):
@@ -123,7 +123,7 @@ def test_no_more_is_read_ahead_than_allowed() -> None:
             made.append(number)
             yield number
 
-    ahead = Ahead(items(), 3)
+    ahead = Ahead(items(), 3, cores=1)
     assert next(ahead) == 0
     time.sleep(0.2)
     assert len(made) <= 1 + 3 + 1  # given away, waiting, in the thread's hand
@@ -150,3 +150,20 @@ def test_map_ahead_is_map() -> None:
     assert list(map_ahead(slow_square, range(50), threads=4, size=8)) == [x * x for x in range(50)]
     with pytest.raises(ZeroDivisionError):
         list(map_ahead(lambda x: 1 // x, [1, 0], threads=2, size=4))
+
+
+def test_threads_share_the_cores() -> None:
+    def cores_of(_: int) -> int:
+        return torch.get_num_threads()
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(6)
+    try:
+        assert set(map_ahead(cores_of, range(8), threads=2, size=4)) == {3}
+        assert set(map_ahead(cores_of, range(8), threads=8, size=8)) == {1}
+        assert set(chained_ahead((map(cores_of, range(2)) for _ in range(3)), threads=3, size=1)) == {2}
+        ahead = Ahead(map(cores_of, range(2)), 2, cores=torch.get_num_threads())
+        assert list(ahead) == [6, 6]  # though threads before it have set theirs
+        assert (thread_count("auto"), thread_count(9)) == (6, 9)
+    finally:
+        torch.set_num_threads(before)
