@@ -40,6 +40,7 @@ Samples = npt.NDArray[np.float32]
 AGREEMENT_DB = {"fp32": -60.0, "bf16": -40.0}  # of the two forms, by the coarser of their precisions
 SEAM_MARGIN_DB = 1.0
 SECONDS = 10  # of each recording that goes through the models
+NOT_RUN = "not run"  # the figure of a check that needs what an earlier one could not find out
 CODES_BYTES_PER_SECOND = 7 * 2 * TARGET_RATE / COARSE_48K
 
 
@@ -105,16 +106,17 @@ def examine(settings: DoctorSettings, recordings: Sequence[Path], folder: Path) 
         tqdm.write(f"{'pass' if check.passed else 'FAIL'}  {check.name:<32} {check.figure}")
         if not check.passed:
             tqdm.write(f"      → {check.advice}")
-    failed = [check.name for check in checks if not check.passed]
+    failed = [check for check in checks if not check.passed]
     if failed:
-        raise UserError(f"{len(failed)} of {len(checks)} checks failed: {'; '.join(failed)}")
+        causes = "; ".join(check.name for check in failed if check.figure != NOT_RUN)
+        raise UserError(f"{len(failed)} of {len(checks)} checks failed, mend first: {causes}")
 
 
 def _run(name: str, step: Callable[[], Check]) -> Check:
     try:
         return step()
     except NotMeasuredError as missing:
-        return Check(name, False, "not run", f"needs what failed above ({missing})")
+        return Check(name, False, NOT_RUN, f"needs what failed above ({missing})")
     except (UserError, AudioError) as error:
         return Check(name, False, "not usable", " ".join(str(error).split()))
 

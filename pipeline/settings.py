@@ -208,3 +208,15 @@ class WorkflowSettings(Settings):
     codes: dict[str, Any] = Field(default={}, description="further settings of shard-codes, as codes.KEY=VALUE")
     targets: dict[str, Any] = Field(default={}, description="further settings of shard-targets, as targets.KEY=VALUE")
     train: dict[str, Any] = Field(default={}, description="further settings of train, as train.KEY=VALUE")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _belongs_to_a_step(cls, values: dict[str, Any]) -> dict[str, Any]:
+        from trainer.settings import TrainSettings
+
+        steps: dict[str, type[Settings]] = {"codes": CodesSettings, "targets": TargetsSettings, "train": TrainSettings}
+        for key in values.keys() - cls.model_fields.keys():
+            owners = [f"{step}.{key}=…" for step, settings in steps.items() if key in settings.model_fields]
+            if owners:
+                raise ValueError(f"{key} is a setting of one step: write {' or '.join(owners)}")
+        return values

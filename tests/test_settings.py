@@ -335,6 +335,14 @@ def test_workflow_checks_every_commands_settings_first(tmp_path: Path) -> None:
     assert not work.exists()
 
 
+def test_workflow_says_whose_setting_a_key_is() -> None:
+    places = ["audio=a", "work=w", "run=r", "gpu=cpu"]
+    with pytest.raises(SettingsError, match=r"teacher is a setting of one step: write targets.teacher=…$"):
+        load_settings(WorkflowSettings, "workflow.json", [*places, "teacher=recording"])
+    with pytest.raises(SettingsError, match=r"write codes.threads=… or targets.threads=…$"):
+        load_settings(WorkflowSettings, "workflow.json", [*places, "threads=2"])
+
+
 def test_workflow_passes_settings_on_as_commands_read_them() -> None:
     values = [Path('/tmp/ünï "cödé"'), Url("s3://corpus/work"), 0, "recording", [1024, 2048]]
     expected = ['/tmp/ünï "cödé"', "s3://corpus/work", "0", "recording", "[1024, 2048]"]
