@@ -30,6 +30,7 @@ EXTENSIONS = {".wav", ".flac", ".ogg", ".oga", ".mp3", ".opus"}  # of the files 
 DECODED = ".48k.wav"  # how names end that `just decode` gives: they are no recordings
 MIN_RATE, MAX_RATE = 8_000, 192_000
 BLOCK_FRAMES = 1 << 16
+MAX_HELD_FRAMES = 1 << 22  # 87 s at 48 kHz, 16 MB
 SEEKABLE = {"WAV", "WAVEX", "RF64", "W64", "FLAC", "AIFF"}  # formats in which seeking is exact and quick
 KERNEL_WIDTH = 64  # zero crossings on each side; with ROLLOFF and BETA, resampy's "kaiser_best"
 ROLLOFF = 0.9475937167399596
@@ -78,12 +79,25 @@ class Recording:
     def __init__(self, path: Stored, header: Header, first: int = 0, frames: int | None = None) -> None:
         self.path, self.header, self.first = path, header, first
         self.frames = header.frames - first if frames is None else frames
+        self._held: Samples | None = None
+
+    def hold(self) -> None:
+        """Decodes a recording that is read several times once, unless it is so long that it would fill the memory."""
+        if self.frames <= MAX_HELD_FRAMES:
+            self._held = np.concatenate(list(self.blocks()))
 
     def length(self, rate: int) -> int:
         return output_length(self.frames, self.header.rate, rate)
 
     def blocks(self, start: int = 0) -> Iterator[Samples]:
         """Mono blocks from frame `start` of the recording to its end."""
+        if self._held is None:
+            yield from self._decoded(start)
+        else:
+            for block in range(start, self.frames, BLOCK_FRAMES):
+                yield self._held[block : block + BLOCK_FRAMES]
+
+    def _decoded(self, start: int) -> Iterator[Samples]:
         with _open(self.path) as file:
             if (file.frames, file.samplerate, file.channels) != (
                 self.header.frames,
@@ -95,13 +109,11 @@ class Recording:
             end = self.first + self.frames
             while position < end:
                 block = _read(file, position, min(BLOCK_FRAMES, end - position))
-                mono = block.mean(axis=1, dtype=np.float64).astype(np.float32)
-                finite = np.isfinite(block).all(axis=1)
-                if not finite.all():
-                    seconds = (position + int(finite.argmin())) / self.header.rate
+                if not np.isfinite(block).all():
+                    seconds = (position + int(np.isfinite(block).all(axis=1).argmin())) / self.header.rate
                     raise AudioError(f"NaN or infinity near {seconds:.3f} s")
                 position += len(block)
-                yield mono
+                yield block[:, 0] if len(block.T) == 1 else block.mean(axis=1, dtype=np.float64).astype(np.float32)
 
     def _seek(self, file: soundfile.SoundFile, frame: int) -> int:
         if frame and file.format in SEEKABLE:

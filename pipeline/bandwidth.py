@@ -12,18 +12,19 @@ low bands hold, fricatives what high ones do. The bandwidth is the lowest of thr
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable
+from functools import cache, lru_cache
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
 Samples = npt.NDArray[np.float32]
-Spectra = npt.NDArray[np.float64]
+Spectra = npt.NDArray[Any]
+Bins = npt.NDArray[np.int64]
 
 N_FFT = 2048
-BAND_HZ, STEP_HZ = 500.0, 125.0
+BAND_HZ, STEP_HZ, STEPS_OF_BAND = 500.0, 125.0, 4
 CLIFF_DB, CLIFF_HZ = 15.0, 1000.0
 EMPTY_DB, ROUNDING_DB = 80.0, -106.0  # below the loudest band; re full scale, in 500 Hz
 LOWEST_HZ = 3000.0  # below it vowels fall as steeply
@@ -33,6 +34,7 @@ MIRROR_RATES = (8_000, 11_025, 12_000, 16_000, 22_050, 24_000, 32_000)  # that r
 MIRROR_HZ = 2000.0  # compared on each side of half the rate
 MIRROR_CORRELATION = 0.2
 MIRROR_FRAMES = 16  # fewer say too little
+BLOCK_FRAMES = 64  # whose spectra are computed at once, so that they stay in a core's cache
 SILENT_POWER = 1e-12  # of a frame, re full scale
 
 
@@ -41,28 +43,28 @@ class Spectrum:
 
     def __init__(self, rate: int) -> None:
         self.rate = rate
-        self._window = np.hanning(N_FFT).astype(np.float32)
-        edges = np.arange(0.0, rate / 2 - BAND_HZ + 1, STEP_HZ)
-        self._first, self._last = (np.round((edges + more) * N_FFT / rate).astype(int) for more in (0.0, BAND_HZ))
-        self._counts = np.zeros((len(edges), LEVELS), np.int64)  # frames of each level, per band
-        self._mirrors = [mirror for old in MIRROR_RATES for mirror in mirrors(rate, old)]
+        bands = int((rate / 2 - BAND_HZ) / STEP_HZ) + 1
+        edges = np.arange(bands + STEPS_OF_BAND) * STEP_HZ
+        self._edges = np.round(edges * N_FFT / rate).astype(int)  # of the steps: neighbours share them, four are a band
+        self._counts = np.zeros((bands, LEVELS), np.int64)  # frames of each level, per band
+        self._mirrors = Mirrors(rate)
 
     def add(self, block: Samples) -> None:
         """Whole frames of the block, half overlapping; what is left over at its end is not heard, nor is silence."""
         if len(block) < N_FFT:
             return
-        frames = np.lib.stride_tricks.sliding_window_view(block, N_FFT)[:: N_FFT // 2]
-        spectra = torch.fft.rfft(torch.from_numpy(frames * self._window)).abs().double().square().numpy()
-        spectra *= 2 / (N_FFT * np.square(self._window).sum())  # so that a band's sum is its mean square
-        spectra = spectra[spectra.sum(axis=1) > SILENT_POWER]
-        sums = np.concatenate([np.zeros((len(spectra), 1)), spectra.cumsum(axis=1)], axis=1)
-        power = sums[:, self._last] - sums[:, self._first]
-        level = np.clip(10 * np.log10(power + 1e-20) - FLOOR_DB, 0, LEVELS - 1).astype(int)
-        cells = np.arange(level.shape[1]) * LEVELS + level
-        self._counts += np.bincount(cells.ravel(), minlength=self._counts.size).reshape(self._counts.shape)
-        logarithms = np.log(spectra + 1e-20)
-        for mirror in self._mirrors:
-            mirror.add(logarithms)
+        for frames_TN in torch.from_numpy(block).unfold(0, N_FFT, N_FFT // 2).split(BLOCK_FRAMES):
+            power_KT = _power(frames_TN)
+            heard_KT = power_KT[:, power_KT.sum(axis=0) > SILENT_POWER]
+            self._count(heard_KT)
+            self._mirrors.add(np.log(heard_KT + 1e-20))
+
+    def _count(self, power_KT: Spectra) -> None:
+        steps_ST = np.add.reduceat(power_KT[: self._edges[-1]], self._edges[:-1], axis=0)
+        bands_BT = sum(steps_ST[step : step + len(self._counts)] for step in range(STEPS_OF_BAND))
+        level_BT = np.clip(10 * np.log10(bands_BT + 1e-20) - FLOOR_DB, 0, LEVELS - 1).astype(int)
+        cells_BT = np.arange(len(self._counts))[:, None] * LEVELS + level_BT
+        self._counts += np.bincount(cells_BT.ravel(), minlength=self._counts.size).reshape(self._counts.shape)
 
     def bandwidth_hz(self) -> float | None:
         """None where there is only silence."""
@@ -71,50 +73,79 @@ class Spectrum:
             return None
         above = self._counts[:, ::-1].cumsum(axis=1) >= max(LOUD_SHARE * frames, 1)
         loud_db = (LEVELS - 1 - above.argmax(axis=1) + FLOOR_DB).astype(np.float64)
-        mirrored = [mirror.rate_hz / 2 for mirror in self._mirrors if mirror.correlation() > MIRROR_CORRELATION]
-        return min([_fall(loud_db, self.rate / 2), *mirrored])
+        return min([_fall(loud_db, self.rate / 2), *(old / 2 for old in self._mirrors.seen())])
 
 
-class Mirror:
-    """Correlation, over time, of each frequency's level with that of the frequency whose image it would be.
+class Mirrors:
+    """Correlation, over time, of each frequency's level with that of the frequency whose image it would be, for each
+    mirror that a recording may have been upsampled through.
 
     The level of each frame is taken out first: all frequencies of speech rise and fall together.
     """
 
-    def __init__(self, old: int, below: npt.NDArray[np.int64], above: npt.NDArray[np.int64]) -> None:
-        self.rate_hz, self._below, self._above = old, below, above
+    def __init__(self, rate: int) -> None:
+        self._places = mirrors(rate)
+        self._lengths = np.array([len(below) for _, below, _ in self._places], dtype=int)
+        self._starts = self._lengths.cumsum() - self._lengths
+        none = np.zeros(0, dtype=int)
+        self._below = np.concatenate([none, *(below for _, below, _ in self._places)])
+        self._above = np.concatenate([none, *(above for *_, above in self._places)])
         self._count = 0
-        self._sums = np.zeros((5, len(below)))
+        self._sums = np.zeros((5, len(self._below)))
 
-    def add(self, logarithms: Spectra) -> None:
-        below, above = (_centred(logarithms[:, bins]) for bins in (self._below, self._above))
-        self._count += len(logarithms)
-        products = (below, above, below * below, above * above, below * above)
-        self._sums += np.stack([product.sum(axis=0) for product in products])
+    def add(self, logarithms_KT: Spectra) -> None:
+        below_MT, above_MT = (self._centred(logarithms_KT[bins]) for bins in (self._below, self._above))
+        self._count += logarithms_KT.shape[1]
+        pairs = ((below_MT, below_MT), (above_MT, above_MT), (below_MT, above_MT))
+        products = (np.einsum("mt,mt->m", one, other) for one, other in pairs)
+        self._sums += np.stack([below_MT.sum(axis=1), above_MT.sum(axis=1), *products])
 
-    def correlation(self) -> float:
+    def _centred(self, levels_MT: Spectra) -> Spectra:
+        """Without each mirror's own mean, frame by frame."""
+        means = np.add.reduceat(levels_MT, self._starts, axis=0) / self._lengths[:, None].astype(np.float32)
+        return levels_MT - means.repeat(self._lengths, axis=0)
+
+    def seen(self) -> list[int]:
+        """The rates whose images are there."""
         if self._count < MIRROR_FRAMES:
-            return 0.0
+            return []
         x, y, xx, yy, xy = self._sums / self._count
-        covariance, power = (xy - x * y).sum(), (xx - x * x).sum() * (yy - y * y).sum()
-        return float(covariance / math.sqrt(power)) if power > 0 else 0.0
+        moments = np.stack([xy - x * y, xx - x * x, yy - y * y])
+        covariance, below, above = np.add.reduceat(moments, self._starts, axis=1)
+        correlation = covariance / np.sqrt(np.maximum(below * above, 1e-30))
+        return [old for (old, _, _), found in zip(self._places, correlation, strict=True) if found > MIRROR_CORRELATION]
 
 
-def mirrors(rate: int, old: int) -> Iterable[Mirror]:
-    """Where images of a recording at rate `old` would lie: around half of it, and below the whole of it."""
+@lru_cache(maxsize=16)
+def mirrors(rate: int) -> list[tuple[int, Bins, Bins]]:
+    """Where images of recordings at lower rates would lie, around half of the rate and below the whole of it: the rate,
+    bins below, bins above.
+    """
     resolution = rate / N_FFT
-    for low, high in ((old / 2, old / 2), (0.0, old)):
-        distance = np.arange(BAND_HZ / 2, min(MIRROR_HZ, old / 4), resolution)
-        below = np.round(np.abs(low - distance) / resolution).astype(int)
-        above = np.round((high + distance if low else high - distance) / resolution).astype(int)
-        inside = above < round((rate / 2 - BAND_HZ) / resolution)
-        if distance[inside].size * resolution > BAND_HZ:
-            yield Mirror(old, below[inside], above[inside])
+    found = []
+    for old in MIRROR_RATES:
+        for low, high in ((old / 2, old / 2), (0.0, old)):
+            distance = np.arange(BAND_HZ / 2, min(MIRROR_HZ, old / 4), resolution)
+            below = np.round(np.abs(low - distance) / resolution).astype(int)
+            above = np.round((high + distance if low else high - distance) / resolution).astype(int)
+            inside = above < round((rate / 2 - BAND_HZ) / resolution)
+            if distance[inside].size * resolution > BAND_HZ:
+                found.append((old, below[inside], above[inside]))
+    return found
 
 
-def _centred(levels: Spectra) -> Spectra:
-    centred: Spectra = levels - levels.mean(axis=1, keepdims=True)
-    return centred
+@cache
+def _window() -> torch.Tensor:
+    """Hann's, scaled so that the sum of a band's power is its mean square."""
+    window = torch.hann_window(N_FFT, periodic=False, dtype=torch.float64)
+    return (window * (2 / (N_FFT * window.square().sum())).sqrt()).float()
+
+
+def _power(frames_TN: torch.Tensor) -> Spectra:
+    """(bins, frames)"""
+    spectrum_TK = torch.fft.rfft(frames_TN * _window()).numpy()
+    power_KT: Spectra = np.ascontiguousarray((spectrum_TK.real**2 + spectrum_TK.imag**2).T)
+    return power_KT
 
 
 def bandwidth_hz(samples: Samples, rate: int) -> float | None:

@@ -147,6 +147,8 @@ class Teacher:
         try:
             recording = open_recording(rows[0])
             check_content(recording, rows)
+            if self.settings.teacher != RECORDING:
+                recording.hold()
             survey = self.survey(recording)
             used = self.chosen(survey)
             heard, source = Resampler(recording, INPUT_RATE), Resampler(recording, TARGET_RATE)
