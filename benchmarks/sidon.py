@@ -7,7 +7,9 @@ other) and a floor measured in the same run.
 from __future__ import annotations
 
 import io
-from collections.abc import Callable
+import statistics
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -31,7 +33,7 @@ from configs.loader import load_settings
 from pipeline import bandwidth, fidelity
 from pipeline.judging import judge
 from pipeline.settings import TargetsSettings
-from pipeline.sidon import FRAME, HIGH_PASS_HZ, INPUT_RATE, PADDING, Native, Sidon, high_passed
+from pipeline.sidon import FRAME, HIGH_PASS_HZ, INPUT_RATE, PADDING, UPSAMPLING, Native, Sidon, high_passed
 from pipeline.sidon_decoder import DacDecoder
 from pipeline.sidon_encoder import use_relative_key_sdpa
 from pipeline.sidon_features import BLOCK_FRAMES, FRAME_LENGTH, HOP, N_FFT, features
@@ -46,6 +48,7 @@ CONFIG = Wav2Vec2BertConfig(num_hidden_layers=8, layerdrop=0.0)
 CHANNELS, RATES = 1536, [8, 5, 4, 3, 2]
 ENCODER_GFLOP, DECODER_GFLOP = 20.0, 66.0  # per second of audio, by arithmetic
 ROUNDS = 5
+ALL_BUT_THE_MODEL = "all but the model, one core"
 HOST = load_settings(TargetsSettings, "shard_targets.json", [])
 
 
@@ -83,6 +86,13 @@ class Plain:
         hidden = self.encoder(given["input_features"].to(self.device)).last_hidden_state
         restored = self.decoder(hidden.transpose(1, 2))[0, 0].float().cpu().numpy()
         return flac_bytes(restored, 16)
+
+
+class Instant(Sidon):
+    """No model: its time is not part of what is measured, its output is what it hears."""
+
+    def restore(self, windows: Sequence[Samples]) -> list[Samples]:
+        return [np.repeat(window[PADDING:-PADDING], UPSAMPLING) for window in windows]
 
 
 @dataclass(frozen=True)
@@ -136,9 +146,9 @@ def parts(bench: Bench) -> list[dict[str, Any]]:
         gflops = matmul_gflops(bench)
         on_gpu = bench.device.type == "cuda"
         return [
-            _row(bench, "reading", lambda: [_read(p, INPUT_RATE, length) for p in bench.paths],
-                 lambda: [_plain_read(p, bench.seconds) for p in bench.paths],
-                 lambda: [_decoded(p, bench.seconds) for p in bench.paths], "decoding alone"),
+            _row(bench, "reading, one core", _on_one_core(lambda: [_read(p, INPUT_RATE, length) for p in bench.paths]),
+                 _on_one_core(lambda: [_plain_read(p, bench.seconds) for p in bench.paths]),
+                 _on_one_core(lambda: [_decoded(p, bench.seconds) for p in bench.paths]), "decoding alone"),
             _row(bench, "features" if on_gpu else "features, one core",
                  _on_one_core(lambda: features(wav_BN, [length] * len(windows))),
                  _on_one_core(lambda: [bench.plain.features(w, sampling_rate=INPUT_RATE) for w in windows]),
@@ -149,9 +159,9 @@ def parts(bench: Bench) -> list[dict[str, Any]]:
             _row(bench, "decoder", lambda: bench.sidon.model.decode(hidden_BTC, frames),
                  lambda: [bench.plain.decoder(row[None].float().transpose(1, 2)) for row in hidden_BTC],
                  gflops / DECODER_GFLOP, "a matrix product at the same precision"),
-            _row(bench, "judging", lambda: [judge(s, s, HOST) for s in sources], None,
-                 partial(_judged_spectra, sources), "its four spectra alone"),
-            _row(bench, "FLAC", lambda: [flac_bytes(s, 16) for s in sources], None,
+            _row(bench, "judging, one core", _on_one_core(lambda: [judge(s, s, HOST) for s in sources]), None,
+                 _on_one_core(partial(_judged_spectra, sources)), "its four spectra alone"),
+            _row(bench, "FLAC, one core", lambda: [flac_bytes(s, 16) for s in sources], None,
                  lambda: [_plain_flac(s) for s in sources], "libsndfile alone"),
         ]  # fmt: skip
 
@@ -244,19 +254,31 @@ def _finished(bench: Bench, way: Callable[[], object]) -> None:
 def whole(bench: Bench) -> dict[str, Any]:
     """From files to judged FLAC, as a shard is made, against one recording after the other."""
     settings = HOST.model_copy(update={"gpu": "cpu" if bench.device.type == "cpu" else bench.device.index or 0})
-    teacher = Teacher(settings, bench.sidon)
+    ours = partial(_made, bench, Teacher(settings, bench.sidon))
+    return _row(bench, "whole", ours, lambda: [bench.plain.restore(path, bench.seconds) for path in bench.paths])
+
+
+def all_but_the_model(bench: Bench) -> dict[str, Any]:
+    """In processor time: how much of it a GPU needs beside it."""
+    teacher = Teacher(HOST, Instant(bench.sidon.model, bench.device))
+    seconds = []
+    for _ in range(ROUNDS):
+        began = time.process_time()
+        _on_one_core(partial(_made, bench, teacher))()
+        seconds.append(time.process_time() - began)
+    rate = bench.audio / statistics.median(seconds)
+    return {"part": ALL_BUT_THE_MODEL, "audio_s_per_s": rate}
+
+
+def _made(bench: Bench, teacher: Teacher) -> None:
     rows = []
     for path in bench.paths:
         row = whole_recording(path)
         rows.append({**row, "frames": bench.seconds * row["rate"], "n_samples": bench.seconds * TARGET_RATE})
-
-    def ours() -> None:
-        for taught in teacher.segments([[row] for row in rows]):
-            assert isinstance(taught, Taught)
-            judge(taught.target, taught.source, settings)
-            flac_bytes(taught.target, 16)
-
-    return _row(bench, "whole", ours, lambda: [bench.plain.restore(path, bench.seconds) for path in bench.paths])
+    for taught in teacher.segments([[row] for row in rows]):
+        assert isinstance(taught, Taught)
+        judge(taught.target, taught.source, HOST)
+        flac_bytes(taught.target, 16)
 
 
 @click.command(help=__doc__)
@@ -269,7 +291,7 @@ def main(speech: Path, gpu: str, seconds: int) -> None:
     precision = "bf16" if device.type == "cuda" else "fp32"
     sidon = Sidon(RandomNative(device, precision), device)
     bench = Bench(chosen(speech, number, seconds), seconds, device, sidon, Plain(device))
-    rows = [*parts(bench), whole(bench)]
+    rows = [*parts(bench), all_but_the_model(bench), whole(bench)]
     context = {"recordings": len(bench.paths), "seconds_each": seconds, "precision": precision}
     report("sidon", rows, gpu, **context, weights="random, of the true size")
 
