@@ -13,7 +13,7 @@ def main() -> None:
 
 add_command(main, "shard-codes", settings.CodesSettings, "shard_codes.json", "pipeline.codes:shard_codes")
 add_command(main, "shard-targets", settings.TargetsSettings, "shard_targets.json", "pipeline.targets:shard_targets")
-add_command(main, "calibrate", settings.TargetsSettings, "shard_targets.json", "pipeline.calibrate:calibrate")
+add_command(main, "calibrate", settings.CalibrateSettings, "shard_targets.json", "pipeline.calibrate:calibrate")
 add_command(main, "workflow", settings.WorkflowSettings, "workflow.json", "pipeline.workflow:workflow")
 add_command(main, "inspect", settings.InspectSettings, "inspect.json", "pipeline.inspect:inspect")
 add_command(main, "verify", settings.VerifySettings, "verify.json", "pipeline.verify:verify")

@@ -21,7 +21,7 @@ from codec.audio import AudioError
 from pipeline.execute import holding
 from pipeline.fidelity import compare, speech_share
 from pipeline.plan import Plan
-from pipeline.settings import TargetsSettings
+from pipeline.settings import CalibrateSettings, TargetsSettings
 from pipeline.teachers import Teacher
 from shards.contract import COARSE_48K, OK, PLAN_NAME, TARGET_RATE
 from shards.errors import UserError
@@ -40,7 +40,7 @@ PERCENTILES = (10, 50, 90)
 AGREEING, OWN = 0.8, 0.4  # coherence below 4 kHz: waveforms agree; phases are the model's own
 
 
-def calibrate(settings: TargetsSettings) -> None:
+def calibrate(settings: CalibrateSettings) -> None:
     """Measures anew, prints the table and keeps it. Raises UserError for delays or levels that cannot be trained on."""
     plan = Plan(settings.work / PLAN_NAME)
     if settings.teacher == "recording":

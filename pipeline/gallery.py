@@ -22,6 +22,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import SubFigure
 
 from codec.audio import AudioError, Resampler
+from codec.weights import PINS
 from pipeline.plan import Plan
 from pipeline.recordings import open_recording
 from pipeline.settings import TargetsSettings
@@ -170,7 +171,8 @@ def _stored(shards: Path, row: Row) -> Samples:
 def _made_again(shards: Path, planned: list[Row | None]) -> Iterator[Pair]:
     known = [[plan] for plan in planned if plan is not None]
     try:
-        settings = TargetsSettings.model_validate(json.loads((shards / "settings.json").read_text()))
+        written = json.loads((shards / "settings.json").read_text())
+        settings = TargetsSettings.model_validate({**written, "weights": PINS})  # theirs may list code of theirs
         taught = iter(Teacher(settings).segments(known))
     except (UserError, OSError, ValueError) as error:
         reason = f"its teacher cannot be had: {str(error).splitlines()[0]}"

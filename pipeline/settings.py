@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import Field, model_validator
 
-from configs.loader import Local, Place, Settings
+from configs.loader import FOLDER, Local, Place, Settings
 
 Gpu = Literal["cpu"] | Annotated[int, Field(ge=0)]
 Threads = Literal["auto"] | Annotated[int, Field(ge=1, le=256)]
@@ -167,6 +168,10 @@ class TargetsSettings(ExecutionSettings, SidonSettings, JudgeSettings):
     retry: Literal["none", "failed"] = Field(description="failed: try the segments again that failed")
 
 
+class CalibrateSettings(TargetsSettings):
+    """Measure delay, level and coherence of targets on some recordings of a plan. Makes no shards."""
+
+
 class InspectSettings(Settings):
     """Print what a plan, codes file, sidecar, index, tar shard or a whole folder of shards holds."""
 
@@ -212,11 +217,10 @@ class WorkflowSettings(Settings):
     @model_validator(mode="before")
     @classmethod
     def _belongs_to_a_step(cls, values: dict[str, Any]) -> dict[str, Any]:
-        from trainer.settings import TrainSettings
-
-        steps: dict[str, type[Settings]] = {"codes": CodesSettings, "targets": TargetsSettings, "train": TrainSettings}
+        train = json.loads((FOLDER / "decoder_48khz.json").read_text())
+        steps = {"codes": CodesSettings.model_fields, "targets": TargetsSettings.model_fields, "train": train}
         for key in values.keys() - cls.model_fields.keys():
-            owners = [f"{step}.{key}=…" for step, settings in steps.items() if key in settings.model_fields]
+            owners = [f"{step}.{key}=…" for step, known in steps.items() if key in known]
             if owners:
                 raise ValueError(f"{key} is a setting of one step: write {' or '.join(owners)}")
         return values

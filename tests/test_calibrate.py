@@ -16,7 +16,7 @@ from benchmarks.judging import resynthesised
 from demo.voice import synthesize
 from pipeline.calibrate import FILE, calibrate, check, coherence, words
 from pipeline.codes import shard_codes
-from pipeline.settings import TargetsSettings
+from pipeline.settings import CalibrateSettings
 from pipeline.targets import shard_targets
 from pipeline.teachers import Pieces, Teacher
 from shards.contract import TARGET_RATE
@@ -49,12 +49,13 @@ def coded(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def settings(standin: Path, coded: Path, tmp_path: Path) -> Callable[..., TargetsSettings]:
+def settings(standin: Path, coded: Path, tmp_path: Path) -> Callable[..., CalibrateSettings]:
     shutil.copytree(coded, tmp_path / "work")
 
-    def make(*more: str) -> TargetsSettings:
+    def make(*more: str) -> CalibrateSettings:
         pair = [f"sidon={standin}", f"weights={standin / 'weights.json'}"]
-        return targets_settings(tmp_path / "work", "teacher=sidon", *pair, *more)
+        made = targets_settings(tmp_path / "work", "teacher=sidon", *pair, *more)
+        return CalibrateSettings.model_validate(made.model_dump())
 
     return make
 
@@ -70,7 +71,7 @@ def spoil(monkeypatch: pytest.MonkeyPatch, change: Callable[[Pieces, Samples], S
 
 
 def test_the_stand_in_is_in_time_and_level(
-    settings: Callable[..., TargetsSettings], capsys: pytest.CaptureFixture[str]
+    settings: Callable[..., CalibrateSettings], capsys: pytest.CaptureFixture[str]
 ) -> None:
     calibrate(settings())
     shown = capsys.readouterr().out
@@ -83,7 +84,7 @@ def test_the_stand_in_is_in_time_and_level(
 
 
 def test_a_run_keeps_its_calibration_in_the_index(
-    settings: Callable[..., TargetsSettings], monkeypatch: pytest.MonkeyPatch
+    settings: Callable[..., CalibrateSettings], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shard_targets(settings())
     work = settings().work
@@ -93,7 +94,9 @@ def test_a_run_keeps_its_calibration_in_the_index(
     shard_targets(settings())
 
 
-def test_too_few_recordings_are_measured_again_when_there_may_be_more(settings: Callable[..., TargetsSettings]) -> None:
+def test_too_few_recordings_are_measured_again_when_there_may_be_more(
+    settings: Callable[..., CalibrateSettings],
+) -> None:
     path = settings().work / FILE
     calibrate(settings("calibrate_recordings=4"))
     few = json.loads(path.read_bytes())
@@ -106,7 +109,7 @@ def test_too_few_recordings_are_measured_again_when_there_may_be_more(settings: 
 
 
 @pytest.mark.parametrize("left", [0, 240])
-def test_a_wrong_delay_stops_the_run(left: int, settings: Callable[..., TargetsSettings]) -> None:
+def test_a_wrong_delay_stops_the_run(left: int, settings: Callable[..., CalibrateSettings]) -> None:
     """The 10 ms of the padding not taken off, or half of them: no shard is written, and the message mends it."""
     wrong = settings(f"delay_samples={left}", "min_correlation=-1")
     with pytest.raises(UserError, match=r"all targets are \d+ samples .* behind .* set delay_samples=4[78]\d") as error:
@@ -117,7 +120,7 @@ def test_a_wrong_delay_stops_the_run(left: int, settings: Callable[..., TargetsS
 
 @pytest.mark.parametrize("gain_db", [-6.0, 6.0])
 def test_a_wrong_level_stops_the_run(
-    gain_db: float, settings: Callable[..., TargetsSettings], monkeypatch: pytest.MonkeyPatch
+    gain_db: float, settings: Callable[..., CalibrateSettings], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     spoil(monkeypatch, lambda _, restored: restored * np.float32(10 ** (gain_db / 20)))
     with pytest.raises(UserError, match=rf"typically {gain_db:.1f} dB above their recordings"):
@@ -125,7 +128,7 @@ def test_a_wrong_level_stops_the_run(
 
 
 def test_the_model_s_level_is_not_the_recordings(
-    settings: Callable[..., TargetsSettings], monkeypatch: pytest.MonkeyPatch
+    settings: Callable[..., CalibrateSettings], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Forgetting to scale back leaves every target at 0.9 of full scale, so recordings disagree."""
     spoil(monkeypatch, lambda self, restored: restored * np.float32(self.first.gain))
@@ -134,14 +137,16 @@ def test_the_model_s_level_is_not_the_recordings(
 
 
 def test_recordings_that_disagree_in_time_stop_the_run(
-    settings: Callable[..., TargetsSettings], monkeypatch: pytest.MonkeyPatch
+    settings: Callable[..., CalibrateSettings], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     spoil(monkeypatch, lambda self, restored: np.roll(restored, int(2000 * self.first.gain) % 960 - 480))
     with pytest.raises(UserError, match=r"recordings disagree: lag_samples is .* of 6 recordings.*max_lag_samples="):
         shard_targets(settings())
 
 
-def test_other_targets_stop_the_run(settings: Callable[..., TargetsSettings], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_targets_stop_the_run(
+    settings: Callable[..., CalibrateSettings], monkeypatch: pytest.MonkeyPatch
+) -> None:
     noise = np.random.default_rng(0).standard_normal(10 * TARGET_RATE).astype(np.float32)
     spoil(monkeypatch, lambda _, restored: noise[: len(restored)] * np.float32(restored.std()))
     with pytest.raises(UserError, match=r"calibration: (recordings disagree|envelopes|all targets)"):
@@ -149,7 +154,7 @@ def test_other_targets_stop_the_run(settings: Callable[..., TargetsSettings], mo
 
 
 def test_auto_is_not_stopped_by_the_few_that_need_sidon(
-    settings: Callable[..., TargetsSettings], monkeypatch: pytest.MonkeyPatch
+    settings: Callable[..., CalibrateSettings], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """All six recordings are looked at, and only one of them is not its own target."""
     chosen = iter(["recording"] * 5 + ["sidon"] * 100)
@@ -171,7 +176,7 @@ def test_coherence_tells_a_copy_from_a_resynthesis() -> None:
 
 
 def assert_same_without_a_model(
-    settings: Callable[..., TargetsSettings], elsewhere: list[str], monkeypatch: pytest.MonkeyPatch
+    settings: Callable[..., CalibrateSettings], elsewhere: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whoever hands out shards loads none; calibration and shards are those of one process."""
     work = settings().work
@@ -186,12 +191,12 @@ def assert_same_without_a_model(
 
 
 def test_who_hands_out_shards_loads_no_model(
-    settings: Callable[..., TargetsSettings], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    settings: Callable[..., CalibrateSettings], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert_same_without_a_model(settings, ["workers=2"], monkeypatch)
     assert capsys.readouterr().out.count("calibration on 6 recordings") == 2
 
 
-def test_a_model_that_cannot_be_loaded_elsewhere_is_one_line(settings: Callable[..., TargetsSettings]) -> None:
+def test_a_model_that_cannot_be_loaded_elsewhere_is_one_line(settings: Callable[..., CalibrateSettings]) -> None:
     with pytest.raises(UserError, match=r"decoder_cpu\.pt"):
         shard_targets(settings("workers=2", "weights=configs/weights.json"))

@@ -11,10 +11,12 @@ import numpy.typing as npt
 import pyarrow.parquet as pq
 import pytest
 
+from codec.weights import PINS
 from pipeline import gallery
 from pipeline.inspect import inspect
 from pipeline.settings import InspectSettings
 from shards.errors import UserError
+from tests.sidon_standin import build
 
 
 def test_a_picture_of_real_shards(work: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -48,6 +50,21 @@ def test_rejected_targets_are_made_again(work: Path, tmp_path: Path) -> None:
     for _, problem in gallery._pairs(shards, rows):
         assert isinstance(problem, str)
         assert problem.startswith("its teacher cannot be had")
+
+
+def test_a_folder_does_not_say_whose_code_may_run(work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.copytree(work, tmp_path / "work")
+    shards, theirs = tmp_path / "work" / "shards", tmp_path / "theirs"
+    pins = build(theirs)
+    settings = json.loads((shards / "settings.json").read_text())
+    asked = {"teacher": "sidon", "sidon": str(theirs), "weights": str(pins)}
+    (shards / "settings.json").write_text(json.dumps({**settings, **asked}))
+    rows = [{**row, "status": "rejected"} for row in pq.read_table(shards / "index.parquet").to_pylist()[:1]]
+    ((_, refused),) = gallery._pairs(shards, rows)
+    assert f"{theirs} is not listed in {PINS}" in str(refused)
+    monkeypatch.setattr(gallery, "PINS", pins)  # listed by the reader
+    ((_, made),) = gallery._pairs(shards, rows)
+    assert isinstance(made, np.ndarray)
 
 
 def test_kinds_take_turns() -> None:

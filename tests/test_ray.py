@@ -14,7 +14,7 @@ import psutil
 import pytest
 
 from pipeline.codes import shard_codes
-from pipeline.settings import TargetsSettings
+from pipeline.settings import CalibrateSettings
 from pipeline.targets import shard_targets
 from shards.contract import PLAN_NAME
 from tests.command_helpers import refused, targets_words
@@ -107,7 +107,7 @@ def test_an_actor_and_a_node_are_killed(cluster: Any, recordings: Path, whole: P
 
 
 def test_a_head_that_computes_nothing_loads_no_model(
-    cluster: Any, settings: Callable[..., TargetsSettings], monkeypatch: pytest.MonkeyPatch
+    cluster: Any, settings: Callable[..., CalibrateSettings], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     on_ray = ["execute=ray", f"ray_address={cluster.address}", "workers=1"]
     assert_same_without_a_model(settings, on_ray, monkeypatch)
