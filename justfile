@@ -87,7 +87,7 @@ doctor *args: _env
 demo *args: _env
     @exec {{ python }} -m demo demo "$@"
 
-# every figure that needs no GPU: just bench SPEECH (a folder of recordings; half an hour on 2 cores)
+# the figures of docs/speed.md, scale.md and use.md that need no GPU: just bench SPEECH (a folder of recordings; half an hour on 2 cores)
 bench speech: _env
     @exec {{ python }} -m benchmarks "{{ speech }}"
 

@@ -1,4 +1,4 @@
-"""Does the trainer's memory grow with the corpus? Resident size with indexes of a thousand to a million segments.
+"""Does the trainer's memory grow with the corpus? Resident size with indexes of a thousand to ten million segments.
 
 Usage: python -m benchmarks.index_memory. Each size has a process of its own, which loads the index, makes the order and
 looks up 200 global batches of 32 in the second epoch, as a worker that reads ahead does (without reading the tars).

@@ -176,7 +176,7 @@ def _kernel_width(old: int, new: int) -> int:
 
 
 class SincResampler:
-    """torchaudio's `Resample` to rounding, (…, N) → (…, N · new / old); ten times as fast from 48 kHz to 24 or 16 kHz.
+    """torchaudio's `Resample` to rounding, (…, N) → (…, N · new / old); quicker, from 48 kHz to 24 or 16 kHz above all.
 
     Where `new` is small, its convolution has few output channels, at which libraries are slow. Copies of its kernels,
     each a period later, give MIN_FILTERS outputs at once.

@@ -51,7 +51,8 @@ KEY_PATTERN = r"^\d{6,}-\d{5,}$"  # of `sample_key`: keys name files, and nothin
 def compact(folder: Location, shards: Sequence[tuple[str, int]], about: Mapping[str, Any] | None = None) -> Location:
     """All sidecars of `shards`, in that order, into `folder/index.parquet`; one sidecar in memory at a time.
 
-    Its schema metadata holds what their fingerprints have in common, and `about`. SHA256SUMS names every file, last.
+    Its schema metadata holds what their fingerprints have in common, and `about`. SHA256SUMS, last,
+    names tars, sidecars and index.
     """
     path = folder / INDEX_NAME
     fingerprint = _metadata(folder, *shards[0])["fingerprint"]

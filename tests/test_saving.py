@@ -35,7 +35,7 @@ from tests.training_helpers import (
     train_settings,
     train_words,
 )
-from trainer import checkpoint, losses
+from trainer import checkpoint, losses, status
 from trainer.ema import Ema
 from trainer.learner import Learner
 from trainer.loop import Trainer
@@ -135,6 +135,7 @@ def test_patience(work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     stopped = small_training(work, run, eval_every=1, max_steps=50, patience=2)
     assert stopped["step"] == 3
     assert "stopped at step 3: 2 validations without a new best" in (run / "training.log").read_text()
+    assert status._state(run) == "ended at step 3: 2 validations (patience) without a new best"
     assert small_training(work, run, eval_every=1, max_steps=50, patience=2)["step"] == 3, "it has ended"
     assert small_training(work, run, eval_every=1, max_steps=4, patience=3)["step"] == 4, "unless it may wait longer"
 

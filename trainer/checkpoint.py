@@ -27,7 +27,7 @@ STEPS = f"step_{9 * '[0-9]'}.pt"
 PROVENANCE = "provenance.json"  # in an exported directory, beside what stock snac reads
 
 
-SUMMARY = ("step", "best", "validation", "settings", "data", "snac", "snac_sha256")
+SUMMARY = ("step", "best", "validation", "validations_since_best", "settings", "data", "snac", "snac_sha256")
 
 
 def save_described(path: Path, state: Mapping[str, Any]) -> None:

@@ -37,7 +37,7 @@ class TrainSettings(Settings):
 
     batch_size: int = Field(ge=1, le=65_536, description="crops of one step over all GPUs")
     micro_batch: Literal["auto"] | Annotated[int, Field(ge=1)] = Field(
-        description="crops at once on one GPU; auto: all, halved when memory runs out"
+        description="crops at once on one GPU; auto: all, halved when memory runs out; on a CPU, 8 s of audio"
     )
     num_epochs: float = Field(gt=0, le=100_000, description="passes over the training split")
     max_steps: int | None = Field(default=None, ge=1, description="stop after so many steps (null: num_epochs says)")
@@ -175,7 +175,7 @@ class DecodeSettings(ModelSettings):
     window_seconds: float = Field(ge=1, le=600, description="longest stretch encoded, or decoded on a GPU, at once")
     stream: bool = Field(description="frame by frame, as a speech model gives them; reports latency and speed")
     lookahead_frames: int = Field(
-        ge=0, le=3, description="with stream: frames waited for; 3 is exact, fewer are sooner"
+        ge=0, le=3, description="with stream: frames waited for; 3 is exact, 0 and 1 are sooner, and not exact"
     )
 
 

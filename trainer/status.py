@@ -49,10 +49,16 @@ def report(run: Path) -> Iterator[str]:
 def _state(run: Path) -> str:
     if is_running(run):
         return "running"
-    steps = [int(path.stem.removeprefix("step_")) for path in (run / "checkpoints").glob("step_*.pt")]
-    if steps and max(steps) >= _read(run / "progress.json").get("total_steps", math.inf):
+    newest = max((run / "checkpoints").glob("step_*.pt"), default=None)
+    if newest is None:
+        return "not running, the same command begins anew"
+    step, found = int(newest.stem.removeprefix("step_")), _read(newest.with_suffix(".json"))
+    if step >= _read(run / "progress.json").get("total_steps", math.inf):
         return "done"
-    return f"not running, the same command with resume=auto goes on from step {max(steps, default=0)}"
+    patience = found.get("settings", {}).get("patience")
+    if patience is not None and found.get("validations_since_best", 0) >= patience:
+        return f"ended at step {step}: {patience} validations (patience) without a new best"
+    return f"not running here, the same command with resume=auto goes on from step {step}"
 
 
 def is_running(run: Path) -> bool:
