@@ -23,7 +23,7 @@ from codec.audio import EXTENSIONS
 from shards.contract import OK, TARGET_RATE
 
 SPEECH_BYTES = 2_500_000  # some minutes
-HOURS = (10_000, 100_000)
+HOURS = (4_000, 10_000, 100_000)
 GPUS = (1, 8, 64)
 REQUESTS_PER_FILE = 5  # into remote storage: put, its size, copy, delete, and whether it stands
 SEGMENT_SECONDS = 47 * 4096 / TARGET_RATE  # 4 s on whole coarse tokens
