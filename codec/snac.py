@@ -65,6 +65,7 @@ def device_of(gpu: str | int) -> torch.device:
         raise UserError(f"gpu={gpu}: no GPU is usable here; gpu=cpu runs on the CPU")
     if int(gpu) >= torch.cuda.device_count():
         raise UserError(f"gpu={gpu}: this machine has {torch.cuda.device_count()} GPUs, numbered from 0")
+    torch.backends.cudnn.allow_tf32 = False  # what is called float32 here is: tokens and the top octave need it
     return torch.device("cuda", int(gpu))
 
 

@@ -174,7 +174,7 @@ def load_sidon(settings: SidonSettings, device: torch.device) -> Sidon:
         settings.sidon_raw, settings.sidon_base, settings.weights, device, "fp32" if asked == "auto" else asked
     )
     sidon = Sidon(native, device, settings.delay_samples)
-    if asked == "auto" and device.type == "cuda" and torch.cuda.is_bf16_supported():
+    if asked == "auto" and device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
         native.precision = "bf16" if bf16_error_db(native, sidon) <= BF16_LIMIT_DB else "fp32"
     return sidon
 

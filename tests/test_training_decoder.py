@@ -10,8 +10,14 @@ from snac import SNAC
 from snac.layers import Snake1d, snake
 from torch import Tensor
 
+from benchmarks.training_step import random_batch
+from configs.loader import load_settings
 from shards.contract import COARSE_48K, CODEBOOK_SIZE, TOKENS
+from trainer import training_decoder as training_decoder_module
 from trainer.decoder import NEW_BLOCK, PADDING_TOKEN, CodesToLatent, CropDecoder, padded, trainable, warm_start
+from trainer.distributed import Process
+from trainer.learner import Learner
+from trainer.settings import TrainSettings
 from trainer.training_decoder import PlainSnake, TrainingDecoder
 
 
@@ -124,6 +130,33 @@ def test_the_decoder_is_one_graph_to_compile(snac: SNAC, whole_graphs: list[int]
     for a, b in zip(model.decoder.parameters(), eager.decoder.parameters(), strict=True):
         if b.grad is not None:
             torch.testing.assert_close(a.grad, b.grad, rtol=1e-3, atol=1e-4)
+
+
+def test_phase_2_teaches_all_layers_though_phase_1_was_compiled(snac: SNAC, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Dynamo does not guard on what requires gradients."""
+    original = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f, **options: original(f, backend="aot_eager", dynamic=False))
+    torch._dynamo.reset()
+    given = ["compile=true", "n_ffts=[256]", "micro_batch=2"]
+    settings = load_settings(TrainSettings, "decoder_48khz.json", given)
+    decoder, alone = warm_start(snac, "zero", 0), Process(0, 1, torch.device("cpu"))
+    learner = Learner(CodesToLatent(snac), decoder, settings, alone, print)
+    batch = random_batch(2, 2)
+    for phase in (1, 2):
+        learner.enter_phase(phase)
+        before = copy.deepcopy(decoder.state_dict())
+        learner.step(batch, phase, 2, 1.0)
+        for name, value in decoder.named_parameters():
+            assert torch.equal(value, before[name]) != value.requires_grad, name
+
+
+def test_too_many_graphs_are_said(snac: SNAC, whole_graphs: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(training_decoder_module, "MAX_GRAPHS", 2)
+    model, said = training_decoder(snac, compiled=True)
+    expected = [model(padded(random_tokens(1, coarse))).shape[1] for coarse in (1, 2, 3)]
+    assert expected == [COARSE_48K, 2 * COARSE_48K, 3 * COARSE_48K]
+    (line,) = said
+    assert line.startswith("torch.compile does not work here: going on without it (FailOnRecompileLimitHit")
 
 
 def test_without_a_compiler_it_says_so_and_goes_on(snac: SNAC, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -49,11 +49,12 @@ def evaluate(settings: EvalSettings) -> None:
     device = device_of(settings.gpu)
     codecs = load_codecs(settings.models, settings.pretrained_model)
     stock = find_stock(settings.pretrained_model, codecs)
+    decoded = decoded_systems(stock, codecs, device, settings.seed)
     stock.snac.to(device)
     clips = _clips(settings, stock)
     chosen = _choose(clips, settings.samples, settings.seed)
     entries = [clips.entries[place] for place in chosen if clips.entries[place].problem is None]
-    systems = decoded_systems(stock, codecs, device, settings.seed) | external_systems(settings.systems, entries)
+    systems = decoded | external_systems(settings.systems, entries)
     with new_folder(settings.out) as folder:
         table = pa.Table.from_pylist(list(_rows(settings, clips, chosen, systems, folder)), schema(settings.metrics))
         if not any(status == OK for status in table["status"].to_pylist()):

@@ -44,7 +44,7 @@ class Learner:
         self.settings, self.process, self.weights = settings, process, settings.weights
         device, on_gpu = process.device, process.device.type == "cuda"
         bf16 = settings.precision == "bf16" or (
-            settings.precision == "auto" and on_gpu and torch.cuda.is_bf16_supported()
+            settings.precision == "auto" and on_gpu and torch.cuda.is_bf16_supported(including_emulation=False)
         )
         compiled = on_gpu if settings.compile == "auto" else settings.compile
         self.model = TrainingDecoder(to_latent, decoder, bf16, compiled, say).to(device)
@@ -61,6 +61,7 @@ class Learner:
         """What learns from now on; returns the number of its parameters."""
         self.phase = phase
         trainable(self.decoder, phase, self.settings.noise)
+        self.model.forget_graphs()
         return sum(parameter.numel() for parameter in self.decoder.parameters() if parameter.requires_grad)
 
     def step(

@@ -70,10 +70,10 @@ def load_codecs(models: Mapping[str, Path], pretrained_model: str | None) -> dic
 
 def decoded_systems(stock: Stock, codecs: Mapping[str, Codec48k], device: torch.device, seed: int) -> dict[str, System]:
     """Stock + sinc, warm start and each of `codecs`. Raises UserError for one that speaks other tokens."""
-    to_latent = CodesToLatent(stock.snac).to(device)
+    to_latent = CodesToLatent(stock.snac)  # compared as the CPU makes it: a GPU rounds otherwise
     decoders = {STOCK: stock.snac.decoder, WARM_START: warm_start(stock.snac, "zero", seed)}
     for name, codec in codecs.items():
-        if not to_latent.same_tokens(CodesToLatent(codec.snac).to(device)):
+        if not to_latent.same_tokens(CodesToLatent(codec.snac)):
             raise UserError(f"the model {name} speaks the tokens of {codec.snac_name}, not of {stock.name}")
         decoders[name] = codec.decoder
     models = {name: CropDecoder(to_latent, decoder).eval().to(device) for name, decoder in decoders.items()}

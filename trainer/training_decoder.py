@@ -10,6 +10,8 @@ from torch import Tensor
 
 from trainer.decoder import NEW_BLOCK, CodesToLatent, CropDecoder
 
+MAX_GRAPHS = 64  # one for each size of micro-batch and length of crop, with gradients and without
+
 
 class PlainSnake(Snake1d):
     """Snake, x + sin²(αx)/α, without TorchScript: torch.compile sees through it, and its bits never change.
@@ -39,7 +41,16 @@ class TrainingDecoder(CropDecoder):
         self.bf16, self.say = bf16, say
         self._compiled = None
         if compiled:  # inductor would turn the images of `folded_depthwise` to channels last and back
+            torch._dynamo.config.recompile_limit = MAX_GRAPHS
+            torch._dynamo.config.fail_on_recompile_limit_hit = True  # else it goes on uncompiled without a word
             self._compiled = torch.compile(super().decode, dynamic=False, options={"layout_optimization": False})
+
+    def forget_graphs(self) -> None:
+        """To be called when other parameters learn than before: Dynamo does not notice, and its graph of the old ones
+        would give the others no gradient.
+        """
+        if self._compiled is not None:
+            torch.compiler.reset()
 
     def decode(self, z_BCL: Tensor, real_BL: Tensor | None) -> Tensor:
         if self._compiled is None:
