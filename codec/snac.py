@@ -8,6 +8,7 @@ length only: padding one would change its last tokens.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,6 +68,12 @@ def device_of(gpu: str | int) -> torch.device:
         raise UserError(f"gpu={gpu}: this machine has {torch.cuda.device_count()} GPUs, numbered from 0")
     torch.backends.cudnn.allow_tf32 = False  # what is called float32 here is: tokens and the top octave need it
     return torch.device("cuda", int(gpu))
+
+
+def visible(gpu: str | int) -> str:
+    """What CUDA_VISIBLE_DEVICES calls it. Numbers count within what a scheduler has set there."""
+    granted = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+    return granted[int(gpu)] if granted != [""] else str(gpu)
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from importlib import import_module
 from typing import Any
 
 import pyarrow.compute as pc
+import torch
 from tqdm import tqdm
 
 from pipeline.plan import Plan
@@ -86,11 +87,15 @@ class Progress:
 
 
 def attempt(stage: Stage, number: int, advance: Any) -> str | None:
-    """Makes a shard → None, or the traceback of what kept it from being made. Raises what concerns the whole run."""
+    """Makes a shard → None, or the traceback of what kept it from being made. Raises what concerns the whole run, and
+    torch.AcceleratorError, after which no operation on the GPU succeeds in this process.
+    """
     try:
         stage.make(number, advance)
-    except FATAL:
+    except (*FATAL, torch.AcceleratorError):
         raise
+    except torch.OutOfMemoryError as error:
+        raise UserError(f"the GPU's memory ran out: lower batch_seconds ({_first(error)})") from error
     except Exception:
         return traceback.format_exc()
     return None
@@ -105,8 +110,11 @@ def described(error: BaseException) -> str:
 
 def here(stage: Stage, numbers: Iterable[int], progress: Progress) -> None:
     """One after the other, in this process."""
-    for number in numbers:
-        progress.finish(number, attempt(stage, number, partial(progress.advance, number)))
+    try:
+        for number in numbers:
+            progress.finish(number, attempt(stage, number, partial(progress.advance, number)))
+    except torch.AcceleratorError as error:
+        raise UserError(f"the GPU failed: {_first(error)}; the same command goes on") from error
 
 
 def run(stage: Stage) -> bool:
@@ -153,8 +161,9 @@ def _executor(settings: ExecutionSettings) -> Any:
 
 
 def makes_elsewhere(settings: ExecutionSettings) -> bool:
-    """Whether other processes than this one make the shards."""
-    return settings.execute == "ray" or len(settings.devices()) > 1 or (settings.workers or 1) > 1
+    """Whether other processes than this one make the shards: several, or one that sees no GPU but its own."""
+    first, *more = settings.devices()
+    return settings.execute == "ray" or first not in ("cpu", "0") or bool(more) or (settings.workers or 1) > 1
 
 
 def ask(kind: type[Stage], settings: ExecutionSettings) -> Any:
@@ -249,6 +258,10 @@ def summarize(paths: Sequence[Location], max_failed_fraction: float, title: str)
         )
     if total and not statuses[OK]:
         raise UserError(f"{title}: no segment is usable")
+
+
+def _first(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0]
 
 
 def _last(problem: str) -> str:

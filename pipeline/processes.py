@@ -19,6 +19,7 @@ from multiprocessing.context import ForkServerContext
 from multiprocessing.process import BaseProcess
 from typing import Any
 
+from codec.snac import device_of, visible
 from pipeline.execute import FATAL, Progress, attempt, described
 from pipeline.settings import ExecutionSettings
 from pipeline.stage import Stage
@@ -39,6 +40,8 @@ def processes(stage: Stage, numbers: Sequence[int], progress: Progress) -> None:
     """Makes these shards. Raises UserError for what a process says concerns the whole run."""
     waiting, deaths = deque(numbers), Counter[int]()
     devices = stage.settings.devices() * (stage.settings.workers or 1)
+    for device in stage.settings.devices():
+        device_of(device)
     context = _context(type(stage))
     workers = [_start(context, stage, device, len(devices)) for device in devices[: len(waiting)]]
     try:
@@ -119,7 +122,7 @@ def work(kind: type[Stage], settings: Any, connection: Connection[Any, Any], cou
     threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(max(torch.get_num_threads() // count, 1))
     try:
-        stage = kind(settings)
+        stage = kind(_seeing_its_gpu_alone(settings))
         while True:
             number = connection.recv()
             problem = attempt(stage, number, lambda seconds: connection.send(("advance", seconds)))
@@ -128,6 +131,14 @@ def work(kind: type[Stage], settings: Any, connection: Connection[Any, Any], cou
         return
     except FATAL as error:
         connection.send(("fatal", described(error)))
+
+
+def _seeing_its_gpu_alone(settings: Any) -> Any:
+    """For a process that has touched none yet. There it is number 0, which TorchScript's constants name."""
+    if settings.gpu == "cpu":
+        return settings
+    os.environ["CUDA_VISIBLE_DEVICES"] = visible(settings.gpu)
+    return settings.of_one(0)
 
 
 def _end_with_parent() -> None:
@@ -139,6 +150,7 @@ def _end_with_parent() -> None:
 
 def ask(kind: type[Stage], settings: ExecutionSettings) -> Any:
     """`kind(settings).known`, as a process of the first device finds. Raises UserError for what it cannot."""
+    device_of(settings.devices()[0])
     context = _context(kind)
     ours, theirs = context.Pipe()
     process = context.Process(target=_tell, args=(kind, settings.of_one(settings.devices()[0]), theirs), daemon=True)
@@ -160,7 +172,7 @@ def ask(kind: type[Stage], settings: ExecutionSettings) -> Any:
 def _tell(kind: type[Stage], settings: Any, connection: Connection[Any, Any]) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    connection.send(answer(kind, settings))
+    connection.send(answer(kind, _seeing_its_gpu_alone(settings)))
 
 
 def answer(kind: type[Stage], settings: Any) -> tuple[Any, str]:

@@ -98,6 +98,8 @@ class TargetsStage(Stage):
     def __init__(self, settings: TargetsSettings, known: Known | None = None) -> None:
         super().__init__(settings)
         self.known = known or self._find_out()
+        if precision := self.known.provenance.get("sidon_precision"):  # the same wherever else shards are made
+            self.settings = settings.model_copy(update={"sidon_precision": precision})
 
     def _find_out(self) -> Known:
         with alone(self.settings, self.settings.work / CALIBRATION):

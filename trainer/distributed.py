@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.utils import parameters_to_vector
 
-from codec.snac import device_of
+from codec.snac import device_of, visible
 from shards.errors import UserError
 
 
@@ -59,11 +59,10 @@ def launch(gpus: str) -> None:
         raise UserError(f"gpu={gpus} names a GPU twice")
     for gpu in numbers:
         device_of(int(gpu))
-    granted = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
-    visible = ",".join(granted[int(gpu)] if granted != [""] else gpu for gpu in numbers)
+    chosen = ",".join(map(visible, numbers))
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={len(numbers)}"]
     os.execve(
-        sys.executable, [*torchrun, "-m", "trainer", *sys.argv[1:]], {**os.environ, "CUDA_VISIBLE_DEVICES": visible}
+        sys.executable, [*torchrun, "-m", "trainer", *sys.argv[1:]], {**os.environ, "CUDA_VISIBLE_DEVICES": chosen}
     )
 
 
