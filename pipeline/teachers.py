@@ -7,7 +7,7 @@ outputs are put back in the plan's order and joined per recording. A recording t
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain, groupby
@@ -20,7 +20,7 @@ import torch
 from tqdm import tqdm
 
 from codec.audio import AudioError, Recording, Resampler, output_length, probe
-from codec.snac import bucketed, device_of
+from codec.snac import device_of
 from pipeline.ahead import Ahead, chained_ahead, thread_count
 from pipeline.bandwidth import Spectrum
 from pipeline.hybrid import HALF, hybrid
@@ -36,8 +36,9 @@ Samples = npt.NDArray[np.float32]
 RECORDING, SIDON, HYBRID = TEACHERS
 PEAK = 0.9  # of what SIDON hears; the target is scaled back
 WINDOWS_AHEAD = 2  # of each recording that is read ahead
-PENDING_BATCHES = 4  # audio that waits for company of its own length, in batches
-LENGTH_STEP = 1.125  # batches of a model that knows masks hold lengths within this ratio
+PENDING_BATCHES = 8  # audio that waits for company of its own length, in batches
+LENGTH_RATIO = 1.25  # of the longest to the shortest in a batch of a model that knows masks
+GROUPS_AHEAD = 1  # gathered and restored: one is read and one is judged while one is restored
 
 
 @dataclass(frozen=True)
@@ -112,13 +113,16 @@ class Teacher:
     def segments(self, recordings: Sequence[list[Row]]) -> Iterator[Taught | AudioError]:
         """For each plan row of each recording, in order: its target, or why there is none."""
         reading = (self._read(job, rows) for job, rows in enumerate(recordings))
-        items = self._restored(chained_ahead(reading, thread_count(self.settings.threads), WINDOWS_AHEAD))
-        ahead = Ahead(items, WINDOWS_AHEAD, torch.get_num_threads())
+        read = chained_ahead(reading, thread_count(self.settings.threads), WINDOWS_AHEAD)
+        gathered = Ahead(self._gathered(read), GROUPS_AHEAD, cores=1)
+        restored = Ahead(self._restored(gathered), GROUPS_AHEAD, torch.get_num_threads())
         try:
-            for job, group in groupby(ahead, key=lambda item: item[0].job):
+            items = chain.from_iterable(restored)
+            for job, group in groupby(items, key=lambda item: item[0].job):
                 yield from self._cut(recordings[job], group)
         finally:
-            ahead.close()
+            restored.close()
+            gathered.close()
 
     def survey(self, recording: Recording) -> Survey:
         """Raises AudioError for what cannot be read to its end."""
@@ -164,23 +168,27 @@ class Teacher:
         except AudioError as error:
             yield Read(job, window, problem=str(error))
 
-    def _restored(self, items: Iterable[Read]) -> Iterator[tuple[Read, Samples | None]]:
-        """Each item with SIDON's output for it, in order; a bounded number of windows waits for company."""
-        clock, pending, seconds = Clock(), list[Read](), 0.0
+    def _gathered(self, items: Iterable[Read]) -> Iterator[list[Read]]:
+        """In groups: what waits for company of its length is bounded."""
+        group, seconds = list[Read](), 0.0
         for item in items:
-            pending.append(item)
+            group.append(item)
             seconds += (item.window.stop - item.window.start) / INPUT_RATE
             if self.sidon is None or seconds >= PENDING_BATCHES * self.settings.batch_seconds:
-                yield from self._restore_all(pending, clock)
-                pending, seconds = [], 0.0
-        yield from self._restore_all(pending, clock)
+                yield group
+                group, seconds = [], 0.0
+        yield group
+
+    def _restored(self, groups: Iterable[list[Read]]) -> Iterator[list[tuple[Read, Samples | None]]]:
+        """Each item with SIDON's output for it, in order."""
+        clock = Clock()
+        for items in groups:
+            yield list(self._restore_all(items, clock))
         clock.report()
 
     def _restore_all(self, items: list[Read], clock: Clock) -> Iterator[tuple[Read, Samples | None]]:
         outputs: dict[int, Samples] = {}
-        windows = ((self._batch_length(item), i) for i, item in enumerate(items) if item.padded is not None)
-        batch = int(self.settings.batch_seconds * INPUT_RATE)
-        for _, chosen in bucketed(windows, batch, len(items) * batch):
+        for chosen in self._batches({i: len(item.padded) for i, item in enumerate(items) if item.padded is not None}):
             assert self.sidon is not None
             given = [item.padded for i in chosen if (item := items[i]).padded is not None]
             with clock.busy(sum(len(padded) for padded in given) / INPUT_RATE):
@@ -188,14 +196,19 @@ class Teacher:
         for i, item in enumerate(items):
             yield item, outputs[i] / np.float32(item.gain) if i in outputs else None
 
-    def _batch_length(self, item: Read) -> int:
-        """Windows that share it go together: the same length, or a similar one where the model knows masks."""
-        assert self.sidon is not None
-        assert item.padded is not None
-        if not self.sidon.model.mixes_lengths:
-            return len(item.padded)
-        step = np.ceil(np.log(len(item.padded)) / np.log(LENGTH_STEP))
-        return int(LENGTH_STEP**step)
+    def _batches(self, lengths: Mapping[int, int]) -> Iterator[list[int]]:
+        """Longest first; in a batch all are of one length, or of similar ones where the model knows masks."""
+        ratio = LENGTH_RATIO if self.sidon is not None and self.sidon.model.mixes_lengths else 1.0
+        batch = list[int]()
+        for i in sorted(lengths, key=lengths.__getitem__, reverse=True):
+            longest = lengths[batch[0]] if batch else lengths[i]
+            too_much = (len(batch) + 1) * longest > self.settings.batch_seconds * INPUT_RATE
+            if batch and (too_much or lengths[i] * ratio < longest):
+                yield batch
+                batch = []
+            batch.append(i)
+        if batch:
+            yield batch
 
     def _cut(self, rows: list[Row], group: Iterator[tuple[Read, Samples | None]]) -> Iterator[Taught | AudioError]:
         """The segments of one recording from its windows, whose outputs are joined; after a problem, the problem."""

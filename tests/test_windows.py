@@ -89,7 +89,7 @@ def test_a_recording_of_any_length_takes_bounded_memory(
 ) -> None:
     """The windows that wait for company never hold more audio than the settings say."""
     soundfile.write(tmp_path / "a.wav", np.tile(synthesize(0, 0, 10.0), 5), 48_000, "FLOAT")
-    settings = targets_settings(tmp_path, "teacher=sidon", "window_seconds=4", "overlap_seconds=1", "batch_seconds=4")
+    settings = targets_settings(tmp_path, "teacher=sidon", "window_seconds=4", "overlap_seconds=1", "batch_seconds=1")
     teacher = Teacher(settings, native)
     waiting: list[float] = []
     restore_all = teacher._restore_all
@@ -100,7 +100,7 @@ def test_a_recording_of_any_length_takes_bounded_memory(
 
     monkeypatch.setattr(teacher, "_restore_all", counted)
     assert len(restored(tmp_path / "a.wav", teacher)) == 50 * 48_000
-    assert max(waiting) < 4 * 4 * 2 + 4.1  # PENDING_BATCHES × batch_seconds, twice that with the overlaps
+    assert max(waiting) < 8 * 1 * 2 + 4.1  # PENDING_BATCHES × batch_seconds, twice that with the overlaps
 
 
 def test_ahead_keeps_order_and_raises_where_it_is_heard() -> None:
