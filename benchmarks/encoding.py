@@ -43,16 +43,18 @@ def true_size() -> SNAC:
     return snac.eval().requires_grad_(False)
 
 
-def plan_rows(speech: Path, folder: Path) -> tuple[list[dict[str, Any]], CodesSettings]:
+def plan_rows(speech: Path, folder: Path, times: int) -> tuple[list[dict[str, Any]], CodesSettings]:
     """The segments of recordings of SECONDS, each of them speech one after the other; each whole in these rows."""
     clips = _clips(speech)
     lines = ["path,speaker"]
-    for number, seconds in enumerate(SECONDS):
+    for number, seconds in enumerate(SECONDS * times):
         path = folder / f"{number}.flac"
         pieces: list[np.ndarray[Any, Any]] = []
         while sum(map(len, pieces)) < seconds * RATE:
             if (clip := next(clips, None)) is None:
-                raise click.ClickException(f"{speech} holds less than {sum(SECONDS)} s of speech that can be used")
+                raise click.ClickException(
+                    f"{speech} holds less than {times * sum(SECONDS)} s of speech that can be used"
+                )
             pieces.append(clip)
         soundfile.write(path, np.concatenate(pieces)[: seconds * RATE], RATE)
         lines.append(f"{path},speaker {number % 2}")
@@ -83,9 +85,9 @@ def one_by_one(rows: list[dict[str, Any]], model: SNAC, device: torch.device) ->
     return tokens
 
 
-def check(rows: list[dict[str, Any]], expected: dict[str, list[Any]], found: list[dict[str, Any]]) -> int:
-    """Raises AssertionError unless every token is the stock package's; returns how many were compared."""
-    compared = 0
+def check(rows: list[dict[str, Any]], expected: dict[str, list[Any]], found: list[dict[str, Any]]) -> tuple[int, int]:
+    """How many tokens were compared with the stock package's, and how many are others: on a CPU none may be."""
+    compared = differing = 0
     for row, codes in zip(rows, found, strict=True):
         if codes["status"] == OK:
             start = row["start_coarse"] - codes["context_before"]
@@ -93,9 +95,9 @@ def check(rows: list[dict[str, Any]], expected: dict[str, list[Any]], found: lis
             whole = expected[row["recording"]]
             cut = [level[n * start : n * stop].reshape(-1, n) for n, level in zip((1, 2, 4), whole, strict=True)]
             flat = flatten_codes(np.concatenate(cut, axis=1))
-            assert np.array_equal(flat, codes["codes"]), row["recording"]
+            differing += int((flat != np.asarray(codes["codes"])).sum())
             compared += flat.size
-    return compared
+    return compared, differing
 
 
 @click.command(help=__doc__)
@@ -105,8 +107,9 @@ def main(speech: Path, gpu: str) -> None:
     device = device_of(gpu)
     stock, ours = true_size().to(device), prepared(true_size().to(device))
     with tempfile.TemporaryDirectory() as folder:
-        rows, settings = plan_rows(speech, Path(folder))
-        tokens = check(rows, one_by_one(rows, stock, device), encode_shard(rows, ours, settings))
+        rows, settings = plan_rows(speech, Path(folder), 1 if device.type == "cpu" else 40)
+        compared, differing = check(rows, one_by_one(rows, stock, device), encode_shard(rows, ours, settings))
+        assert not differing or device.type == "cuda", f"{differing} of {compared} tokens differ"
         window = torch.randn(1, 1, FLOOR_SECONDS * CODEC_RATE, device=device) * 0.1
 
         def floor(model: SNAC) -> None:
@@ -128,11 +131,10 @@ def main(speech: Path, gpu: str) -> None:
     table = []
     for name, took in seconds.items():
         length = FLOOR_SECONDS if "alone" in name else audio
-        compared = seconds["stock encoder alone" if "alone" in name else "one by one, stock"]
-        table.append({"way": name, "seconds": took, "times_real_time": length / took, "times_stock": compared / took})
-    report(
-        "encoding", table, gpu, audio_seconds=audio, recordings_seconds=SECONDS, tokens_compared=tokens, rounds=ROUNDS
-    )
+        stocks = seconds["stock encoder alone" if "alone" in name else "one by one, stock"]
+        table.append({"way": name, "seconds": took, "times_real_time": length / took, "times_stock": stocks / took})
+    tokens = {"tokens_compared": compared, "tokens_differing": differing}
+    report("encoding", table, gpu, audio_seconds=audio, recordings_seconds=SECONDS, **tokens, rounds=ROUNDS)
 
 
 if __name__ == "__main__":

@@ -31,6 +31,7 @@ from codec.encoder import quicken
 from codec.snac import device_of
 from configs.loader import load_settings
 from pipeline import bandwidth, fidelity
+from pipeline.ahead import map_ahead, thread_count
 from pipeline.judging import judge
 from pipeline.settings import TargetsSettings
 from pipeline.sidon import FRAME, HIGH_PASS_HZ, INPUT_RATE, PADDING, UPSAMPLING, Native, Sidon, high_passed
@@ -38,7 +39,7 @@ from pipeline.sidon_decoder import DacDecoder
 from pipeline.sidon_encoder import use_relative_key_sdpa
 from pipeline.sidon_features import BLOCK_FRAMES, FRAME_LENGTH, HOP, N_FFT, features
 from pipeline.sources import find
-from pipeline.targets import flac_bytes
+from pipeline.targets import FINISHED_AHEAD, flac_bytes
 from pipeline.teachers import Taught, Teacher, whole_recording
 from shards.contract import TARGET_RATE
 
@@ -187,7 +188,7 @@ def _plain_flac(samples: Samples) -> bytes:
 
 
 def _spectra(frames_FN: Tensor) -> None:
-    for block in frames_FN.split(BLOCK_FRAMES):
+    for block in frames_FN.split(BLOCK_FRAMES if frames_FN.device.type == "cpu" else len(frames_FN)):
         torch.fft.rfft(block, N_FFT)
 
 
@@ -275,10 +276,15 @@ def _made(bench: Bench, teacher: Teacher) -> None:
     for path in bench.paths:
         row = whole_recording(path)
         rows.append({**row, "frames": bench.seconds * row["rate"], "n_samples": bench.seconds * TARGET_RATE})
-    for taught in teacher.segments([[row] for row in rows]):
+
+    def finish(taught: Taught | AudioError) -> None:
         assert isinstance(taught, Taught)
         judge(taught.target, taught.source, HOST)
         flac_bytes(taught.target, 16)
+
+    threads = thread_count(HOST.threads)
+    for _ in map_ahead(finish, teacher.segments([[row] for row in rows]), threads, FINISHED_AHEAD * threads):
+        pass
 
 
 @click.command(help=__doc__)

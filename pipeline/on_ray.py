@@ -34,10 +34,23 @@ class Maker:
     def __call__(self, row: dict[str, int]) -> dict[str, int | str]:
         number = int(row["number"])
         try:
-            self._stage = self._stage or self._kind(self._settings)
+            if self._stage is None:
+                _use_cores_of_its_gpu()
+                self._stage = self._kind(self._settings)
             return {"number": number, "problem": attempt(self._stage, number, lambda seconds: None) or "", "fatal": ""}
         except FATAL as error:
             return {"number": number, "problem": "", "fatal": described(error)}
+
+
+def _use_cores_of_its_gpu() -> None:
+    """Ray grants torch one core for each actor; those beside a node's GPUs are for who reads and judges."""
+    import ray
+    import torch
+
+    here = ray.get_runtime_context().get_node_id()
+    resources = next(node["Resources"] for node in ray.nodes() if node["NodeID"] == here)
+    if gpus := resources.get("GPU"):
+        torch.set_num_threads(max(int(resources.get("CPU", 1) // gpus), 1))
 
 
 def ask(kind: type[Stage], settings: ExecutionSettings) -> Any:

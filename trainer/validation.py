@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -85,10 +88,21 @@ def crop_losses(wav_BN: Tensor, batch: Batch, settings: TrainSettings) -> dict[s
 
 
 def crop_distances(wav_BN: Tensor, batch: Batch) -> dict[str, Tensor]:
-    """DISTANCES of each crop's real samples, shape B each; NaN where one would have no meaning."""
-    rows = []
-    for wav_N, target_N, valid in zip(wav_BN.cpu(), batch.target_BN.cpu(), batch.valid_B.tolist(), strict=True):
+    """DISTANCES of each crop's real samples, shape B each; NaN where one would have no meaning.
+
+    On all cores: a GPU would wait for one of them longer than it trains between two validations.
+    """
+
+    def of_crop(wav_N: Tensor, target_N: Tensor, valid: int) -> list[Any]:
         found = score(wav_N[:valid].float().numpy(), target_N[:valid].float().numpy(), METRICS)
-        rows.append([found[name] for name in DISTANCES.values()])
+        return [found[name] for name in DISTANCES.values()]
+
+    with ThreadPoolExecutor(_cores(), initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        rows = list(pool.map(of_crop, wav_BN.cpu(), batch.target_BN.cpu(), batch.valid_B.tolist()))
     values_BN = torch.tensor([[math.nan if value is None else value for value in row] for row in rows])
     return dict(zip(DISTANCES, values_BN.unbind(dim=1), strict=True))
+
+
+def _cores() -> int:
+    """Of this machine, for each of the processes that torchrun started on it."""
+    return max(len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")), 1)
