@@ -29,7 +29,7 @@ from configs.loader import load_settings
 from pipeline.calibrate import measure, summary
 from pipeline.seams import differences_db, points
 from pipeline.settings import DoctorSettings, TargetsSettings
-from pipeline.sidon import INPUT_RATE, Sidon, load_sidon
+from pipeline.sidon import FRAME, INPUT_RATE, PADDING, Sidon, load_sidon
 from pipeline.targets import flac_bytes
 from pipeline.teachers import Taught, Teacher, whole_recording
 from shards.contract import COARSE_24K, COARSE_48K, CODEC_RATE, TARGET_RATE
@@ -275,13 +275,17 @@ def disk(patient: Patient) -> Check:
 
 
 def memory(patient: Patient) -> Check:
-    found = device_of(patient.settings.gpu)
+    found, settings = device_of(patient.settings.gpu), patient.settings
     if found.type == "cuda":
+        window = np.zeros(int(settings.window_seconds * INPUT_RATE) // FRAME * FRAME + 2 * PADDING, np.float32)
+        for sidon in patient.sidons.values():
+            sidon.restore([window] * max(int(settings.batch_seconds // settings.window_seconds), 1))
         used, total = torch.cuda.max_memory_allocated(found), torch.cuda.get_device_properties(found).total_memory
     else:
         used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         total = sysconf("SC_PAGE_SIZE") * sysconf("SC_PHYS_PAGES")
-    figure = f"{used / 1e9:.1f} of {total / 1e9:.1f} GB at batch_seconds={patient.settings.batch_seconds:g}"
+    batch = f"batch_seconds={settings.batch_seconds:g} window_seconds={settings.window_seconds:g}"
+    figure = f"{used / 1e9:.1f} of {total / 1e9:.1f} GB at {batch}"
     return Check("memory", used < 0.9 * total, figure, "set batch_seconds lower")
 
 
