@@ -104,7 +104,7 @@ def test_status_of_a_run_under_way_or_cut_off(tmp_path: Path) -> None:
     assert second == "step 40 of 100, phase 1: loss 0.5, seconds_per_step 2"
     assert third == "at this speed 0:02:00 of training are left"
     checkpoints = run / "checkpoints"
-    assert next(report(run)).startswith(f"{run}: not running, the same command with resume=auto goes on from step 0, ")
+    assert next(report(run)).startswith(f"{run}: not running here, the same command begins anew, ")
     checkpoints.mkdir()
     (checkpoints / "step_000000040.pt").touch()
     assert "resume=auto goes on from step 40, last logged" in next(report(run))

@@ -51,7 +51,7 @@ def _state(run: Path) -> str:
         return "running"
     newest = max((run / "checkpoints").glob("step_*.pt"), default=None)
     if newest is None:
-        return "not running, the same command begins anew"
+        return "not running here, the same command begins anew"
     step, found = int(newest.stem.removeprefix("step_")), _read(newest.with_suffix(".json"))
     if step >= _read(run / "progress.json").get("total_steps", math.inf):
         return "done"
