@@ -30,6 +30,12 @@ def cores_each(threads: int) -> int:
     return max(torch.get_num_threads() // threads, 1)
 
 
+def use_cores(cores: int) -> None:
+    """In this thread. When a thread first computes, torch gives it what any thread asked for last: that comes first."""
+    torch.get_num_threads()
+    torch.set_num_threads(cores)
+
+
 class Ahead(Iterator[Item]):
     """Runs `items` in a thread with `cores` of its own, at most `size` ahead. Raises here what it raises there."""
 
@@ -41,7 +47,7 @@ class Ahead(Iterator[Item]):
         self._thread.start()
 
     def _run(self, items: Iterable[Item], cores: int) -> None:
-        torch.set_num_threads(cores)  # of this thread
+        use_cores(cores)
         try:
             for item in items:
                 if not self._put(item):
@@ -92,7 +98,7 @@ def chained_ahead(sources: Iterable[Iterable[Item]], threads: int, size: int) ->
 
 def map_ahead(function: Callable[[Item], Result], items: Iterable[Item], threads: int, size: int) -> Iterator[Result]:
     """`map`, in order, on `threads` threads, at most `size` items ahead."""
-    with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(cores_each(threads),)) as pool:
+    with ThreadPoolExecutor(threads, initializer=use_cores, initargs=(cores_each(threads),)) as pool:
         running = deque[Future[Result]]()
         try:
             for item in items:

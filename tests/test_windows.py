@@ -165,5 +165,13 @@ def test_threads_share_the_cores() -> None:
         ahead = Ahead(map(cores_of, range(2)), 2, cores=torch.get_num_threads())
         assert list(ahead) == [6, 6]  # though threads before it have set theirs
         assert (thread_count("auto"), thread_count(9)) == (6, 9)
+
+        def while_others_set_theirs() -> Iterator[int]:
+            other = threading.Thread(target=torch.set_num_threads, args=(1,))
+            other.start()
+            other.join()
+            yield torch.get_num_threads()
+
+        assert list(Ahead(while_others_set_theirs(), 1, cores=6)) == [6]
     finally:
         torch.set_num_threads(before)
