@@ -49,6 +49,7 @@ CONFIG = Wav2Vec2BertConfig(num_hidden_layers=8, layerdrop=0.0)
 CHANNELS, RATES = 1536, [8, 5, 4, 3, 2]
 ENCODER_GFLOP, DECODER_GFLOP = 20.0, 66.0  # per second of audio, by arithmetic
 ROUNDS = 5
+TIMES = 8  # the recordings, where no model takes its time
 ALL_BUT_THE_MODEL = "all but the model, one core"
 HOST = load_settings(TargetsSettings, "shard_targets.json", [])
 
@@ -265,15 +266,15 @@ def all_but_the_model(bench: Bench) -> dict[str, Any]:
     seconds = []
     for _ in range(ROUNDS):
         began = time.process_time()
-        _on_one_core(partial(_made, bench, teacher))()
+        _on_one_core(partial(_made, bench, teacher, TIMES))()
         seconds.append(time.process_time() - began)
-    rate = bench.audio / statistics.median(seconds)
+    rate = TIMES * bench.audio / statistics.median(seconds)
     return {"part": ALL_BUT_THE_MODEL, "audio_s_per_s": rate}
 
 
-def _made(bench: Bench, teacher: Teacher) -> None:
+def _made(bench: Bench, teacher: Teacher, times: int = 1) -> None:
     rows = []
-    for path in bench.paths:
+    for path in bench.paths * times:
         row = whole_recording(path)
         rows.append({**row, "frames": bench.seconds * row["rate"], "n_samples": bench.seconds * TARGET_RATE})
 
