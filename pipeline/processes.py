@@ -20,6 +20,7 @@ from multiprocessing.process import BaseProcess
 from typing import Any
 
 from codec.snac import device_of, visible
+from pipeline.ahead import cores_each, use_cores
 from pipeline.execute import FATAL, Progress, attempt, described
 from pipeline.settings import ExecutionSettings
 from pipeline.stage import Stage
@@ -116,11 +117,9 @@ def _bury(worker: Worker, waiting: deque[int], deaths: Counter[int], stage: Stag
 
 def work(kind: type[Stage], settings: Any, connection: Connection[Any, Any], count: int) -> None:
     """What a process does: shard numbers in; seconds and outcomes out."""
-    import torch
-
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    torch.set_num_threads(max(torch.get_num_threads() // count, 1))
+    use_cores(cores_each(count))
     try:
         stage = kind(_seeing_its_gpu_alone(settings))
         while True:

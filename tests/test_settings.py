@@ -15,7 +15,6 @@ from pydantic import Field
 
 from configs.loader import FOLDER, Settings, load_settings
 from pipeline.settings import InspectSettings, VerifySettings, WorkflowSettings
-from pipeline.workflow import _written
 from shards.errors import SettingsError
 from shards.storage import Url
 from tests.helpers import ROOT, run_command
@@ -323,30 +322,6 @@ def test_a_key_twice_in_a_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "twice.json").write_text('{"rows": 1, "rows": 2}')
     with pytest.raises(SettingsError, match="rows stands there twice"):
         load_settings(InspectSettings, "inspect.json", ["path=x", f"config={tmp_path / 'twice.json'}"])
-
-
-def test_workflow_checks_every_commands_settings_first(tmp_path: Path) -> None:
-    work = tmp_path / "work"
-    result = run_command(
-        "pipeline", "workflow", f"audio={tmp_path / 'audio'}", f"work={work}", "gpu=cpu", "train.typo=1"
-    )
-    assert result.returncode == 2
-    assert "typo: unknown key" in result.stderr
-    assert not work.exists()
-
-
-def test_workflow_says_whose_setting_a_key_is() -> None:
-    places = ["audio=a", "work=w", "run=r", "gpu=cpu"]
-    with pytest.raises(SettingsError, match=r"teacher is a setting of one step: write targets.teacher=…$"):
-        load_settings(WorkflowSettings, "workflow.json", [*places, "teacher=recording"])
-    with pytest.raises(SettingsError, match=r"write codes.threads=… or targets.threads=…$"):
-        load_settings(WorkflowSettings, "workflow.json", [*places, "threads=2"])
-
-
-def test_workflow_passes_settings_on_as_commands_read_them() -> None:
-    values = [Path('/tmp/ünï "cödé"'), Url("s3://corpus/work"), 0, "recording", [1024, 2048]]
-    expected = ['/tmp/ünï "cödé"', "s3://corpus/work", "0", "recording", "[1024, 2048]"]
-    assert [_written(value) for value in values] == expected
 
 
 def test_a_url_is_not_taken_for_a_folder_of_this_machine() -> None:

@@ -1,4 +1,4 @@
-"""A command in a process of its own is waited for, whatever ends it."""
+"""Settings of each step are checked and passed on; a command in a process of its own is waited for."""
 
 from __future__ import annotations
 
@@ -10,7 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers import ROOT
+from configs.loader import load_settings
+from pipeline.settings import WorkflowSettings
+from pipeline.workflow import _written
+from shards.errors import SettingsError
+from shards.storage import Url
+from tests.helpers import ROOT, run_command
 
 SLOW = """
 import signal, sys, time
@@ -51,3 +56,27 @@ def test_what_it_has_to_save_is_saved_first(
         os.killpg(process.pid, sent) if to_all else process.send_signal(sent)
         assert process.wait(30) == expected
     assert (tmp_path / "saved").exists()
+
+
+def test_workflow_checks_every_commands_settings_first(tmp_path: Path) -> None:
+    work = tmp_path / "work"
+    result = run_command(
+        "pipeline", "workflow", f"audio={tmp_path / 'audio'}", f"work={work}", "gpu=cpu", "train.typo=1"
+    )
+    assert result.returncode == 2
+    assert "typo: unknown key" in result.stderr
+    assert not work.exists()
+
+
+def test_workflow_says_whose_setting_a_key_is() -> None:
+    places = ["audio=a", "work=w", "run=r", "gpu=cpu"]
+    with pytest.raises(SettingsError, match=r"teacher is a setting of one step: write targets.teacher=…$"):
+        load_settings(WorkflowSettings, "workflow.json", [*places, "teacher=recording"])
+    with pytest.raises(SettingsError, match=r"write codes.threads=… or targets.threads=…$"):
+        load_settings(WorkflowSettings, "workflow.json", [*places, "threads=2"])
+
+
+def test_workflow_passes_settings_on_as_commands_read_them() -> None:
+    values = [Path('/tmp/ünï "cödé"'), Url("s3://corpus/work"), 0, "recording", [1024, 2048]]
+    expected = ['/tmp/ünï "cödé"', "s3://corpus/work", "0", "recording", "[1024, 2048]"]
+    assert [_written(value) for value in values] == expected
