@@ -29,11 +29,11 @@ class Flac:
     def rate(self) -> int:
         return int(self._decoder.sampleRate)
 
-    def read(self, start: int, count: int) -> npt.NDArray[np.float32]:
-        """Samples [start, start + count) in [−1, 1). Frames of FLAC are compressed each for itself: no others are
-        decoded. Raises ShardError where they are not all there.
+    def read(self, start: int, count: int, into: npt.NDArray[np.float32] | None = None) -> npt.NDArray[np.float32]:
+        """Samples [start, start + count) in [−1, 1), at the front of `into` where it is given. Frames of FLAC are
+        compressed each for itself: no others are decoded. Raises ShardError where they are not all there.
         """
-        samples = np.empty(count, np.float32)
+        samples = np.empty(count, np.float32) if into is None else into[:count]
         found = 0
         if lib.ma_dr_flac_seek_to_pcm_frame(self._decoder, start):
             found = lib.ma_dr_flac_read_pcm_frames_f32(self._decoder, count, ffi.from_buffer("float[]", samples))

@@ -10,6 +10,9 @@ import zlib
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+import numpy.typing as npt
+
 from shards.contract import (
     COARSE_48K,
     CODES_SUFFIX,
@@ -52,10 +55,15 @@ def _whole(meta: dict[str, Any]) -> range:
     return range(meta["n_coarse"])
 
 
-def decode_sample(members: dict[str, Any], part: Callable[[dict[str, Any]], range] = _whole) -> dict[str, Any]:
+def decode_sample(
+    members: dict[str, Any],
+    part: Callable[[dict[str, Any]], range] = _whole,
+    into: npt.NDArray[np.float32] | None = None,
+) -> dict[str, Any]:
     """Members as `split_members` gives them → `codes` (T, 7) int16, `target` float32 in [−1, 1) and `meta`.
 
     Of the target only the coarse tokens are decoded that `part` chooses, given `meta`; the codes are all there.
+    With `into` the target is its front.
     Raises ShardError naming shard and key when they are not as the contract says.
     """
     try:
@@ -64,7 +72,7 @@ def decode_sample(members: dict[str, Any], part: Callable[[dict[str, Any]], rang
         flac = Flac(members[TARGET_SUFFIX])
         check_sample(codes_T7, flac.frames, flac.rate, meta)
         tokens = part(meta)
-        target = flac.read(tokens.start * COARSE_48K, len(tokens) * COARSE_48K)
+        target = flac.read(tokens.start * COARSE_48K, len(tokens) * COARSE_48K, into)
     except ShardError as error:
         raise ShardError(f"{members['__url__']}: {members['__key__']}: {error}") from error
     return {"codes": codes_T7, "target": target, "meta": meta}

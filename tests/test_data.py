@@ -112,8 +112,9 @@ def test_crops_are_whole_tokens() -> None:
 
 def test_batches_have_one_shape_and_say_what_is_real() -> None:
     sizes, context = (1, 2, 3), ((0, 0), (2, 3), (3, 1))
-    crops = [crop(ramp_sample(n, *around, missing=7), LENGTH, 0) for n, around in zip(sizes, context, strict=True)]
-    batch = collate(crops, LENGTH)
+    samples = [ramp_sample(n, *around, missing=7) for n, around in zip(sizes, context, strict=True)]
+    crops = [crop(members, LENGTH, 0) for members in samples]
+    batch = collate(samples, LENGTH, 0)
     assert batch.tokens_BT7.shape == (3, LENGTH + 2 * CONTEXT_COARSE, TOKENS)
     assert batch.target_BN.shape == (3, LENGTH * COARSE_48K)
     assert batch.valid_B.tolist() == [n * COARSE_48K - 7 for n in sizes]
@@ -122,8 +123,9 @@ def test_batches_have_one_shape_and_say_what_is_real() -> None:
         real = slice(CONTEXT_COARSE - before, CONTEXT_COARSE + n + after)
         assert torch.equal(batch.tokens_BT7[place, real], given)
         assert int((batch.tokens_BT7[place] != PADDING_TOKEN).sum()) == given.numel()
+        assert torch.equal(batch.target_BN[place, : batch.valid_B[place]], torch.from_numpy(item.target))
         assert not batch.target_BN[place, batch.valid_B[place] :].any()
-    one = collate(crops[:1], LENGTH)
+    one = collate(samples[:1], LENGTH, 0)
     assert one.tokens_BT7.shape[1:] == batch.tokens_BT7.shape[1:]
     assert one.target_BN.shape[1:] == batch.target_BN.shape[1:]
 

@@ -65,8 +65,11 @@ class Batch:
         return wav_BN * (torch.arange(wav_BN.shape[1], device=wav_BN.device) < self.valid_B[:, None])
 
 
-def crop(members: dict[str, Any], length: int, seed: int) -> Crop:
-    """`length` coarse tokens of a segment at a place given by its position in the stream; all of a shorter segment."""
+def crop(members: dict[str, Any], length: int, seed: int, into: npt.NDArray[np.float32] | None = None) -> Crop:
+    """`length` coarse tokens of a segment at a place given by its position in the stream; all of a shorter segment.
+
+    With `into` the crop's target is its front.
+    """
     word = int(random_words(1, seed, "crop", members["position"])[0])
 
     def place(meta: dict[str, Any]) -> range:
@@ -74,7 +77,7 @@ def crop(members: dict[str, Any], length: int, seed: int) -> Crop:
         start = word % (meta["n_coarse"] - size + 1)
         return range(start, start + size)
 
-    sample = decode_sample(members, place)
+    sample = decode_sample(members, place, into)
     meta, codes_T7, tokens = sample["meta"], sample["codes"], place(sample["meta"])
     first = meta["context_before"] + tokens.start  # in codes_T7
     before = min(first, CONTEXT_COARSE)
@@ -82,14 +85,17 @@ def crop(members: dict[str, Any], length: int, seed: int) -> Crop:
     return Crop(members["__key__"], codes_T7[first - before : first + len(tokens) + CONTEXT_COARSE], before, target)
 
 
-def collate(crops: list[Crop], length: int) -> Batch:
-    """A batch of the same shape whatever its crops: `length` coarse tokens and full context."""
-    tokens = np.full((len(crops), length + 2 * CONTEXT_COARSE, TOKENS), PADDING_TOKEN, dtype=np.int64)
-    target = np.empty((len(crops), length * COARSE_48K), dtype=np.float32)
+def collate(samples: list[dict[str, Any]], length: int, seed: int) -> Batch:
+    """A batch of the same shape whatever its samples: `length` coarse tokens and full context.
+
+    Targets are decoded in their place in the batch: what is as large as that is written once.
+    """
+    tokens = np.full((len(samples), length + 2 * CONTEXT_COARSE, TOKENS), PADDING_TOKEN, dtype=np.int64)
+    target = np.empty((len(samples), length * COARSE_48K), dtype=np.float32)
+    crops = [crop(members, length, seed, row) for members, row in zip(samples, target, strict=True)]
     for place, item in enumerate(crops):
         start = CONTEXT_COARSE - item.before
         tokens[place, start : start + len(item.codes_T7)] = item.codes_T7
-        target[place, : len(item.target)] = item.target
         target[place, len(item.target) :] = 0
     return Batch(
         keys=[item.key for item in crops],
@@ -122,7 +128,7 @@ def training_batches(
 
 def to_batch(step: dict[str, Any], seed: int) -> Batch:
     """What `StreamSource` yields for a step → its batch."""
-    return collate([crop(members, step["length"], seed) for members in step["samples"]], step["length"])
+    return collate(step["samples"], step["length"], seed)
 
 
 def fixed_batches(
@@ -132,11 +138,9 @@ def fixed_batches(
     order = Order(index.counts, seed, len(index.counts))
     places = rank_slice(min(samples, len(index)), rank, world_size)
     for start in range(0, len(places), batch_size):
-        crops = [
-            crop({**read_sample(index, order.sample_at(place)), "position": place}, length, seed)
-            for place in places[start : start + batch_size]
-        ]
-        yield collate(crops, length)
+        part = places[start : start + batch_size]
+        read = [{**read_sample(index, order.sample_at(place)), "position": place} for place in part]
+        yield collate(read, length, seed)
 
 
 def _leave_signals_alone(worker: int) -> None:
