@@ -69,6 +69,12 @@ def interleaved(ways: Mapping[str, Callable[[], object]], rounds: int, warm_up: 
     return {name: statistics.median(found) for name, found in seconds.items()}
 
 
+def peak_mib(status: Path = Path("/proc/self/status")) -> float:
+    """The largest resident size of the process whose status this is; getrusage's may be its parent's."""
+    lines = dict(line.split(":", 1) for line in status.read_text().splitlines())
+    return int(lines["VmHWM"].split()[0]) / 1024
+
+
 def machine(gpu: str = "cpu") -> dict[str, Any]:
     """Hardware and versions, for the result's file."""
     import torch

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from benchmarks.harness import report
+from benchmarks.harness import peak_mib, report
 from shards.contract import FORMAT_VERSION, INDEX_NAME, INDEX_SCHEMA, OK, sample_key
 from shards.files import file_sha256
 from shards.index import load, write_index, write_sums
@@ -74,7 +74,7 @@ def measure(folder: str) -> dict[str, float]:
         "load_seconds": loaded - began,
         "ms_per_batch": (time.perf_counter() - loaded) / 200 * 1000,
         "private_mib": int(status["RssAnon"].split()[0]) / 1024,  # without the index, which is mapped from a file
-        "peak_mib": int(status["VmHWM"].split()[0]) / 1024,  # of this process; getrusage's may be its parent's
+        "peak_mib": peak_mib(),
     }
 
 

@@ -7,7 +7,6 @@ end what its largest resident set was.
 
 from __future__ import annotations
 
-import re
 import subprocess
 import sys
 import tempfile
@@ -17,7 +16,7 @@ from typing import Any
 import numpy as np
 import soundfile
 
-from benchmarks.harness import report
+from benchmarks.harness import peak_mib, report
 from demo.run import SNAC
 from demo.voice import synthesize
 
@@ -69,11 +68,9 @@ def commands(audio: Path, work: Path) -> dict[str, list[str]]:
     }
 
 
-def peak_mib(words: list[str], folder: Path) -> float:
+def peak_of(words: list[str], folder: Path) -> float:
     subprocess.run([sys.executable, "-c", WATCHED, str(folder / "status"), *words], check=True)
-    peak = re.search(r"^VmHWM:\s+(\d+) kB", (folder / "status").read_text(), re.MULTILINE)
-    assert peak, "Linux says it"
-    return int(peak[1]) / 1024
+    return peak_mib(folder / "status")
 
 
 def main() -> None:
@@ -84,7 +81,7 @@ def main() -> None:
                 (Path(folder) / "audio").mkdir()
                 audio = make(Path(folder) / "audio", times)
                 for command, words in commands(audio, Path(folder) / "work").items():
-                    peaks.setdefault((command, grows), []).append(peak_mib(words, Path(folder)))
+                    peaks.setdefault((command, grows), []).append(peak_of(words, Path(folder)))
     rows: list[dict[str, Any]] = [
         {"command": command, "grows": grows, "peak_mib": small, "peak_mib_100_times": large, "ratio": large / small}
         for (command, grows), (small, large) in peaks.items()

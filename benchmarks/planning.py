@@ -1,6 +1,6 @@
 """How long do planning and starting take, and how much memory? 1,000, 100,000 and 1,000,000 recordings of a manifest.
 
-Usage: python -m benchmarks.planning [FOLDER]. The manifest states lengths, so no recording is opened (there is none).
+The manifest states lengths, so no recording is opened (there is none).
 "Starting" is what a run does before its first shard, with every other shard done: it loads the plan, looks at each
 shard and knows what is left. Each step runs in a process of its own, for its peak memory. The floor is pyarrow alone:
 the manifest read from Parquet and the plan written once it is there.
@@ -9,7 +9,6 @@ the manifest read from Parquet and the plan written once it is there.
 from __future__ import annotations
 
 import json
-import resource
 import subprocess
 import sys
 import tempfile
@@ -22,7 +21,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from benchmarks.harness import report
+from benchmarks.harness import peak_mib, report
 from configs.loader import load_settings
 from pipeline.codes import CodesStage
 from pipeline.execute import left_to_do
@@ -89,36 +88,37 @@ def measure(step: str, folder: Path) -> None:
     began = time.perf_counter()
     result = STEPS[step](folder)
     seconds = time.perf_counter() - began
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    print(json.dumps({"seconds": seconds, "peak_mib": peak, "result": result}))
+    print(json.dumps({"seconds": seconds, "peak_mib": peak_mib(), "result": result}))
 
 
-def main(parent: Path) -> None:
+def row(count: int, folder: Path) -> dict[str, float]:
+    write_manifest(count, folder / "manifest.parquet")
+    planned = in_a_process("plan", folder)
+    pretend_every_second_shard_is_done(folder)
+    started, least = in_a_process("start", folder), in_a_process("floor", folder)
+    return {
+        "recordings": count,
+        "segments": int(least["result"]),
+        "shards": len(Plan(folder / "work" / PLAN_NAME).shards),
+        "plan_seconds": planned["seconds"],
+        "plan_peak_mib": planned["peak_mib"],
+        "start_seconds": started["seconds"],
+        "start_peak_mib": started["peak_mib"],
+        "floor_seconds": least["seconds"],
+        "plan_mib": (folder / "work" / PLAN_NAME).stat().st_size / 2**20,
+    }
+
+
+def main() -> None:
+    if len(sys.argv) > 1:
+        measure(sys.argv[1], Path(sys.argv[2]))
+        return
     rows = []
     for count in COUNTS:
-        folder = Path(tempfile.mkdtemp(prefix=f"planning_{count}_", dir=parent))
-        write_manifest(count, folder / "manifest.parquet")
-        planned = in_a_process("plan", folder)
-        pretend_every_second_shard_is_done(folder)
-        started, least = in_a_process("start", folder), in_a_process("floor", folder)
-        rows.append(
-            {
-                "recordings": count,
-                "segments": int(least["result"]),
-                "shards": len(Plan(folder / "work" / PLAN_NAME).shards),
-                "plan_seconds": planned["seconds"],
-                "plan_peak_mib": planned["peak_mib"],
-                "start_seconds": started["seconds"],
-                "start_peak_mib": started["peak_mib"],
-                "floor_seconds": least["seconds"],
-                "plan_mib": (folder / "work" / PLAN_NAME).stat().st_size / 2**20,
-            }
-        )
+        with tempfile.TemporaryDirectory() as folder:
+            rows.append(row(count, Path(folder)))
     report("planning", rows, settings="configs/shard_codes.json: segments of 4 s, 1000 to a shard")
 
 
 if __name__ == "__main__":
-    if len(sys.argv) == 3:
-        measure(sys.argv[1], Path(sys.argv[2]))
-    else:
-        main(Path(sys.argv[1] if len(sys.argv) > 1 else tempfile.gettempdir()))
+    main()

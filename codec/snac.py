@@ -22,7 +22,7 @@ from snac import SNAC
 from codec.audio import Recording, Resampler
 from codec.weights import SNAC_FILES, Weights, resolve
 from shards.contract import COARSE_24K, CODEBOOK_SIZE, CODEC_RATE, TOKENS_PER_COARSE
-from shards.errors import UserError
+from shards.errors import UserError, first_line
 
 OVERLAP_COARSE = 3
 GEOMETRY = {
@@ -54,8 +54,8 @@ def load_verified(folder: Path) -> SNAC:
     try:
         return SNAC.from_pretrained(str(folder))
     except Exception as error:  # a damaged file makes torch raise many kinds
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(f"{folder / 'pytorch_model.bin'} does not hold the weights of a SNAC: {reason}") from error
+        path = folder / "pytorch_model.bin"
+        raise UserError(f"{path} does not hold the weights of a SNAC: {first_line(error)}") from error
 
 
 def device_of(gpu: str | int) -> torch.device:

@@ -8,7 +8,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from shards.errors import UserError
+from shards.errors import UserError, first_line
 from shards.files import file_sha256
 
 PINS = Path(__file__).parent.parent / "configs" / "weights.json"
@@ -89,10 +89,9 @@ def _from_hub(name: str, files: tuple[str, ...], entry: dict[str, Any] | None, p
     try:
         return {file: Path(hf_hub_download(name, file, revision=entry["revision"])) for file in files}
     except Exception as error:  # the hub's client raises its own, requests' and the system's errors
-        reason = str(error).strip().splitlines()[0]
         raise UnreachableError(
-            f"{name} cannot be had ({type(error).__name__}: {reason}): run `just prefetch` where the hub can be "
-            "reached, or name a local directory that holds the files"
+            f"{name} cannot be had ({type(error).__name__}: {first_line(error)}): run `just prefetch` where the hub "
+            "can be reached, or name a local directory that holds the files"
         ) from error
 
 

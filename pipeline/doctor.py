@@ -170,8 +170,9 @@ def runs(patient: Patient, form: str) -> Check:
         taught = list(teacher.segments([[row] for row in rows]))
         wall = time.perf_counter() - began
     targets = [found.target for found in taught if isinstance(found, Taught)]
-    if len(targets) < len(rows):
-        return Check(f"SIDON, {form}: runs", False, f"{len(targets)} of {len(rows)}", f"{taught}: use other recordings")
+    broken = "; ".join(str(found) for found in taught if isinstance(found, AudioError))
+    if broken:
+        return Check(f"SIDON, {form}: runs", False, f"{len(targets)} of {len(rows)}", f"{broken}: use other recordings")
     if not all(np.isfinite(target).all() for target in targets):
         return Check(f"SIDON, {form}: runs", False, "its output is not finite", "set sidon_precision=fp32")
     patient.restored[form] = targets

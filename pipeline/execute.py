@@ -27,7 +27,7 @@ from pipeline.plan import Plan
 from pipeline.settings import ExecutionSettings
 from pipeline.stage import Stage
 from shards.contract import FAILED, OK, REJECTED
-from shards.errors import UserError, printable
+from shards.errors import UserError, first_line, printable
 from shards.files import exclusive
 from shards.storage import Location, Url
 from shards.writer import AHEAD, finish, read_table
@@ -95,7 +95,7 @@ def attempt(stage: Stage, number: int, advance: Any) -> str | None:
     except (*FATAL, torch.AcceleratorError):
         raise
     except torch.OutOfMemoryError as error:
-        raise UserError(f"the GPU's memory ran out: lower batch_seconds ({_first(error)})") from error
+        raise UserError(f"the GPU's memory ran out: lower batch_seconds ({first_line(error)})") from error
     except Exception:
         return traceback.format_exc()
     return None
@@ -114,7 +114,7 @@ def here(stage: Stage, numbers: Iterable[int], progress: Progress) -> None:
         for number in numbers:
             progress.finish(number, attempt(stage, number, partial(progress.advance, number)))
     except torch.AcceleratorError as error:
-        raise UserError(f"the GPU failed: {_first(error)}; the same command goes on") from error
+        raise UserError(f"the GPU failed: {first_line(error)}; the same command goes on") from error
 
 
 def run(stage: Stage) -> bool:
@@ -258,10 +258,6 @@ def summarize(paths: Sequence[Location], max_failed_fraction: float, title: str)
         )
     if total and not statuses[OK]:
         raise UserError(f"{title}: no segment is usable")
-
-
-def _first(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0]
 
 
 def _last(problem: str) -> str:

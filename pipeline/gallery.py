@@ -17,6 +17,8 @@ import matplotlib
 import matplotlib.pyplot as plt
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import SubFigure
@@ -28,7 +30,7 @@ from pipeline.recordings import open_recording
 from pipeline.settings import TargetsSettings
 from pipeline.teachers import Teacher
 from shards.contract import COARSE_48K, INDEX_NAME, OK, PLAN_NAME, REJECTED, TARGET_RATE, tar_path
-from shards.errors import UserError
+from shards.errors import UserError, first_line
 from shards.files import replacing
 from shards.reader import decode_sample, split_members
 from shards.writer import read_table
@@ -54,43 +56,44 @@ def draw(shards: Path, picture: Path) -> None:
     if not (shards / INDEX_NAME).exists():
         raise UserError(f"picture= shows a folder of finished shards: {shards / INDEX_NAME} is missing")
     matplotlib.use("Agg")
-    rows = [row for row in read_table(shards / INDEX_NAME).to_pylist() if row["status"] in (OK, REJECTED)]
+    table = read_table(shards / INDEX_NAME)
+    rows = {status: table.filter(pc.field("status") == status) for status in (OK, REJECTED)}
     figure = plt.figure(figsize=(15, 12), layout="constrained")
     above, below = figure.subfigures(2, 1, squeeze=False, height_ratios=(2, 3))[:, 0]
     _distributions(above, rows)
-    _sheet(below, shards, {status: _spread(rows, status) for status in (OK, REJECTED)})
+    _sheet(below, shards, {status: _spread(found) for status, found in rows.items()})
     with replacing(picture) as temporary:
         figure.savefig(temporary, format="png", dpi=90)
     plt.close(figure)
 
 
-def _distributions(figure: SubFigure, rows: list[Row]) -> None:
-    for row in rows:
-        row["duration"] = row["n_samples"] / TARGET_RATE
+def _distributions(figure: SubFigure, rows: dict[str, pa.Table]) -> None:
     for axis, (name, label) in zip(figure.subplots(2, 3).flat, MEASURES.items(), strict=True):
-        found = {
-            status: [row[name] for row in rows if row["status"] == status and row[name] is not None]
-            for status in (OK, REJECTED)
-        }
+        found = {status: _measured(table, name) for status, table in rows.items()}
         axis.set_xlabel(label)
-        if not any(found.values()):
+        if not any(map(len, found.values())):
             axis.text(0.5, 0.5, "not measured: the targets are the recordings", ha="center", va="center")
             continue
         axis.hist(list(found.values()), bins=40, stacked=True, label=[f"{s}: {len(v)}" for s, v in found.items()])
         axis.set_yscale("log")
         axis.legend(fontsize=8)
-    figure.suptitle(f"{len(rows)} segments")
+    figure.suptitle(f"{sum(map(len, rows.values()))} segments")
 
 
-def _spread(rows: list[Row], status: str) -> list[Row]:
-    """Up to SHOWN rows of a status, from all over the index; its teachers and reasons take turns."""
-    kinds: dict[tuple[str, str], list[Row]] = {}
-    for row in rows:
-        if row["status"] == status:
-            kinds.setdefault((row["teacher"], row["reason"]), []).append(row)
-    evenly = [found[:: max(len(found) // SHOWN, 1)] for found in kinds.values()]
-    turns = [row for turn in zip_longest(*evenly) for row in turn if row is not None]
-    return turns[:SHOWN]
+def _measured(table: pa.Table, name: str) -> npt.NDArray[Any]:
+    column: npt.NDArray[Any] = table["n_samples" if name == "duration" else name].drop_null().to_numpy()
+    return column / TARGET_RATE if name == "duration" else column
+
+
+def _spread(table: pa.Table) -> list[Row]:
+    """Up to SHOWN rows, from all over the table; its teachers and reasons take turns."""
+    places = table.select(["teacher", "reason"]).append_column("place", pa.array(np.arange(len(table))))
+    kinds = places.group_by(["teacher", "reason"], use_threads=False).aggregate([("place", "list")])["place_list"]
+    found = [kind.values.to_numpy() for kind in kinds[:SHOWN]]
+    evenly = [own[:: max(len(own) // SHOWN, 1)] for own in found]
+    turns = [place for turn in zip_longest(*evenly) for place in turn if place is not None]
+    rows: list[Row] = table.take(pa.array(turns[:SHOWN], pa.int64())).to_pylist()
+    return rows
 
 
 def _sheet(figure: SubFigure, shards: Path, chosen: dict[str, list[Row]]) -> None:
@@ -175,7 +178,7 @@ def _made_again(shards: Path, planned: list[Row | None]) -> Iterator[Pair]:
         settings = TargetsSettings.model_validate({**written, "weights": PINS})  # theirs may list code of theirs
         taught = iter(Teacher(settings).segments(known))
     except (UserError, OSError, ValueError) as error:
-        reason = f"its teacher cannot be had: {str(error).splitlines()[0]}"
+        reason = f"its teacher cannot be had: {first_line(error)}"
         yield from ((_source(plan), reason) for plan in planned)
         return
     for plan in planned:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import tarfile
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from shards.contract import FAILED, INDEX_NAME, OK, PLAN_NAME, REJECTED, SIDECAR
 from shards.errors import ShardError, UserError, printable
 from shards.index import wrong_place
 from shards.reader import decode_sample, split_members
-from shards.writer import check_columns, read_metadata, read_table
+from shards.writer import check_columns, counted, read_metadata, read_table
 
 
 def inspect(settings: InspectSettings) -> None:
@@ -61,7 +60,7 @@ def _shown(path: Path, rows: int) -> None:
     for key, value in metadata.items():
         text = printable(str(value))
         click.echo(f"  {key}: {text if len(text) < 400 else f'{len(value)} entries'}")
-    if {"status", "reason"} <= set(table.column_names):
+    if {"status", "reason", "recording"} <= set(table.column_names):
         _statuses(table)
         table = pa.concat_tables(
             [table.filter(pc.field("status") == status) for status in (FAILED, REJECTED, TOO_SHORT, OK)]
@@ -70,11 +69,12 @@ def _shown(path: Path, rows: int) -> None:
 
 
 def _statuses(table: pa.Table) -> None:
-    click.echo(f"  statuses: {dict(Counter(table['status'].to_pylist()))}")
-    recordings = table["recording"].to_pylist() if "recording" in table.column_names else [""] * len(table)
-    examples = dict(zip(table["reason"].to_pylist(), recordings, strict=True))
-    for reason, n in Counter(filter(None, table["reason"].to_pylist())).most_common():
-        click.echo(printable(f"    {n} × {reason} ({'such as ' if n > 1 else ''}{examples[reason]})"))
+    click.echo(f"  statuses: {counted(table['status'])}")
+    given = table.filter(pc.is_valid(pc.field("reason")))
+    found = given.group_by("reason", use_threads=False).aggregate([("recording", "first"), ("recording", "count")])
+    for row in found.sort_by([("recording_count", "descending")]).to_pylist():
+        n, example = row["recording_count"], row["recording_first"]
+        click.echo(printable(f"    {n} × {row['reason']} ({'such as ' if n > 1 else ''}{example})"))
     usable = table.filter(pc.field("status") == OK)
     if "n_samples" in table.column_names and usable.num_rows:
         seconds = pc.sum(usable["n_samples"]).as_py() / TARGET_RATE

@@ -18,7 +18,7 @@ from pipeline.execute import FATAL, Progress, attempt, described
 from pipeline.processes import answer
 from pipeline.settings import ExecutionSettings
 from pipeline.stage import Stage
-from shards.errors import UserError
+from shards.errors import UserError, first_line
 
 ROOT = Path(__file__).parent.parent
 RETRIES = 3  # of a shard whose actor died, each by an actor that is started again
@@ -62,7 +62,7 @@ def ask(kind: type[Stage], settings: ExecutionSettings) -> Any:
         try:
             found, problem = ray.get(asked.remote(kind, _of_one(settings)))
         except ray.exceptions.RayError as error:
-            raise UserError(f"Ray gave up: {str(error).strip().splitlines()[0]}; the same command goes on") from error
+            raise UserError(f"Ray gave up: {first_line(error)}; the same command goes on") from error
     if problem:
         raise UserError(problem)
     return found
@@ -98,8 +98,7 @@ def actors(stage: Stage, numbers: Sequence[int], progress: Progress) -> None:
                 if not left:
                     return
                 if not attempts_left:
-                    reason = str(error).strip().splitlines()[0]
-                    raise UserError(f"Ray gave up: {reason}; the same command goes on") from error
+                    raise UserError(f"Ray gave up: {first_line(error)}; the same command goes on") from error
 
 
 @contextmanager
@@ -118,7 +117,7 @@ def _connected(settings: ExecutionSettings) -> Iterator[None]:
         ray.init(settings.ray_address, runtime_env=environment, log_to_driver=False, logging_level=logging.ERROR)
     except Exception as error:  # Ray raises its own, gRPC's and the system's kinds
         ray.shutdown()  # half connected is possible
-        raise UserError(f"ray_address={settings.ray_address}: {str(error).strip().splitlines()[0]}") from error
+        raise UserError(f"ray_address={settings.ray_address}: {first_line(error)}") from error
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.execution_options.preserve_order = False

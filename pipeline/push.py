@@ -6,7 +6,6 @@ without which readers see no shard, goes in the last commit, with the dataset ca
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from hashlib import sha1
@@ -18,10 +17,10 @@ from tqdm import tqdm
 
 from pipeline.settings import PushShardsSettings
 from shards.contract import INDEX_NAME, OK, SPLITS, SUMS_NAME, TARGET_RATE
-from shards.errors import ShardError, UserError
+from shards.errors import ShardError, UserError, first_line
 from shards.files import file_sha256
 from shards.index import check_index, shard_list, unlisted
-from shards.writer import read_metadata, read_table
+from shards.writer import counted, read_metadata, read_table
 
 COMMIT_FILES, COMMIT_BYTES = 100, 5 << 30
 CARD_NAME = "README.md"
@@ -63,7 +62,7 @@ def push_shards(settings: PushShardsSettings) -> None:
     except UserError:
         raise
     except Exception as error:  # the hub's client raises its own, its transport's and the system's kinds
-        reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"
+        reason = f"{type(error).__name__}: {first_line(error)}"
         raise UserError(
             f"{settings.repo}: {reason}. Readers see no new shard until the index is there; the same command goes on"
         ) from error
@@ -75,7 +74,7 @@ def finished(folder: Path) -> list[Upload]:
     check_index(folder)
     shards = shard_list(folder)
     for problem in unlisted(folder, shards):
-        raise ShardError(f"{problem}: run `just shard-targets` to its end")
+        raise ShardError(problem)
     uploads = []
     for split, shard in shards:
         tar = folder / split / f"{shard:06d}.tar"
@@ -146,7 +145,7 @@ def dataset_card(folder: Path, repo: str) -> str:
         rows = usable.filter(pc.field("split") == split)
         hours = (pc.sum(rows["n_samples"]).as_py() or 0) / TARGET_RATE / 3600
         lines.append(f"| {split} | {len(rows)} | {hours:.2f} | {len(rows['group'].unique())} |")
-    statuses = ", ".join(f"{n} {name}" for name, n in Counter(index["status"].to_pylist()).most_common())
+    statuses = ", ".join(f"{n} {name}" for name, n in counted(index["status"]).items())
     return CARD.format(
         repo=repo, table="\n".join(lines), statuses=statuses, teacher=made_from["teacher"], snac=made_from["snac"]
     )

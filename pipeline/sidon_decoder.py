@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import remove_parametrizations
 
 from pipeline.sidon_encoder import check_keys
-from shards.errors import UserError
+from shards.errors import UserError, first_line
 
 
 def load_decoder(path: Path) -> DacDecoder:
@@ -28,7 +28,7 @@ def load_decoder(path: Path) -> DacDecoder:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file makes torch raise many kinds
-        raise UserError(f"{path} is not a state dict of plain tensors: {str(error).splitlines()[0]}") from error
+        raise UserError(f"{path} is not a state dict of plain tensors: {first_line(error)}") from error
     strides = {
         int(match[1]): value.shape[2] // 2
         for name, value in state.items()

@@ -17,6 +17,11 @@ class ShardError(UserError):
     """A shard, sidecar or index is not what it claims to be."""
 
 
+def first_line(error: Exception) -> str:
+    """What it says in its first line; its kind where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 def printable(text: str) -> str:
     """What a terminal would obey instead of showing it, written out: names come from data."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

@@ -201,8 +201,8 @@ def wrong_place(usable: pa.Table | pa.RecordBatch) -> str | None:
 def shard_list(folder: Location) -> list[tuple[str, int]]:
     """(split, shard) of every shard in the index, in its order."""
     table = read_table(folder / INDEX_NAME, columns=["split", "shard"])
-    pairs = zip(table["split"].to_pylist(), table["shard"].to_pylist(), strict=True)
-    return list(dict.fromkeys(pairs))
+    shards = table.group_by(["split", "shard"], use_threads=False).aggregate([])
+    return list(zip(shards["split"].to_pylist(), shards["shard"].to_pylist(), strict=True))
 
 
 def listed(shards: Sequence[tuple[str, int]]) -> Iterator[str]:

@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from shards.contract import FORMAT_VERSION, SIDECAR_SCHEMA
-from shards.errors import ShardError
+from shards.errors import ShardError, first_line
 from shards.files import file_sha256, move, replacing
 from shards.storage import Location, Url
 
@@ -59,6 +59,12 @@ def read_table(path: Location, **options: Any) -> pa.Table:
         return table
 
 
+def counted(column: pa.ChunkedArray) -> dict[Any, int]:
+    """Value → how often, the most frequent first."""
+    found = {row["values"]: row["counts"] for row in column.value_counts().to_pylist()}
+    return dict(sorted(found.items(), key=lambda pair: -pair[1]))
+
+
 def parquet_source(path: Location) -> Path | io.BytesIO:
     """What pyarrow reads it from: a remote table is fetched whole."""
     return io.BytesIO(path.read_bytes()) if isinstance(path, Url) else path
@@ -70,8 +76,9 @@ def naming(path: Location) -> Iterator[None]:
     try:
         yield
     except (pa.ArrowException, ValueError, OSError, MemoryError, RecursionError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ShardError(f"{path}: damaged, or no file of ours ({reason}); make it again by its stage") from error
+        raise ShardError(
+            f"{path}: damaged, or no file of ours ({first_line(error)}); make it again by its stage"
+        ) from error
 
 
 def differences(found: Mapping[str, Any], expected: Mapping[str, Any]) -> str:

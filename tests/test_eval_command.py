@@ -171,6 +171,7 @@ def test_a_folder_of_recordings(recordings: Path, model: Path, tmp_path: Path) -
     shutil.copytree(recordings, audio)
     (audio / "broken.wav").write_text("no audio")
     (audio / "notes.txt").write_text("no recording")
+    shutil.copy(audio / "speaker_3" / "take_0.wav", audio / "speaker_3" / "take_0.48k.wav")  # as `just decode` names it
     code, output = call(
         "eval", f"audio={audio}", f"models.mine={model}", f"out={tmp_path / 'eval'}", "max_seconds=3", *QUICK
     )

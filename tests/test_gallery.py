@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
@@ -68,10 +68,13 @@ def test_a_folder_does_not_say_whose_code_may_run(work: Path, tmp_path: Path, mo
 
 
 def test_kinds_take_turns() -> None:
-    rows = [{"status": "rejected", "teacher": "sidon", "reason": "often", "key": n} for n in range(100)]
-    rows.append({"status": "rejected", "teacher": "sidon", "reason": "once", "key": 100})
-    chosen: npt.ArrayLike = [row["reason"] for row in gallery._spread(rows, "rejected")]
-    assert chosen == ["often", "once", "often", "often", "often"]
+    rows = [{"teacher": "sidon", "reason": "often", "key": n} for n in range(100)]
+    rows.append({"teacher": "sidon", "reason": "once", "key": 100})
+    chosen = gallery._spread(pa.Table.from_pylist(rows))
+    assert [(row["reason"], row["key"]) for row in chosen] == [
+        ("often", 0), ("once", 100), ("often", 20), ("often", 40), ("often", 60),
+    ]  # fmt: skip
+    assert gallery._spread(pa.Table.from_pylist(rows)[:0]) == []
 
 
 def test_a_folder_without_shards_has_no_picture(tmp_path: Path) -> None:

@@ -17,10 +17,11 @@ import soundfile
 from PIL import Image
 
 from shards.contract import TARGET_RATE
+from shards.errors import UserError
 from tests.helpers import TINY_SNAC, speechlike
 from tests.training_helpers import call, small_training
 from trainer.report.charts import Axis, histograms, training_curves
-from trainer.report.listening import matching_gains, spectrogram
+from trainer.report.listening import listening, matching_gains, spectrogram
 from trainer.signals import rms_db
 
 pytest.importorskip("jinja2", reason="needs the extra report: just extras")
@@ -127,6 +128,17 @@ def test_the_page_is_the_same_every_time(work: Path, tmp_path: Path) -> None:
 def test_a_stand_in_says_so(page: str) -> None:
     assert "<strong>The codec is a stand-in or has custom weights.</strong>" in page
     assert "Codes by stand-in or custom weights snac_tiny_24khz" in page
+
+
+def test_a_clip_without_its_recording_shows_the_others(tmp_path: Path) -> None:
+    systems = ["source", "stock", "target"]
+    for number, system in enumerate(systems[1:]):
+        (tmp_path / system).mkdir()
+        soundfile.write(tmp_path / system / "a.flac", speechlike(0.5, TARGET_RATE, number), TARGET_RATE)
+    assert [version.system for version in listening(tmp_path, "a", systems, 1.0).versions] == systems[1:]
+    (tmp_path / "target" / "a.flac").unlink()
+    with pytest.raises(UserError, match=r"target/a\.flac is not readable"):
+        listening(tmp_path, "a", systems, 1.0)
 
 
 def test_clips_that_are_cut_say_so(page: str) -> None:

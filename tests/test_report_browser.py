@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 import shutil
 import time
 from collections.abc import Iterator
@@ -15,7 +16,7 @@ import pytest
 import soundfile
 
 from tests.helpers import speechlike
-from tests.test_report import EVIL_KEYS, EVIL_SYSTEM, evaluate_and_report
+from tests.test_report import EVIL_KEYS, EVIL_SYSTEM, data_of, evaluate_and_report
 
 pytest.importorskip("jinja2", reason="needs the extra report: just extras")
 selenium = pytest.importorskip("selenium", reason="needs the group extras-tests: just extras")
@@ -286,6 +287,28 @@ def test_a_blind_test_keeps_score_and_saves_it(page: Chrome) -> None:
     assert score.startswith(f"Preferred: {counted}; no difference 1 · sign test p = ")
     css(page, "#blind-reset").click()
     assert not page.find_elements("css selector", ".score")
+
+
+def test_a_blind_test_takes_clips_that_hold_both_versions(page: Chrome, file: Path, tmp_path: Path) -> None:
+    text = file.read_text()
+    held = data_of(text)
+    for clip in held["clips"][1:]:
+        del clip["versions"][0]  # stock
+    pattern = re.compile(r'(<script type="application/json" id="data">).*?(?=</script>)', re.DOTALL)
+    partly = tmp_path / "report.html"
+    partly.write_text(pattern.sub(lambda m: m[1] + json.dumps(held).replace("<", "\\u003c"), text))
+    page.get(partly.as_uri())
+    page.execute_script("localStorage.clear()")
+    css(page, "#blind-start").click()
+    for _ in range(3):
+        keys(page, "a", "b")
+        until(page, "!document.querySelector('.vote').disabled")
+        keys(page, Keys.ARROW_LEFT)
+    answers = page.execute_script("return JSON.parse(Object.values(localStorage)[0])")
+    assert [answer["clip"] for answer in answers] == 3 * [held["clips"][0]["key"]]
+    css(page, "#blind-one option[value=warm_start]").click()
+    css(page, "#blind-start").click()
+    assert css(page, "#blind-state").text.startswith("Trial 4.")
 
 
 def test_the_same_version_is_not_compared_with_itself(page: Chrome) -> None:

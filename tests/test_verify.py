@@ -149,10 +149,10 @@ def test_a_fingerprint_that_is_none_is_named(shards: Path) -> None:
 @pytest.mark.parametrize(
     "columns",
     [
-        {"status": [["a"]], "reason": ["b"]},
-        {"status": [1], "reason": ["b"]},
-        {"status": ["ok"], "reason": [None], "n_samples": ["many"]},
-        {"status": ["ok"], "reason": [None], "n_samples": pa.array([None], pa.int64())},
+        {"status": [["a"]], "reason": ["b"], "recording": ["c"]},
+        {"status": [1], "reason": ["b"], "recording": ["c"]},
+        {"status": ["ok"], "reason": [None], "recording": ["c"], "n_samples": ["many"]},
+        {"status": ["ok"], "reason": [None], "recording": ["c"], "n_samples": pa.array([None], pa.int64())},
         {"when": pa.array([2**30], pa.date32())},
     ],
 )

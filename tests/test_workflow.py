@@ -70,10 +70,9 @@ def test_workflow_checks_every_commands_settings_first(tmp_path: Path) -> None:
 
 def test_workflow_says_whose_setting_a_key_is() -> None:
     places = ["audio=a", "work=w", "run=r", "gpu=cpu"]
-    with pytest.raises(SettingsError, match=r"teacher is a setting of one step: write targets.teacher=…$"):
-        load_settings(WorkflowSettings, "workflow.json", [*places, "teacher=recording"])
-    with pytest.raises(SettingsError, match=r"write codes.threads=… or targets.threads=…$"):
-        load_settings(WorkflowSettings, "workflow.json", [*places, "threads=2"])
+    expected = r"^max_steps: a setting of one step is written codes.max_steps=, targets.max_steps= or train.max_steps=$"
+    with pytest.raises(SettingsError, match=expected):
+        load_settings(WorkflowSettings, "workflow.json", [*places, "max_steps=5"])
 
 
 def test_workflow_passes_settings_on_as_commands_read_them() -> None:

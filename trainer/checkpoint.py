@@ -16,7 +16,7 @@ from snac import SNAC
 from snac.layers import Decoder
 
 from codec.snac import GEOMETRY, load_snac, load_verified
-from shards.errors import UserError
+from shards.errors import UserError, first_line
 from shards.files import replacing
 from shards.writer import differences
 from trainer.decoder import RATES_48K
@@ -54,8 +54,9 @@ def load(path: Path) -> dict[str, Any]:
         _check_crc32(path)
         state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises several kinds for a damaged file
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"{path} is not a readable checkpoint ({reason}); delete it or take another") from error
+        raise UserError(
+            f"{path} is not a readable checkpoint ({first_line(error)}); delete it or take another"
+        ) from error
     if not isinstance(state, dict) or not {"decoder", "snac", "snac_sha256"} <= state.keys():
         raise UserError(f"{path} is not a checkpoint of this trainer: it needs decoder, snac and snac_sha256")
     return state
@@ -154,7 +155,7 @@ def load_codec(model: Path, pretrained_model: str | None = None) -> Codec48k:
     try:
         decoder.load_state_dict(state.get("ema", state["decoder"]))
     except (RuntimeError, TypeError, AttributeError) as error:
-        raise UserError(f"{path} does not hold this decoder: {str(error).splitlines()[0]}") from error
+        raise UserError(f"{path} does not hold this decoder: {first_line(error)}") from error
     names = ("step", "settings", "data", "validation")
     found = {name: _without_folders(state[name]) for name in names if name in state}
     provenance = {"snac": weights.describe(), **found}

@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 from snac import SNAC
 from tqdm import tqdm
 
-from codec.audio import EXTENSIONS, AudioError, Recording, Resampler, probe
+from codec.audio import DECODED, EXTENSIONS, AudioError, Recording, Resampler, probe
 from codec.snac import encode_whole
 from shards.contract import COARSE_48K, PLAN_NAME, TARGET_RATE, sample_key
 from shards.errors import UserError
@@ -143,7 +143,7 @@ class RecordingClips:
         if not folder.is_dir():
             raise UserError(f"audio={folder}: no such folder")
         files = sorted(path for path in folder.rglob("*") if path.is_file())
-        self.paths = [path for path in files if path.suffix.lower() in EXTENSIONS]
+        self.paths = [path for path in files if path.suffix.lower() in EXTENSIONS and not path.name.endswith(DECODED)]
         if not self.paths:
             raise UserError(f"audio={folder} holds no recordings ({', '.join(sorted(EXTENSIONS))})")
         self.folder, self.snac, self.max_seconds = folder, snac, max_seconds

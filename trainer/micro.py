@@ -8,7 +8,7 @@ from typing import Any, Literal, TypeVar
 import torch
 
 from shards.contract import coarse_tokens
-from shards.errors import UserError
+from shards.errors import UserError, first_line
 from trainer.data import Batch
 
 T = TypeVar("T")
@@ -36,7 +36,7 @@ class MicroBatches:
             try:
                 return [work(part.to(self.device)) for part in self._parts(batch)]
             except torch.OutOfMemoryError as error:
-                trouble = str(error).splitlines()[0]
+                trouble = first_line(error)
             torch.cuda.empty_cache()  # outside the handler: its traceback holds the tensors
             self._halve(batch, trouble)
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from shards.errors import UserError
+from shards.errors import UserError, first_line
 from shards.files import file_sha256
 from trainer.checkpoint import PROVENANCE
 from trainer.settings import PushSettings
@@ -48,5 +48,4 @@ def _upload(settings: PushSettings, names: list[str]) -> None:
             commit_message="A 48 kHz decoder for SNAC 24 kHz tokens",
         )
     except Exception as error:  # the hub's client raises its own, requests' and the system's errors
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"repo={settings.repo}: {reason}; `hf auth login` signs you in") from error
+        raise UserError(f"repo={settings.repo}: {first_line(error)}; `hf auth login` signs you in") from error

@@ -31,10 +31,16 @@ function store() {
 
 const random = (below) => Math.floor((crypto.getRandomValues(new Uint32Array(1))[0] / 2 ** 32) * below);
 
+/** Clips that hold both versions: of some the source is gone. */
+function shared() {
+  const held = data.clips.map(({ versions }) => versions.map(({ system }) => system));
+  return [...held.keys()].filter((clip) => held[clip].includes(one.value) && held[clip].includes(two.value));
+}
+
 function nextTrial() {
   const goesOn = trial?.deck.isPlaying;
   trial?.deck.pause();
-  if (!queue.length) queue = cards.map((_, clip) => clip);
+  if (!queue.length) queue = shared();
   const [clip] = queue.splice(random(queue.length), 1);
   const [a, b] = random(2) ? [one.value, two.value] : [two.value, one.value];
   trial = { deck: new Deck(clip), a, b, heard: new Set() };
@@ -140,14 +146,16 @@ function trialKey(key) {
 
 function start() {
   const differ = one.value !== two.value;
-  byId("blind-trial").hidden = !differ;
-  if (differ) {
+  queue = shared();
+  const ready = differ && queue.length > 0;
+  byId("blind-trial").hidden = !ready;
+  if (ready) {
     nextTrial();
     hear.a.focus();
   } else {
     trial?.deck.pause();
     trial = null;
-    byId("blind-state").textContent = "Choose two different versions.";
+    byId("blind-state").textContent = differ ? "No clip holds both." : "Choose two different versions.";
   }
 }
 

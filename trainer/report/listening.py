@@ -18,6 +18,7 @@ from PIL import Image
 from shards.contract import TARGET_RATE
 from shards.errors import UserError
 from trainer.signals import Samples, rms_db
+from trainer.systems import SOURCE
 
 N_FFT = 2048
 WIDTH, HEIGHT = 640, 256  # largest width; 1024 bins become 256 rows of 93.75 Hz
@@ -50,7 +51,7 @@ def listening(audio: Path, key: str, systems: Iterable[str], seconds: float) -> 
     wavs: dict[str, Samples] = {}
     for system in systems:
         path = audio / system / f"{key}.flac"
-        if not path.exists() and wavs.keys() and system == "source":
+        if system == SOURCE and not path.exists():  # the recording is gone
             continue
         wavs[system] = _read(path)
     lengths = {len(wav) for wav in wavs.values()}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -89,13 +88,16 @@ def read_targets(shards: Path) -> Targets:
     if not path.exists():
         raise UserError(f"shards={shards} has no {INDEX_NAME}: name where the shards lie now")
     table = read_table(path)
-    counts = Counter(
-        (split, status if reason is None else f"{status}: {reason}")
-        for split, status, reason in zip(
-            *(table[name].to_pylist() for name in ("split", "status", "reason")), strict=True
+    by_reason = table.group_by(["split", "status", "reason"], use_threads=False).aggregate([([], "count_all")])
+    statuses = [
+        (
+            row["split"],
+            row["status"] if row["reason"] is None else f"{row['status']}: {row['reason']}",
+            row["count_all"],
         )
-    )
+        for row in by_reason.sort_by([("count_all", "descending")]).to_pylist()
+    ]
     usable = table.filter(pc.field("status") == OK)
     measured = [field.name for field in table.schema if field.type == pa.float32()]
     values = {name: usable[name].drop_null().to_numpy() for name in measured}
-    return Targets([(*key, n) for key, n in counts.most_common()], histograms(values))
+    return Targets(statuses, histograms(values))
