@@ -6,6 +6,7 @@ output is computed from the frames that its kernel reaches, so it equals that st
 
 from __future__ import annotations
 
+import errno
 import math
 import re
 from collections.abc import Iterator
@@ -22,6 +23,7 @@ import torch
 from torch import Tensor, nn
 from torchaudio.transforms import Resample
 
+from shards.files import reason_of_one
 from shards.storage import StorageError, Stored
 
 Samples = npt.NDArray[np.float32]
@@ -220,7 +222,8 @@ def _open(path: Stored) -> Iterator[soundfile.SoundFile]:
     try:
         size = path.stat().st_size
     except OSError as error:  # a link to nowhere, or to itself
-        raise AudioError("no such file") from error
+        reason = reason_of_one(path, error)
+        raise AudioError("no such file" if error.errno in (errno.ENOENT, errno.ELOOP) else reason) from error
     if size == 0:
         raise AudioError("the file is empty")
     with ExitStack() as stack:
@@ -231,10 +234,21 @@ def _open(path: Stored) -> Iterator[soundfile.SoundFile]:
         try:
             yield stack.enter_context(soundfile.SoundFile(given))
         except (soundfile.LibsndfileError, OSError) as error:
+            _check_readable(path)
             raise AudioError(f"not readable as audio: {_reason(error)}") from error
         finally:
             if not isinstance(given, Path) and given.failure:
                 raise given.failure
+
+
+def _check_readable(path: Stored) -> None:
+    """Raises AudioError or UserError where it is the system that does not read a file: libsndfile does not say."""
+    if isinstance(path, Path) and path.is_file():
+        try:
+            with path.open("rb") as file:
+                file.read(1)
+        except OSError as error:
+            raise AudioError(f"not readable: {reason_of_one(path, error)}") from error
 
 
 class _Callbacks:

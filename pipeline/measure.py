@@ -13,7 +13,8 @@ from tqdm import tqdm
 
 from codec.audio import AudioError, probe
 from pipeline.sources import stored
-from shards.storage import Part
+from shards.files import reason_of_one
+from shards.storage import Part, locate
 
 PROBE_THREADS = 16
 END_TOLERANCE_SECONDS = 0.01  # a manifest's end may lie this far after the file's: people round
@@ -57,8 +58,10 @@ def _header(place: tuple[str, int | None, int | None]) -> tuple[Any, ...]:
             raise AudioError("cut off with its tar")
         header = probe(file)
         return header.frames, header.rate, header.channels, file.stat().st_size, None
-    except (AudioError, OSError) as error:
+    except AudioError as error:
         return None, None, None, None, str(error)
+    except OSError as error:
+        return None, None, None, None, reason_of_one(locate(place[0]), error)
 
 
 def _stretches(table: pa.Table) -> pa.Table:

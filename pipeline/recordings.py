@@ -5,12 +5,15 @@ from __future__ import annotations
 import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from codec.audio import AudioError, Header, Recording, probe
 from pipeline.sources import stored
 from shards.contract import COARSE_24K, CODEC_RATE
-from shards.storage import Stored, at_hand
+from shards.errors import UserError
+from shards.files import reason_of_one
+from shards.storage import Stored, at_hand, locate
 
 Row = dict[str, Any]
 
@@ -20,7 +23,7 @@ def open_recording(row: Row) -> Recording:
 
     Its header is compared with the plan where it is read; here, where the plan took a manifest at its word.
     """
-    with _gone_is_a_reason():
+    with _gone_is_a_reason(row):
         file = at_hand(stored(row["path"], row["offset"], row["file_bytes"]))
     header = Header(row["file_frames"], row["rate"], row["channels"])
     if row["channels"] is None:
@@ -48,7 +51,7 @@ def content_crc32(file: Stored, row: Row) -> int:
     """
     coarse = row["start_coarse"], row["start_coarse"] + row["n_coarse"]
     frames = (row["first_frame"] + place * COARSE_24K * row["rate"] // CODEC_RATE for place in coarse)
-    with _gone_is_a_reason():
+    with _gone_is_a_reason(row):
         size = file.stat().st_size
         start, stop = (min(size * frame // row["file_frames"], size) for frame in frames)
         if start == stop:  # a named pipe would wait for a writer
@@ -59,8 +62,14 @@ def content_crc32(file: Stored, row: Row) -> int:
 
 
 @contextmanager
-def _gone_is_a_reason() -> Iterator[None]:
+def _gone_is_a_reason(row: Row) -> Iterator[None]:
+    """Where it is this file that is gone, and not the folder of all recordings."""
     try:
         yield
     except OSError as error:
-        raise AudioError(f"{error.strerror} since planning") from error
+        folder = Path(
+            row["path"].removesuffix(row["recording"])
+        )  # ids are paths below it, where no manifest names them
+        if row["path"].endswith("/" + row["recording"]) and not folder.exists():
+            raise UserError(f"{folder} is not there: is it mounted? Then the same command goes on") from error
+        raise AudioError(f"{reason_of_one(locate(row['path']), error)} since planning") from error

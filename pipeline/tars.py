@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import PurePosixPath
 from typing import IO
 
+from shards.files import reason_of_one
 from shards.storage import Location
 
 MAX_JSON_BYTES = 1 << 20
@@ -45,7 +46,9 @@ def members(path: Location, extensions: Collection[str]) -> Iterator[Member]:
                 problem = f"cut off or damaged at byte {tar.offset}: the tar does not end there"
             elif any(block.strip(b"\0") for block in iter(partial(file.read, 1 << 20), b"")):
                 problem = f"more follows its end at byte {tar.offset}, such as another tar: its parts must be files"
-    except (tarfile.TarError, OSError, EOFError, OverflowError) as error:  # pax headers state lengths of any size
+    except OSError as error:
+        problem = f"not readable as a tar: {reason_of_one(path, error)}"
+    except (tarfile.TarError, EOFError, OverflowError) as error:  # pax headers state lengths of any size
         problem = f"not readable as a tar: {error}"
     yield from (_member(info, extensions, speakers) for info in found)
     if problem is not None:

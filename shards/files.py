@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import os
@@ -12,6 +13,11 @@ from tempfile import TemporaryDirectory
 
 from shards.errors import UserError
 from shards.storage import Location, Url
+
+OF_ONE_FILE = {  # errors that say something of one file; others, such as EIO, ESTALE or EMFILE, of the system
+    errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG,
+    errno.EACCES, errno.EPERM, errno.ENXIO, errno.EINVAL, errno.EILSEQ,
+}  # fmt: skip
 
 
 @contextmanager
@@ -93,6 +99,20 @@ def exclusive(folder: Path, name: str = ".lock", *, shared: bool = False, waitin
             fcntl.flock(lock, how)
         os.register_at_fork(after_in_child=lock.close)  # else a killed process's workers hold the folder on
         yield
+
+
+def reason_of_one(path: object, error: OSError) -> str:
+    """Why this file alone cannot be read. Raises UserError where the disk or server fails on which it should lie."""
+    reason = error.strerror or str(error)
+    if not isinstance(path, Path):
+        return reason
+    if error.errno not in OF_ONE_FILE:
+        raise UserError(f"{path}: {reason}: its disk or server fails; once it does not, the same command goes on")
+    if error.errno == errno.ENOENT:
+        folder = next(parent for parent in path.absolute().parents if parent.exists())
+        if not any(folder.iterdir()):
+            raise UserError(f"{folder} is empty: is it mounted? If {path} is gone for good, delete the empty folder")
+    return reason
 
 
 def file_sha256(path: Location) -> str:

@@ -224,7 +224,7 @@ def directory(folder: Path) -> Path:
         (with_value(np.nan), r"NaN or infinity near 3\.750 s"),
         (with_value(-np.inf), "NaN or infinity near"),
         (directory, "not readable as audio"),
-        (lambda folder: folder / "missing.wav", "no such file"),
+        (lambda folder: write(folder / "a.wav", noise(9), 24_000).with_name("missing.wav"), "no such file"),
         (lambda folder: write(folder / "a.wav", noise(9000), 4_000), "sample rate 4000 Hz is outside 8000 … 192000 Hz"),
         (lambda folder: write(folder / "a.wav", noise(9000), 200_000), "sample rate 200000 Hz is outside"),
         (lambda folder: write(folder / "a.wav", noise(9000), 44_101), r"shares too little with ours \(44101:48000\)"),

@@ -1,0 +1,72 @@
+"""A disk or server that fails ends the run: it is never taken for recordings that are broken."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from codec.audio import AudioError, probe
+from pipeline.tars import members
+from shards.errors import UserError
+from tests.command_helpers import codes_words, in_process, refused, targets_words
+from tests.helpers import speechlike
+from tests.test_audio import write
+
+
+def tables(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.rglob("*.parquet")}
+
+
+def test_recordings_whose_disk_goes_away_are_not_broken(recordings: Path, tmp_path: Path) -> None:
+    audio, work, away = tmp_path / "audio", tmp_path / "work", tmp_path / "away"
+    shutil.copytree(recordings, audio)
+    assert in_process(codes_words(audio, work, "segments_per_shard=4")).exit_code == 0
+    codes = tables(work / "codes")
+    first = min((work / "codes" / "train").iterdir())
+    first.unlink()
+    audio.rename(away)
+    refused(codes_words(audio, work, "segments_per_shard=4"), f"{audio} is not there: is it mounted?")
+    assert not first.exists()
+    audio.mkdir()  # as a disk that is not mounted looks
+    refused(codes_words(audio, work, "segments_per_shard=4"), "holds no recordings")
+    refused(targets_words(work), f"{first} is missing")
+    audio.rmdir()
+    away.rename(audio)
+    assert in_process(codes_words(audio, work, "segments_per_shard=4")).exit_code == 0
+    assert tables(work / "codes") == codes
+    audio.rename(away)
+    refused(targets_words(work), f"{audio} is not there: is it mounted?")
+    audio.mkdir()
+    refused(targets_words(work), f"{audio} is empty: is it mounted?")
+    assert not list((work / "shards").rglob("*.tar"))
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EMFILE])
+@pytest.mark.parametrize("call", ["stat", "open"])
+def test_errors_of_the_system_are_no_reasons(
+    number: int, call: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any, **__: Any) -> Any:
+        raise OSError(number, os.strerror(number))
+
+    path = tmp_path / "a.wav"
+    path.write_bytes(b"which libsndfile cannot read")
+    reads = {"stat": [partial(probe, path)], "open": [partial(probe, path), lambda: list(members(path, [".wav"]))]}
+    monkeypatch.setattr(Path, call, fail)
+    for read in reads[call]:
+        with pytest.raises(UserError, match=f"{os.strerror(number)}: its disk or server fails"):
+            read()
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+def test_a_file_that_may_not_be_read_is_a_reason(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.wav", speechlike(0.5, 24_000, 0), 24_000)
+    path.chmod(0)
+    with pytest.raises(AudioError, match="not readable: Permission denied"):
+        probe(path)
