@@ -89,6 +89,8 @@ class CodesStage(Stage):
         again = [row for place, row in enumerate(planned) if place not in kept]
         fresh = iter(encode_shard(again, self.model, self.settings, advance))
         rows = [kept.get(place) or next(fresh) for place in range(len(planned))]
+        if kept and self.holds(number, dict(enumerate(rows))):
+            return
         table = pa.Table.from_pylist(rows, schema=CODES_SCHEMA)
         write_table(self.table(number), table, {"fingerprint": self.fingerprint(number)})
 

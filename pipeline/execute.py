@@ -15,6 +15,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from datetime import UTC, datetime, timedelta
 from functools import partial
 from importlib import import_module
 from typing import Any
@@ -36,6 +37,7 @@ REASONS_SHOWN = 5
 MAX_IN_A_ROW = 3  # shards that could not be made, one after the other: something is wrong with more than one shard
 LOOKING_THREADS = 16
 SECONDS_BETWEEN_LINES = 30  # of progress where it goes to a file
+LEFT_BEHIND = timedelta(days=1)
 FATAL = (UserError, OSError, MemoryError)
 
 
@@ -212,12 +214,23 @@ def alone(settings: ExecutionSettings, what: Location) -> Iterator[None]:
 
 
 def clean(folder: Location, shards: Iterable[tuple[str, int]]) -> None:
-    """Removes, or brings to its end, what killed processes left of these shards."""
+    """Removes, or brings to its end, what killed processes left of these shards; in remote folders, which have no
+    locks, what is so old that no other run is still at it.
+    """
     ours = {f"{split}/{shard:06d}" for split, shard in shards}
     found = folder.files() if isinstance(folder, Url) else folder.glob("*/*.*")
     for path in found:
-        if path.suffix in (".tmp", AHEAD) and f"{path.parent.name}/{path.name.partition('.')[0]}" in ours:
+        if path.suffix not in (".tmp", AHEAD) or f"{path.parent.name}/{path.name.partition('.')[0]}" not in ours:
+            continue
+        if not isinstance(path, Url) or _is_left_behind(path):
             finish(path) if path.suffix == AHEAD else path.unlink(missing_ok=True)
+
+
+def _is_left_behind(path: Url) -> bool:
+    try:
+        return datetime.now(UTC) - path.modified() > LEFT_BEHIND
+    except FileNotFoundError:  # whose it is has just finished it
+        return False
 
 
 def summarize(paths: Sequence[Location], max_failed_fraction: float, title: str) -> None:

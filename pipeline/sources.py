@@ -83,7 +83,7 @@ Item = dict[str, Any] | str  # a recording, or what is ignored
 
 
 def _columns(items: Iterable[Item]) -> tuple[dict[str, list[Any]], Counter[str]]:
-    names = ("recording", "path", "offset", "file_bytes", "group", "problem")
+    names = ("recording", "name", "path", "offset", "file_bytes", "group", "problem")
     columns: dict[str, list[Any]] = {name: [] for name in names}
     ignored = Counter[str]()
     for item in items:
@@ -123,7 +123,8 @@ def _tar(path: Location, id: str) -> Iterator[Item]:
             yield member.ignored
         else:
             known = {"path": str(path), "offset": member.offset, "file_bytes": member.size, "group": member.speaker}
-            yield {"recording": f"{id}/{member.name}", **known}
+            inside = member.name if "/" in member.name else None  # its folder is a group in whichever tar it lies
+            yield {"recording": f"{id}/{member.name}", "name": inside, **known}
 
 
 def _misnamed(id: str) -> Item:
@@ -162,7 +163,9 @@ def _raise(error: OSError) -> None:
 def _groups(columns: dict[str, list[Any]], pattern: str | None) -> list[str]:
     """What each recording names as its group, else the first group of `pattern` in its id, else its folder."""
     named = columns.get("group") or [None] * len(columns["path"])
-    ids = columns["recording"] if pattern is not None else columns.get("name") or columns["recording"]
+    ids = columns["recording"]
+    if pattern is None:
+        ids = [name or id for name, id in zip(columns["name"], ids, strict=True)]
     try:
         find_in = re.compile(pattern).search if pattern is not None else None
     except re.error as error:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cached_property
 from typing import Any, ClassVar
 
+import pyarrow as pa
 import pyarrow.compute as pc
 
 from codec.memory import keep_freed_memory
@@ -67,6 +68,11 @@ class Stage(ABC):
             return {}
         rows = read_table(self.table(number)).to_pylist()
         return {place: row for place, row in enumerate(rows) if row["status"] in (OK, REJECTED)}
+
+    def holds(self, number: int, rows: Mapping[int, Row]) -> bool:
+        """Whether a shard that stands has these rows, by their place: then it is left as it is."""
+        found = read_table(self.table(number)).take(pa.array(rows, pa.int64()))
+        return bool(found.equals(pa.Table.from_pylist([*rows.values()], found.schema)))
 
     def has_failures(self, number: int) -> bool:
         """Whether a segment of this shard failed that `retry=failed` may mend."""

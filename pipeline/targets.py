@@ -140,6 +140,12 @@ class TargetsStage(Stage):
         made_from, kept = self.fingerprint(number), self.kept(number)
         again, theirs = ([row for place, row in enumerate(rows) if place not in kept] for rows in (planned, codes))
         fresh = samples(again, theirs, self.teacher, self.settings, made_from["snac"])
+        if kept:
+            made = list(fresh)
+            places = [place for place in range(len(planned)) if place not in kept]
+            if self.holds(number, dict(zip(places, (row for row, _ in made), strict=True))):
+                return
+            fresh = iter(made)
         standing = self._standing(number, kept, codes)
         with ShardWriter(self.folder / split, shard, made_from) as writer:
             for place in range(len(planned)):

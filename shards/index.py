@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 import tempfile
@@ -9,6 +10,7 @@ import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -138,6 +140,18 @@ class Index:
 
     def __len__(self) -> int:
         return sum(self.counts)
+
+    @cached_property
+    def samples_sha256(self) -> str:
+        """Identifies its samples and their lengths: what the order of training and its crops follow from. The same
+        where a damaged shard was made anew, or the index was written again.
+        """
+        digest = hashlib.sha256()
+        for keys in self.table["key"].chunks:
+            digest.update("".join(f"{key}\n" for key in keys.to_pylist()).encode())
+        for name in ("n_coarse", "n_samples"):
+            digest.update(self.table[name].to_numpy().astype("<i4").tobytes())
+        return digest.hexdigest()
 
 
 def load(folder: Location, split: str, cache: ShardCache | None = None) -> Index:

@@ -19,6 +19,7 @@ import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path, PurePosixPath
 from typing import IO, Any, TypeVar
 
@@ -96,6 +97,10 @@ class Url:
 
     def stat(self) -> Stat:
         return Stat(int(self._patiently(lambda files, path: files.info(path)["size"])))
+
+    def modified(self) -> datetime:
+        found: datetime = self._patiently(lambda files, path: files.modified(path))
+        return found
 
     def read_bytes(self, start: int = 0, stop: int | None = None) -> bytes:
         data: bytes = self._patiently(lambda files, path: files.cat_file(path, start=start or None, end=stop))

@@ -76,6 +76,8 @@ def naming(path: Location) -> Iterator[None]:
     try:
         yield
     except (pa.ArrowException, ValueError, OSError, MemoryError, RecursionError) as error:
+        if isinstance(error, OSError) and error.errno:  # the system's, not pyarrow's
+            raise
         raise ShardError(
             f"{path}: damaged, or no file of ours ({first_line(error)}); make it again by its stage"
         ) from error

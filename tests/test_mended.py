@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock, patch
 
 import numpy as np
 import pytest
@@ -22,7 +23,7 @@ from pipeline.targets import shard_targets
 from pipeline.teachers import Teacher
 from shards.contract import FAILED, OK, REJECTED, TOO_SHORT
 from shards.errors import ShardError
-from tests.command_helpers import in_process, refused, rows_of, targets_words
+from tests.command_helpers import in_process, refused, rows_of, stamps, targets_words
 from tests.helpers import ROOT, codes_settings, forget_contents, speechlike, targets_settings
 
 SOME = "max_failed_fraction=0.99"
@@ -127,6 +128,24 @@ def test_a_second_try_keeps_what_succeeded(audio: Path, work: Path, tmp_path: Pa
     shard_targets(targets_settings(work, "retry=failed"))
     for path in [*whole.glob("codes/*/*.parquet"), *whole.glob("shards/*/*")]:
         assert (work / path.relative_to(whole)).read_bytes() == path.read_bytes(), path
+
+
+def test_a_second_try_that_mends_nothing_changes_nothing(audio: Path, work: Path) -> None:
+    """Neither a codes file nor a tar is written again, and the index, which a training may read, stays."""
+    make_plan(planned(audio, work))
+    (audio / "b.wav").unlink()
+    shard_codes(planned(audio, work, SOME))
+    (audio / "c.wav").unlink()
+    shard_targets(targets_settings(work, SOME))
+    assert statuses(work / "shards") == {"a.wav": {OK}, "b.wav": {FAILED}, "c.wav": {FAILED}}
+    before = stamps(work)
+    shard_codes(planned(audio, work, "retry=failed", SOME))
+    forget = Mock()
+    with patch("pipeline.targets.forget", forget):
+        shard_targets(targets_settings(work, "retry=failed", SOME))
+    assert not forget.called
+    changed = {name for name, stamp in stamps(work).items() if stamp != before[name]}
+    assert all(name.endswith(("settings.json", "index.parquet", "SHA256SUMS")) for name in changed), changed
 
 
 def test_what_is_kept_is_checked(audio: Path, work: Path, tmp_path: Path) -> None:

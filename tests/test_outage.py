@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -57,9 +58,11 @@ def test_errors_of_the_system_are_no_reasons(
 
     path = tmp_path / "a.wav"
     path.write_bytes(b"which libsndfile cannot read")
-    reads = {"stat": [partial(probe, path)], "open": [partial(probe, path), lambda: list(members(path, [".wav"]))]}
+    reads: list[Callable[[], object]] = [partial(probe, path)]
+    if call == "open":
+        reads.append(lambda: list(members(path, [".wav"])))
     monkeypatch.setattr(Path, call, fail)
-    for read in reads[call]:
+    for read in reads:
         with pytest.raises(UserError, match=f"{os.strerror(number)}: its disk or server fails"):
             read()
 

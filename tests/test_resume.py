@@ -8,15 +8,17 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from shards.errors import UserError
 from shards.files import exclusive
-from shards.index import compact, shard_list
+from shards.index import compact, read_sums, shard_list
 from tests.helpers import ROOT
 from tests.training_helpers import (
     CPU,
@@ -30,6 +32,7 @@ from tests.training_helpers import (
     train_words,
 )
 from trainer import checkpoint
+from trainer.distributed import Process
 from trainer.loop import Trainer, train
 
 
@@ -94,7 +97,7 @@ def test_noise_is_resumed_too(work: Path, tmp_path: Path) -> None:
         ({"batch_size": 3}, "batch_size is 2, now 3"),
         ({"window_shards": 1}, "window_shards is 2, now 1"),
         ({"n_ffts": [64, 128]}, "n_ffts is [64, 256], now [64, 128]"),
-        ({"noise": "keep", "learning_rate": 0.5}, "learning_rate is 0.0001, now 0.5; noise is zero, now keep"),
+        ({"noise": "keep", "warmup_steps": 7}, "warmup_steps is 0, now 7; noise is zero, now keep"),
     ],
 )
 def test_other_settings_are_refused(work: Path, finished: Path, change: dict[str, Any], difference: str) -> None:
@@ -109,9 +112,39 @@ def test_other_settings_are_refused(work: Path, finished: Path, change: dict[str
 def test_other_data_is_refused_and_moved_data_is_not(work: Path, finished: Path, tmp_path: Path) -> None:
     shutil.copytree(work / "shards", tmp_path / "shards")
     assert Trainer(train_settings(tmp_path, finished), CPU).step == 6
+    before = read_sums(tmp_path / "shards")
+    compact(tmp_path / "shards", shard_list(tmp_path / "shards"), {"calibration": "made again"})
+    assert read_sums(tmp_path / "shards") != before
+    assert Trainer(train_settings(tmp_path, finished), CPU).step == 6, "the samples are the same"
     compact(tmp_path / "shards", shard_list(tmp_path / "shards")[1:])
-    with pytest.raises(UserError, match=r"other settings or data: index is \w{64}, now \w{64}; take another run="):
+    with pytest.raises(UserError, match=r"other settings or data: samples is \w{64}, now \w{64}; take another run="):
         Trainer(train_settings(tmp_path, finished), CPU)
+
+
+def test_what_only_steps_depend_on_may_change(work: Path, finished: Path) -> None:
+    """So that a training which ended in a gradient that is not finite can go on."""
+    assert Trainer(train_settings(work, finished, learning_rate=1e-5, gradient_clip=0.1), CPU).step == 6
+
+
+@dataclass(frozen=True)
+class OneOfTwo(Process):
+    """The other has read the checkpoint of step `other`."""
+
+    other: int
+
+    def sum(self, values: Tensor) -> Tensor:
+        return values + torch.tensor([self.other, self.other**2])
+
+
+def test_processes_begin_at_one_step(work: Path, finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Process, "wait", lambda process: None)
+    trainer = Trainer(train_settings(work, finished), CPU)
+    trainer.process = OneOfTwo(0, 2, torch.device("cpu"), 6)
+    trainer._check_that_all_begin_here()
+    for other in (0, 3, 7):
+        trainer.process = OneOfTwo(0, 2, torch.device("cpu"), other)
+        with pytest.raises(UserError, match="processes go on from different steps, this one from 6"):
+            trainer._check_that_all_begin_here()
 
 
 def test_a_run_is_not_overwritten_unasked(work: Path, finished: Path, tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ from shards.errors import ShardError, UserError
 from shards.files import exclusive, file_sha256
 from shards.index import load, shard_list
 from shards.reader import decode_sample, read_sample
-from shards.writer import ShardWriter, finish, is_done, read_metadata, write_table
+from shards.writer import ShardWriter, finish, is_done, naming, read_metadata, write_table
 from tests.helpers import ROOT, targets_settings
 from tests.shard_helpers import FINGERPRINT, files, some_members, some_row, write_shard
 from tests.test_contract import README
@@ -326,3 +326,10 @@ def test_one_process_at_a_time_writes_to_a_folder(work: Path, tmp_path: Path) ->
     with exclusive(copy), pytest.raises(UserError, match="another process"), exclusive(copy):
         pass
     shard_targets(targets_settings(copy))
+
+
+def test_the_systems_errors_are_no_damage() -> None:
+    with pytest.raises(OSError, match="No space left"), naming(Path("index.parquet")):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    with pytest.raises(ShardError, match=r"index\.parquet: damaged, or no file of ours"), naming(Path("index.parquet")):
+        raise OSError("Corrupt snappy compressed data")  # as pyarrow says it

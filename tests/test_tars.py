@@ -70,6 +70,21 @@ def test_tars_hold_what_files_hold(recordings: Path, work: Path, tmp_path: Path)
     assert groups == {f"speaker_{n}" for n in range(4)}
 
 
+def test_a_folder_is_one_group_in_whichever_tar_it_lies(recordings: Path, tmp_path: Path) -> None:
+    audio = tmp_path / "tars"
+    audio.mkdir()
+    files = sorted(recordings.glob("*/*.wav"))
+    for number in range(2):
+        with tarfile.open(audio / f"{number}.tar", "w") as tar:
+            for path in files[number::2]:
+                add(tar, f"./{path.parent.name}/{path.name}", path.read_bytes())
+            add(tar, "alone.wav", files[0].read_bytes())
+    table, _ = find(audio, None)
+    assert set(table["group"].to_pylist()) == {*(f"speaker_{n}" for n in range(4)), "0.tar", "1.tar"}
+    pattern, _ = find(audio, r"^(\d)\.tar")
+    assert set(pattern["group"].to_pylist()) == {"0", "1"}
+
+
 def test_ids_and_what_is_ignored(recordings: Path, tmp_path: Path) -> None:
     audio = write_tars(recordings, tmp_path / "tars")
     table, ignored = find(audio, None)

@@ -32,6 +32,7 @@ class Corpus:
     def provenance(self) -> dict[str, Any]:
         """Where the data came from, for checkpoints: the first folder's fingerprint, all teachers and indexes."""
         return {
+            "samples_sha256": ", ".join(index.samples_sha256 for index in self.training),
             "index_sha256": ", ".join(index.sha256 for index in self.training),
             **self.training[0].fingerprint,
             "teacher": " + ".join(dict.fromkeys(index.fingerprint["teacher"] for index in self.training)),

@@ -32,10 +32,11 @@ from trainer.schedule import rate_factor, segment_text
 from trainer.settings import TrainSettings
 from trainer.validation import HIGHER_IS_BETTER, validate
 
+OF_STEPS = {"learning_rate", "gradient_clip", "discriminator_learning_rate", "discriminator_clip", "precision"}
 FREE_TO_CHANGE = {  # settings that may differ between a run and its resumption
     "shards", "cache", "cache_gib", "run", "pretrained_model", "gpu", "micro_batch", "compile",
     "num_workers", "num_epochs", "max_steps", "eval_batch_size", "patience", "checkpoint_every", "checkpoint_minutes",
-    "keep_last", "keep_best", "log_every", "eval_clips", "wandb", "resume",
+    "keep_last", "keep_best", "log_every", "eval_clips", "wandb", "resume", *OF_STEPS,
 }  # fmt: skip
 PHASES_AGREE_DB = 0.0  # SI-SDR: there, the amplitude that is best for a squared error is 3 dB below the target's
 TERMINATED = 143  # exit code of a process that SIGTERM ended, and here Ctrl-C too
@@ -93,7 +94,7 @@ class Trainer:
         self.learner = Learner(CodesToLatent(self.snac), decoder, settings, process, self._say)
         if state is not None:
             self._resume(state)
-        process.wait()  # nobody writes before everybody has read
+        self._check_that_all_begin_here()  # and nobody writes before everybody has read
         if process.is_first:
             settings.write(settings.run / "settings.json")
             with replacing(settings.run / "progress.json") as temporary:  # for `just status`
@@ -150,7 +151,8 @@ class Trainer:
             means = self.learner.step(batch, self.step, crops, factor, of_discriminators)
         except NotFiniteError as error:
             raise UserError(
-                f"step {self.step}: {error}. Mend them (`just verify` checks shards); {self._last_save()}"
+                f"step {self.step}: {error}. Mend them (`just verify` checks shards); {self._last_save()}; where the "
+                "data is sound, with a lower learning_rate= or precision=fp32"
             ) from error
         self.step += 1
         return {**means, "phase": phase, "learning_rate": settings.learning_rate * factor}
@@ -273,6 +275,16 @@ class Trainer:
     def _say(self, text: str) -> None:
         self.log.say(text)
 
+    def _check_that_all_begin_here(self) -> None:
+        """Raises UserError where processes on several machines found different checkpoints."""
+        steps = torch.tensor([self.step, self.step**2], dtype=torch.float64, device=self.process.device)
+        total, squares = self.process.sum(steps).tolist()
+        if total**2 != squares * self.process.world_size:
+            raise UserError(
+                f"processes go on from different steps, this one from {self.step}: is run={self.settings.run} one "
+                "folder for all machines, and do they all see its newest checkpoint?"
+            )
+
     def _last_save(self) -> str:
         path = checkpoint.newest(self.settings.run)
         return f"resume=auto goes on from {path}" if path else "there is no checkpoint yet"
@@ -291,8 +303,8 @@ class Trainer:
             raise UserError(f"{path} holds no optimizer: it is no checkpoint to resume from")
         then = {name: value for name, value in state["settings"].items() if name not in FREE_TO_CHANGE}
         now = self.settings.model_dump(mode="json", exclude=FREE_TO_CHANGE)
-        index = self.corpus.provenance["index_sha256"]
-        changed = differences({**then, "index": state["data"]["index_sha256"]}, {**now, "index": index})
+        samples = self.corpus.provenance["samples_sha256"]
+        changed = differences({**then, "samples": state["data"].get("samples_sha256")}, {**now, "samples": samples})
         if changed:
             raise UserError(f"{path} cannot be resumed with other settings or data: {changed}; take another run=")
         return state if newest else None  # it ended before its first checkpoint: the same training begins anew
