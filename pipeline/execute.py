@@ -11,24 +11,25 @@ from __future__ import annotations
 
 import sys
 import traceback
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from importlib import import_module
+from itertools import islice
 from typing import Any
 
-import pyarrow.compute as pc
 import torch
 from tqdm import tqdm
 
 from pipeline.plan import Plan
 from pipeline.settings import ExecutionSettings
 from pipeline.stage import Stage
+from pipeline.statuses import COLUMNS, Statuses
 from shards.contract import FAILED, OK, REJECTED
-from shards.errors import UserError, first_line, printable
+from shards.errors import UserError, first_line
 from shards.files import exclusive
 from shards.storage import Location, Url
 from shards.writer import AHEAD, finish, read_table
@@ -234,36 +235,21 @@ def _is_left_behind(path: Url) -> bool:
 
 
 def summarize(paths: Sequence[Location], max_failed_fraction: float, title: str) -> None:
-    """Prints counts by status and the commonest reasons. Raises UserError above `max_failed_fraction`.
-
-    What could not be read when it was planned, and stands in a later shard by extend=true, counts there alone.
-    """
-    statuses, reasons, examples = Counter[str](), Counter[str](), dict[str, str]()
-    unusable: dict[str, str] = {}  # recording → reason
-    columns = ["recording", "n_coarse", "status", "reason"]
+    """Prints counts by status and the commonest reasons. Raises UserError above `max_failed_fraction`."""
+    found = Statuses()
     with ThreadPoolExecutor(LOOKING_THREADS) as pool:
-        for table in pool.map(partial(read_table, columns=columns), paths):
-            empty = (pc.field("status") == FAILED) & (pc.field("n_coarse") == 0)
-            segments, without = table.filter(~empty), table.filter(empty)
-            for recording in unusable.keys() & set(segments["recording"].to_pylist() if unusable else []):
-                del unusable[recording]
-            unusable |= dict(zip(without["recording"].to_pylist(), without["reason"].to_pylist(), strict=True))
-            statuses.update(segments["status"].to_pylist())
-            given = segments.filter(pc.field("reason").is_valid())
-            reasons.update(given["reason"].to_pylist())
-            examples = dict(zip(given["reason"].to_pylist(), given["recording"].to_pylist(), strict=True)) | examples
-    statuses.update([FAILED] * len(unusable))
-    reasons.update(unusable.values())
-    examples |= {reason: recording for recording, reason in unusable.items()}
+        for table in pool.map(partial(read_table, columns=COLUMNS), paths):
+            found.add(table)
+    statuses = found.counts()
     total = sum(statuses.values())
     tqdm.write(f"{title}: {total} segments, {', '.join(f'{n} {name}' for name, n in statuses.most_common())}")
-    for reason, n in reasons.most_common(REASONS_SHOWN):
-        tqdm.write(printable(f"  {n} × {reason} ({'such as ' if n > 1 else ''}{examples[reason]})"))
+    for line in islice(found.reasons(), REASONS_SHOWN):
+        tqdm.write(f"  {line}")
     lost = statuses[FAILED] + statuses[REJECTED]
     if lost > max_failed_fraction * total:
         ways = [f"mend {what} and add {key}" for what, key, n in (
-            ("the recordings", "retry=failed", lost - len(unusable)),
-            ("what could not even be planned", "extend=true to shard-codes", len(unusable)),
+            ("the recordings", "retry=failed", lost - found.unplanned),
+            ("what could not even be planned", "extend=true to shard-codes", found.unplanned),
         ) if n]  # fmt: skip
         raise UserError(
             f"{lost} of {total} segments failed or were rejected, above max_failed_fraction={max_failed_fraction:g}; "

@@ -10,12 +10,14 @@ import click
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from pipeline.plan import Plan
 from pipeline.settings import InspectSettings
+from pipeline.statuses import COLUMNS, Statuses
 from shards.contract import FAILED, INDEX_NAME, OK, PLAN_NAME, REJECTED, SIDECAR_SCHEMA, TARGET_RATE, TOO_SHORT
 from shards.errors import ShardError, UserError, printable
 from shards.index import wrong_place
 from shards.reader import decode_sample, split_members
-from shards.writer import check_columns, counted, read_metadata, read_table
+from shards.writer import check_columns, read_metadata, read_table
 
 
 def inspect(settings: InspectSettings) -> None:
@@ -27,9 +29,11 @@ def inspect(settings: InspectSettings) -> None:
         draw(path if (path / INDEX_NAME).exists() else path / "shards", settings.picture)
         click.echo(f"{settings.picture}")
     if path.is_dir():
+        inside = [path / INDEX_NAME, path / "shards" / INDEX_NAME]
         _unfinished(path)
-        inside = [path / INDEX_NAME, path / "shards" / INDEX_NAME, path / PLAN_NAME]
         path = next((file for file in inside if file.exists()), path)
+    if (path / PLAN_NAME).exists():
+        return
     if path.suffix == ".parquet" and path.is_file():
         _table(path, settings.rows)
     elif path.suffix == ".tar" and path.is_file():
@@ -39,12 +43,24 @@ def inspect(settings: InspectSettings) -> None:
 
 
 def _unfinished(work: Path) -> None:
-    """Says what of a work folder's plan its index does not hold yet."""
-    plan, index = work / PLAN_NAME, work / "shards" / INDEX_NAME
-    if plan.exists() and index.exists():
-        planned, made = (read_table(file, columns=["status"]).num_rows for file in (plan, index))
-        if planned > made:
-            click.echo(f"{plan}: {planned} segments, {planned - made} of them not in the index yet")
+    """Says what of a work folder's plan its index does not hold yet; without an index, what became of it so far."""
+    path, index = work / PLAN_NAME, work / "shards" / INDEX_NAME
+    if not path.exists():
+        return
+    planned = read_table(path, columns=["status"]).num_rows
+    if index.exists():
+        if planned > (made := read_table(index, columns=["status"]).num_rows):
+            click.echo(f"{path}: {planned} segments, {planned - made} of them not in the index yet")
+        return
+    shards = [f"{split}/{shard:06d}.parquet" for split, shard in Plan(path).shards]
+    stages = [[work / stage / name for name in shards] for stage in ("shards", "codes")]
+    targets, codes = (sum(table.exists() for table in tables) for tables in stages)
+    click.echo(f"{path}: {planned} segments in {len(shards)} shards; codes of {codes}, targets of {targets}")
+    statuses = Statuses()
+    for either in zip(*stages, strict=True):
+        if made := next((table for table in either if table.exists()), None):
+            statuses.add(read_table(made, columns=COLUMNS))
+    _statuses(statuses)
 
 
 def _table(path: Path, rows: int) -> None:
@@ -60,21 +76,24 @@ def _shown(path: Path, rows: int) -> None:
     for key, value in metadata.items():
         text = printable(str(value))
         click.echo(f"  {key}: {text if len(text) < 400 else f'{len(value)} entries'}")
-    if {"status", "reason", "recording"} <= set(table.column_names):
-        _statuses(table)
+    if {*COLUMNS} <= {*table.column_names}:
+        statuses = Statuses()
+        statuses.add(table)
+        _statuses(statuses)
+        _usable(table)
         table = pa.concat_tables(
             [table.filter(pc.field("status") == status) for status in (FAILED, REJECTED, TOO_SHORT, OK)]
         )
     _rows(table.slice(0, rows).to_pylist())
 
 
-def _statuses(table: pa.Table) -> None:
-    click.echo(f"  statuses: {counted(table['status'])}")
-    given = table.filter(pc.is_valid(pc.field("reason")))
-    found = given.group_by("reason", use_threads=False).aggregate([("recording", "first"), ("recording", "count")])
-    for row in found.sort_by([("recording_count", "descending")]).to_pylist():
-        n, example = row["recording_count"], row["recording_first"]
-        click.echo(printable(f"    {n} × {row['reason']} ({'such as ' if n > 1 else ''}{example})"))
+def _statuses(statuses: Statuses) -> None:
+    click.echo(f"  statuses: {dict(statuses.counts())}")
+    for line in statuses.reasons():
+        click.echo(f"    {line}")
+
+
+def _usable(table: pa.Table) -> None:
     usable = table.filter(pc.field("status") == OK)
     if "n_samples" in table.column_names and usable.num_rows:
         seconds = pc.sum(usable["n_samples"]).as_py() / TARGET_RATE

@@ -16,11 +16,12 @@ import pyarrow.compute as pc
 from tqdm import tqdm
 
 from pipeline.settings import PushShardsSettings
+from pipeline.statuses import COLUMNS, Statuses
 from shards.contract import INDEX_NAME, OK, SPLITS, SUMS_NAME, TARGET_RATE
 from shards.errors import ShardError, UserError, first_line
 from shards.files import file_sha256
 from shards.index import check_index, shard_list, unlisted
-from shards.writer import counted, read_metadata, read_table
+from shards.writer import read_metadata, read_table
 
 COMMIT_FILES, COMMIT_BYTES = 100, 5 << 30
 CARD_NAME = "README.md"
@@ -137,7 +138,7 @@ def _commit(api: Any, repo: str, files: Iterable[tuple[str, Path | bytes]], mess
 
 def dataset_card(folder: Path, repo: str) -> str:
     """What the shards hold, in figures of their own index."""
-    index = read_table(folder / INDEX_NAME, columns=["split", "status", "n_samples", "group"])
+    index = read_table(folder / INDEX_NAME, columns=["split", "n_samples", "group", *COLUMNS])
     made_from = read_metadata(folder / INDEX_NAME)["fingerprint"]
     usable = index.filter(pc.field("status") == OK)
     lines = []
@@ -145,7 +146,9 @@ def dataset_card(folder: Path, repo: str) -> str:
         rows = usable.filter(pc.field("split") == split)
         hours = (pc.sum(rows["n_samples"]).as_py() or 0) / TARGET_RATE / 3600
         lines.append(f"| {split} | {len(rows)} | {hours:.2f} | {len(rows['group'].unique())} |")
-    statuses = ", ".join(f"{n} {name}" for name, n in counted(index["status"]).items())
+    found = Statuses()
+    found.add(index)
+    statuses = ", ".join(f"{n} {name}" for name, n in found.counts().most_common())
     return CARD.format(
         repo=repo, table="\n".join(lines), statuses=statuses, teacher=made_from["teacher"], snac=made_from["snac"]
     )

@@ -14,15 +14,18 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from pipeline.codes import shard_codes
 from pipeline.inspect import inspect
+from pipeline.plan import make_plan
 from pipeline.settings import InspectSettings, VerifySettings
+from pipeline.statuses import COLUMNS, Statuses
 from pipeline.targets import shard_targets
 from pipeline.verify import verify
 from shards.contract import FAILED, OK, REJECTED, SIDECAR_SCHEMA, TOO_SHORT
 from shards.errors import ShardError, UserError
 from shards.index import compact, load, shard_list
 from shards.writer import read_metadata, read_table, write_table
-from tests.helpers import run_command, targets_settings
+from tests.helpers import codes_settings, run_command, targets_settings
 from tests.shard_helpers import all_problems, flip
 
 
@@ -149,10 +152,16 @@ def test_a_fingerprint_that_is_none_is_named(shards: Path) -> None:
 @pytest.mark.parametrize(
     "columns",
     [
-        {"status": [["a"]], "reason": ["b"], "recording": ["c"]},
-        {"status": [1], "reason": ["b"], "recording": ["c"]},
-        {"status": ["ok"], "reason": [None], "recording": ["c"], "n_samples": ["many"]},
-        {"status": ["ok"], "reason": [None], "recording": ["c"], "n_samples": pa.array([None], pa.int64())},
+        {"status": [["a"]], "reason": ["b"], "recording": ["c"], "n_coarse": [1]},
+        {"status": [1], "reason": ["b"], "recording": ["c"], "n_coarse": [1]},
+        {"status": ["ok"], "reason": [None], "recording": ["c"], "n_coarse": [1], "n_samples": ["many"]},
+        {
+            "status": ["ok"],
+            "reason": [None],
+            "recording": ["c"],
+            "n_coarse": [1],
+            "n_samples": pa.array([None], pa.int64()),
+        },
         {"when": pa.array([2**30], pa.date32())},
     ],
 )
@@ -185,6 +194,41 @@ def test_inspect_says_what_the_index_lacks(work: Path, tmp_path: Path, capsys: p
     pq.write_table(table.slice(0, 20), copy / "shards" / "index.parquet")
     inspect(InspectSettings(path=copy, rows=0))
     assert "plan.parquet: 29 segments, 9 of them not in the index yet" in capsys.readouterr().out
+
+
+def test_inspect_counts_what_there_is_before_the_index(
+    recordings: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    audio, work = tmp_path / "audio", tmp_path / "work"
+    shutil.copytree(recordings, audio)
+    make_plan(codes_settings(audio, work))
+    inspect(InspectSettings(path=work, rows=0))
+    assert "codes of 0, targets of 0\n  statuses: {}\n" in capsys.readouterr().out
+    (audio / "speaker_1" / "take_0.wav").unlink()
+    shard_codes(codes_settings(audio, work, "max_failed_fraction=0.5"))
+    inspect(InspectSettings(path=work, rows=0))
+    said = capsys.readouterr().out.rpartition("plan.parquet")[2]
+    assert re.match(r": 29 segments in (\d) shards; codes of \1, targets of 0\n", said)
+    assert re.search(
+        r"'failed': (\d)\b[^×]*×[^×]*\n    \1 × No such file or directory since planning \(such as speaker_1", said
+    )
+
+
+def test_reasons_that_differ_by_a_number_are_one_kind() -> None:
+    schema = pa.schema([SIDECAR_SCHEMA.field(name) for name in COLUMNS])
+    rows: list[tuple[str, int, str, str | None]] = [(f"r{n}", 5, FAILED, f"broken near {n}.5 s") for n in range(40)]
+    rows += [("same", 5, TOO_SHORT, "shorter than min_seconds=1")] * 50 + [("fine", 5, OK, None)]
+    rows += [("gone", 0, FAILED, "the file is empty"), ("back", 0, FAILED, "the file is empty")]
+    statuses = Statuses()
+    for part in (rows[:60], rows[60:], [("back", 7, OK, None)]):
+        statuses.add(pa.table([*zip(*part, strict=True)], schema))
+    assert statuses.counts() == {FAILED: 41, TOO_SHORT: 50, OK: 2}
+    assert statuses.unplanned == 1
+    assert list(statuses.reasons()) == [
+        "50 × shorter than min_seconds=1 (such as same)",
+        "40 × broken near … s (such as r0: broken near 0.5 s)",
+        "1 × the file is empty (gone)",
+    ]
 
 
 def test_inspect_says_what_it_expects(work: Path, tmp_path: Path) -> None:
