@@ -24,6 +24,7 @@ from shards.index import check_index, shard_list, unlisted
 from shards.writer import read_metadata, read_table
 
 COMMIT_FILES, COMMIT_BYTES = 100, 5 << 30
+MAX_FILES_IN_A_FOLDER = 10_000  # the hub rejects more
 CARD_NAME = "README.md"
 
 
@@ -74,6 +75,13 @@ def finished(folder: Path) -> list[Upload]:
     """Tar and sidecar of every shard in the index. Raises ShardError for what is missing or not in it."""
     check_index(folder)
     shards = shard_list(folder)
+    for split in SPLITS:
+        files = 2 * sum(of == split for of, _ in shards)
+        if files > MAX_FILES_IN_A_FOLDER:
+            raise UserError(
+                f"{folder / split} holds {files} files, and the hub takes {MAX_FILES_IN_A_FOLDER} in a folder: divide "
+                "the corpus into several work folders, or make larger shards (segments_per_shard=)"
+            )
     for problem in unlisted(folder, shards):
         raise ShardError(problem)
     uploads = []

@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from configs.loader import Local, Place, Settings
+from shards.storage import Location
 
 Gpu = Literal["cpu"] | Annotated[int, Field(ge=0)]
 Threads = Literal["auto"] | Annotated[int, Field(ge=1, le=256)]
@@ -35,6 +36,15 @@ class ExecutionSettings(Settings):
     )
     slice_index: int | None = Field(default=None, ge=0, description="which slice this is, from 0, with execute=slice")
     slice_count: int | None = Field(default=None, ge=1, description="how many slices there are, with execute=slice")
+
+    @field_validator("work")
+    @classmethod
+    def _is_no_repository(cls, work: Location) -> Location:
+        if str(work).startswith("hf://"):
+            raise ValueError(
+                "every file in a repository of the hub is a commit, and shards are many: `just push-shards`"
+            )
+        return work
 
     @model_validator(mode="after")
     def _slice_is_one_of_them(self) -> ExecutionSettings:

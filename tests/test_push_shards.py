@@ -128,3 +128,12 @@ def test_unfinished_or_damaged_shards_stay_here(hub: FakeHub, shards: Path) -> N
     (shards / "index.parquet").unlink()
     refused(words(shards), "run `just shard-targets` to its end")
     assert not hub.commits
+
+
+def test_more_files_than_the_hub_takes_are_refused_at_once(
+    hub: FakeHub, shards: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(push, "MAX_FILES_IN_A_FOLDER", 5)
+    for more in ([], ["dry_run=true"]):
+        refused(words(shards, *more), "train holds 6 files, and the hub takes 5 in a folder")
+    assert not hub.commits

@@ -14,7 +14,7 @@ import pytest
 from pydantic import Field
 
 from configs.loader import FOLDER, Settings, load_settings
-from pipeline.settings import InspectSettings, VerifySettings, WorkflowSettings
+from pipeline.settings import CodesSettings, InspectSettings, VerifySettings, WorkflowSettings
 from shards.errors import SettingsError
 from shards.storage import Url
 from tests.helpers import ROOT, run_command
@@ -329,3 +329,8 @@ def test_a_url_is_not_taken_for_a_folder_of_this_machine() -> None:
         load_settings(VerifySettings, "verify.json", ["shards=s3://corpus/x"])
     workflow = load_settings(WorkflowSettings, "workflow.json", ["audio=s3://corpus/a", "work=s3://corpus/w"])
     assert (workflow.audio, workflow.work) == (Url("s3://corpus/a"), Url("s3://corpus/w"))
+
+
+def test_a_repository_is_no_work_folder() -> None:
+    with pytest.raises(SettingsError, match=r"work: every file in a repository of the hub is a commit"):
+        load_settings(CodesSettings, "shard_codes.json", ["audio=hf://datasets/a/b", "work=hf://datasets/a/c"])

@@ -27,13 +27,20 @@ def waveform_l1(wav_BN: Tensor, target_BN: Tensor, valid_B: Tensor) -> Tensor:
     return (wav_BN - target_BN).abs().sum(dim=1) / valid_B
 
 
+def stft(wav_BN: Tensor, n_fft: int) -> Tensor:
+    """(B, n_fft / 2 + 1, frames), complex: Hann, hop n_fft / 4; frame t is centred on sample t · hop, the ends are
+    padded with zeros.
+    """
+    window = _hann(n_fft, wav_BN.device, wav_BN.dtype)
+    return torch.stft(wav_BN, n_fft, n_fft // 4, window=window, center=True, pad_mode="constant", return_complex=True)
+
+
 def magnitudes(wav_BN: Tensor, n_fft: int) -> Tensor:
     """(B, n_fft / 2 + 1, frames): |STFT| with a Hann window and hop n_fft / 4, divided by the window's energy √Σw².
 
-    White noise then has the same expected magnitude at every n_fft, so scales weigh alike. Frame t is centred on
-    sample t · hop; the ends are padded with zeros.
+    White noise then has the same expected magnitude at every n_fft, so scales weigh alike.
     """
-    return _stft(wav_BN, n_fft).abs() / _hann(n_fft, wav_BN.device, wav_BN.dtype).square().sum().sqrt()
+    return stft(wav_BN, n_fft).abs() / _hann(n_fft, wav_BN.device, wav_BN.dtype).square().sum().sqrt()
 
 
 def stft_l1(wav_BN: Tensor, target_BN: Tensor, valid_B: Tensor, n_fft: int) -> Tensor:
@@ -65,7 +72,7 @@ def mel_l1(wav_BN: Tensor, target_BN: Tensor, valid_B: Tensor) -> Tensor:
 
 def mel(wav_BN: Tensor, n_fft: int, n_mels: int) -> Tensor:
     """(B, n_mels, frames): |STFT| through mel filters."""
-    return _filters(n_fft, n_mels, wav_BN.device, wav_BN.dtype) @ _stft(wav_BN, n_fft).abs()
+    return _filters(n_fft, n_mels, wav_BN.device, wav_BN.dtype) @ stft(wav_BN, n_fft).abs()
 
 
 def real_mean(values_BFT: Tensor, valid_B: Tensor, hop: int) -> Tensor:
@@ -93,11 +100,6 @@ def reconstruction(
 def weighted(terms: Mapping[str, Tensor], weights: Mapping[str, float]) -> Tensor:
     """Σ weight · term, shape B."""
     return torch.stack([weights[name] * value_B for name, value_B in terms.items()]).sum(dim=0)
-
-
-def _stft(wav_BN: Tensor, n_fft: int) -> Tensor:
-    window = _hann(n_fft, wav_BN.device, wav_BN.dtype)
-    return torch.stft(wav_BN, n_fft, n_fft // 4, window=window, center=True, pad_mode="constant", return_complex=True)
 
 
 @lru_cache(maxsize=32)

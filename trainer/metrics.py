@@ -6,22 +6,18 @@ Both signals are mono at 48 kHz and of one length. Each definition says its floo
 from __future__ import annotations
 
 import math
-from functools import lru_cache
 
-import torch
-import torchaudio
 from torch import Tensor
 
 from shards.contract import TARGET_RATE
+from trainer.losses import MEL_FLOOR, mel, stft
 
 N_FFT = 2048
-HOP = 512
 FLOOR = 1e-8  # on |X|², of LSD
 SPLIT_HZ = 12_000  # where the stock codec ends
 STFT_N_FFTS = (1024, 2048, 4096)
 STFT_FLOOR = 1e-7  # on |X|²
 MEL_BANDS = {512: 40, 1024: 80, 2048: 160}  # n_fft → bands, none of them narrower than a bin
-MEL_FLOOR = 1e-5  # on a band's magnitude
 
 
 def log_spectral_distances(wav_N: Tensor, target_N: Tensor) -> dict[str, float]:
@@ -52,7 +48,7 @@ def stft_distance(wav_N: Tensor, target_N: Tensor) -> float:
     """
     distances = []
     for n_fft in STFT_N_FFTS:
-        x, y = (_power(wav, n_fft, n_fft // 4).clamp(min=STFT_FLOOR).sqrt() for wav in (wav_N, target_N))
+        x, y = (_power(wav, n_fft).clamp(min=STFT_FLOOR).sqrt() for wav in (wav_N, target_N))
         distances.append(float((x - y).norm() / y.norm() + (x.log() - y.log()).abs().mean()))
     return sum(distances) / len(distances)
 
@@ -65,11 +61,7 @@ def mel_distance(wav_N: Tensor, target_N: Tensor) -> float:
     """
     distances = []
     for n_fft, bands in MEL_BANDS.items():
-        filters_MF = _mel_filters(n_fft, bands)
-        x, y = (
-            (filters_MF @ _power(wav, n_fft, n_fft // 4).sqrt()).clamp(min=MEL_FLOOR).log10()
-            for wav in (wav_N, target_N)
-        )
+        x, y = (mel(wav.float(), n_fft, bands).clamp(min=MEL_FLOOR).log10() for wav in (wav_N, target_N))
         distances.append(float((x - y).abs().mean()))
     return sum(distances) / len(distances)
 
@@ -79,7 +71,7 @@ def _first_bin(hz: float) -> int:
 
 
 def _squared_log_difference(wav_N: Tensor, target_N: Tensor) -> Tensor:
-    x, y = (_power(wav, N_FFT, HOP).clamp(min=FLOOR).log10() for wav in (wav_N, target_N))
+    x, y = (_power(wav, N_FFT).clamp(min=FLOOR).log10() for wav in (wav_N, target_N))
     return (x - y).square()
 
 
@@ -87,15 +79,6 @@ def _mean_of_roots(squared_FT: Tensor) -> float:
     return float(squared_FT.mean(dim=0).sqrt().mean())
 
 
-def _power(wav_N: Tensor, n_fft: int, hop: int) -> Tensor:
-    """(bins, frames): |STFT|², not normalised; frame t is centred on sample t · hop, the ends are padded with zeros."""
-    window = torch.hann_window(n_fft, device=wav_N.device, dtype=torch.float32)
-    return torch.stft(wav_N.float(), n_fft, hop, window=window, pad_mode="constant", return_complex=True).abs().square()
-
-
-@lru_cache(maxsize=8)
-def _mel_filters(n_fft: int, bands: int) -> Tensor:
-    filters_FM: Tensor = torchaudio.functional.melscale_fbanks(
-        n_fft // 2 + 1, 0.0, TARGET_RATE / 2, bands, TARGET_RATE, norm="slaney", mel_scale="slaney"
-    )
-    return filters_FM.T.float()
+def _power(wav_N: Tensor, n_fft: int) -> Tensor:
+    """(bins, frames): |STFT|², not normalised."""
+    return stft(wav_N.float(), n_fft).abs().square()
