@@ -12,7 +12,6 @@ from shards.errors import UserError, first_line
 from shards.files import file_sha256
 
 PINS = Path(__file__).parent.parent / "configs" / "weights.json"
-SNAC_24KHZ = "hubertsiuzdak/snac_24khz"
 SNAC_FILES = ("config.json", "pytorch_model.bin")
 
 

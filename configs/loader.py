@@ -6,9 +6,9 @@ import json
 import os
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, PlainSerializer, PlainValidator, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, PlainValidator, ValidationError
 
 from shards.errors import SettingsError
 from shards.files import replacing
@@ -34,6 +34,8 @@ def _no_url(value: Any) -> Any:
 
 Local = Annotated[Path, BeforeValidator(_no_url)]  # a setting: a path, and no URL that would be taken for one
 Place = Annotated[Location, PlainValidator(_location), PlainSerializer(str)]  # a setting: a path or a URL
+Gpu = Literal["cpu"] | Annotated[int, Field(ge=0)]  # a setting: where it is computed
+Gpus = Gpu | Annotated[str, Field(pattern=r"^\d+(,\d+)+$")]
 
 
 class Settings(BaseModel):

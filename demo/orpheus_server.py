@@ -17,13 +17,13 @@ from pathlib import Path
 
 from codec.audio import Recording, Resampler, probe
 from codec.snac import Window, coarse_length, encode
-from shards.contract import COARSE_24K, COARSE_48K, CODEC_RATE, TARGET_RATE
+from shards.contract import COARSE_24K, COARSE_48K, CODEC_RATE, TARGET_RATE, TOKENS
 from trainer import orpheus
 from trainer.checkpoint import Codec48k, load_codec
 from trainer.inference import StepDecoder
 from trainer.streaming import StreamingDecoder, to_int16
 
-SECONDS_PER_ID = COARSE_48K / TARGET_RATE / orpheus.TOKENS
+SECONDS_PER_ID = COARSE_48K / TARGET_RATE / TOKENS
 
 
 def spoken_ids(codec: Codec48k, recording: Path) -> list[int]:

@@ -14,6 +14,7 @@ import pyarrow.csv
 import pyarrow.json
 import pyarrow.parquet as pq
 
+from codec.audio import MAX_RATE, MIN_RATE
 from shards.contract import SPLITS
 from shards.errors import UserError
 from shards.storage import Location
@@ -91,7 +92,7 @@ def _stated(
         n, hz = frames[row], rate[row]
         if not stated:
             frames[row] = rate[row] = None
-        elif not (0 < (n or 0) <= MAX_FRAMES and 8_000 <= (hz or 0) <= 192_000):
+        elif not (0 < (n or 0) <= MAX_FRAMES and MIN_RATE <= (hz or 0) <= MAX_RATE):
             problem[row] = f"the manifest states {n} frames at {hz} Hz: expected at least one, at 8000 … 192000 Hz"
             frames[row] = rate[row] = None
     return frames, rate, problem

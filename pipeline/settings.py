@@ -7,12 +7,10 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import Field, field_validator, model_validator
 
-from configs.loader import Local, Place, Settings
+from configs.loader import Gpu, Gpus, Local, Place, Settings
 from shards.storage import Location
 
-Gpu = Literal["cpu"] | Annotated[int, Field(ge=0)]
 Threads = Literal["auto"] | Annotated[int, Field(ge=1, le=256)]
-Gpus = Gpu | Annotated[str, Field(pattern=r"^\d+(,\d+)+$")]
 
 Some = TypeVar("Some", bound="ExecutionSettings")
 

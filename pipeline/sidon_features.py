@@ -29,11 +29,6 @@ EPSILON = 1e-7  # added to the variance
 BLOCK_FRAMES = 256  # at once on a CPU, so that a block stays in its cache
 
 
-def frame_count(samples: int) -> int:
-    """Feature frames of 20 ms that so many samples give; an odd frame of 10 ms at the end is joined by zeros."""
-    return -(-((samples - FRAME_LENGTH) // HOP + 1) // STRIDE)
-
-
 def features(wav_BN: Tensor, samples: list[int]) -> Tensor:
     """16 kHz waveforms, zero-padded to one length, with their real lengths → (B, T, 160) features, zero where padded.
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.sidon import FRAME, PADDING, UPSAMPLING
+from pipeline.sidon import FRAME, INPUT_RATE, PADDING, UPSAMPLING
 
 Samples = npt.NDArray[np.float32]
 
@@ -51,9 +51,9 @@ class Grid:
     overlap: int
 
     @classmethod
-    def of(cls, window_seconds: float, overlap_seconds: float, rate: int = 16_000) -> Grid:
-        overlap = round(overlap_seconds * rate / FRAME) * FRAME
-        return cls(round(window_seconds * rate / FRAME) * FRAME - 2 * overlap, overlap)
+    def of(cls, window_seconds: float, overlap_seconds: float) -> Grid:
+        window, overlap = (round(seconds * INPUT_RATE / FRAME) * FRAME for seconds in (window_seconds, overlap_seconds))
+        return cls(window - 2 * overlap, overlap)
 
     def windows(self, total: int, a_48k: int, b_48k: int) -> list[Window]:
         """Those of a recording of `total` samples that output samples [a, b) need; a short rest joins the last one."""

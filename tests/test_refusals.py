@@ -51,9 +51,9 @@ def test_shards_of_other_settings_are_refused_and_left_alone(recordings: Path, c
 @pytest.mark.parametrize(
     ("file", "content", "message"),
     [
-        pytest.param("config.json", '{"sampling_rate": 24000, "enc', "config.json"),
-        pytest.param("config.json", "[]", "config.json"),
-        pytest.param("pytorch_model.bin", "text", "pytorch_model.bin"),
+        ("config.json", '{"sampling_rate": 24000, "enc', "config.json"),
+        ("config.json", "[]", "config.json"),
+        ("pytorch_model.bin", "text", "pytorch_model.bin"),
         ("pytorch_model.bin", None, "has no pytorch_model.bin; expected config.json, pytorch_model.bin"),
     ],
 )
@@ -71,8 +71,8 @@ def test_a_damaged_snac_is_one_line(
     "changes",
     [
         {"sampling_rate": 44_100},
-        pytest.param({"vq_strides": [8, 4, 2, 1]}),
-        pytest.param({"codebook_size": 64}),
+        {"vq_strides": [8, 4, 2, 1]},
+        {"codebook_size": 64},
     ],
 )
 def test_a_snac_of_another_geometry_is_refused(changes: dict[str, Any], recordings: Path, tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ import torch
 from snac import SNAC
 from torch import Tensor, nn
 
-from shards.contract import COARSE_24K, CODEBOOK_SIZE, TOKENS_PER_COARSE
+from shards.contract import COARSE_24K, CODEBOOK_SIZE, TOKENS, TOKENS_PER_COARSE
 from shards.errors import UserError
 from shards.files import new_folder, replacing
 from trainer.checkpoint import PROVENANCE, Codec48k, load_codec
@@ -176,7 +176,7 @@ def as_inputs(tokens_BT7: npt.NDArray[Any]) -> dict[str, npt.NDArray[np.int64]]:
 def parity(codec: Codec48k, folder: Path) -> dict[str, Any]:
     """ONNX Runtime against torch on random tokens and noise. Raises UserError above LARGEST_ERROR."""
     random = np.random.default_rng(0)
-    tokens = as_inputs(random.integers(0, CODEBOOK_SIZE, (2, 12, sum(TOKENS_PER_COARSE))))
+    tokens = as_inputs(random.integers(0, CODEBOOK_SIZE, (2, 12, TOKENS)))
     expected = TokensToAudio(codec)(*map(torch.from_numpy, tokens.values())).numpy()
     (wav,) = session(folder / DECODER).run(None, tokens)
     (half,) = session(folder / DECODER_FP16).run(None, tokens)

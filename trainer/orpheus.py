@@ -15,13 +15,12 @@ from collections.abc import Iterable
 import numpy as np
 import numpy.typing as npt
 
-from shards.contract import CODEBOOK_SIZE, TOKENS_PER_COARSE
+from shards.contract import CODEBOOK_SIZE, TOKENS
 from shards.errors import UserError
 
 FIRST_AUDIO_ID = 128266  # <custom_token_10>
 END_OF_SPEECH = 128258
 POSITIONS = (0, 1, 4, 2, 3, 5, 6)  # where an Orpheus frame holds c, m0, m1, f0, f1, f2, f3
-TOKENS = sum(TOKENS_PER_COARSE)
 OFFSETS = FIRST_AUDIO_ID + CODEBOOK_SIZE * np.arange(TOKENS)
 
 

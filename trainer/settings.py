@@ -8,13 +8,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from configs.loader import Local, Place, Settings
+from configs.loader import Gpu, Gpus, Local, Place, Settings
 from shards.storage import Location
 
 BETAS = (0.8, 0.99)  # of AdamW, as vocoders use them (HiFi-GAN, DAC)
-
-Gpu = Literal["cpu"] | Annotated[int, Field(ge=0)]
-Gpus = Gpu | Annotated[str, Field(pattern=r"^\d+(,\d+)+$")]
 
 
 class TrainSettings(Settings):

@@ -14,11 +14,11 @@ import torch
 
 from codec.audio import sinc_resampler
 from shards.contract import TARGET_RATE
+from trainer.metrics import SPLIT_HZ
 
 Samples = npt.NDArray[np.float32]
 Floats = npt.NDArray[np.float64]
 
-SPLIT_HZ = 12_000
 SILENT_DB = -90.0  # RMS re full scale
 MAX_LAG = 2400  # samples: 50 ms
 ENVELOPE_HOP = 48  # samples: 1 ms

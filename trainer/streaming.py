@@ -17,11 +17,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from shards.contract import COARSE_48K, CODEBOOK_SIZE, LATENT_PER_COARSE, TOKENS_PER_COARSE
+from shards.contract import COARSE_48K, CODEBOOK_SIZE, LATENT_PER_COARSE, TOKENS
 from shards.errors import UserError
 from trainer.inference import StepDecoder, StepState
 
-TOKENS = sum(TOKENS_PER_COARSE)  # of one coarse frame
 EXACT = 3  # coarse frames that cover the decoder's delay
 
 Samples = npt.NDArray[np.float32]
