@@ -6,7 +6,6 @@ Rejected targets are not in the shards; they are made again by the teacher of `s
 from __future__ import annotations
 
 import json
-import os
 import textwrap
 from collections.abc import Iterator, Sequence
 from itertools import zip_longest
@@ -32,7 +31,7 @@ from pipeline.teachers import Teacher
 from shards.contract import COARSE_48K, INDEX_NAME, OK, PLAN_NAME, REJECTED, TARGET_RATE, tar_path
 from shards.errors import UserError, first_line
 from shards.files import replacing
-from shards.reader import decode_sample, split_members
+from shards.reader import decode_sample, sample_at
 from shards.writer import read_table
 
 Row = dict[str, Any]
@@ -166,8 +165,7 @@ def _source(plan: Row | None) -> Samples | str:
 def _stored(shards: Path, row: Row) -> Samples:
     path = tar_path(shards, row["split"], row["shard"])
     with path.open("rb") as tar:
-        data = os.pread(tar.fileno(), row["length"], row["offset"])
-    target: Samples = decode_sample(split_members(data, row["key"], path))["target"][: row["n_samples"]]
+        target: Samples = decode_sample(sample_at(tar, row, path))["target"][: row["n_samples"]]
     return target
 
 

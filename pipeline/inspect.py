@@ -16,7 +16,7 @@ from pipeline.statuses import COLUMNS, Statuses
 from shards.contract import FAILED, INDEX_NAME, OK, PLAN_NAME, REJECTED, SIDECAR_SCHEMA, TARGET_RATE, TOO_SHORT
 from shards.errors import ShardError, UserError, printable
 from shards.index import wrong_place
-from shards.reader import decode_sample, split_members
+from shards.reader import decode_sample, sample_at
 from shards.writer import check_columns, read_metadata, read_table
 
 
@@ -128,7 +128,6 @@ def _tar(path: Path, rows: int) -> None:
     click.echo(f"{path}: {path.stat().st_size} bytes, {len(names)} members, {samples.num_rows} samples")
     with path.open("rb") as file:
         for row in samples.slice(0, rows).to_pylist():
-            file.seek(row["offset"])
-            sample = decode_sample(split_members(file.read(row["length"]), row["key"], path))
+            sample = decode_sample(sample_at(file, row, path))
             meta = sample["meta"]
             click.echo(f"  {row['key']}: codes {sample['codes'].shape}, target {sample['target'].shape}, {meta}")

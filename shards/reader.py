@@ -7,8 +7,8 @@ import os
 import tarfile
 import time
 import zlib
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping
+from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -49,6 +49,15 @@ def split_members(data: bytes, key: str, path: Location) -> dict[str, Any]:
     except (tarfile.TarError, OverflowError) as error:
         raise ShardError(f"{path}: {key}: not a whole tar: {error}") from error
     return {"__key__": key, "__url__": str(path), **members}
+
+
+def sample_at(tar: IO[bytes], row: Mapping[str, Any], path: Location) -> dict[str, Any]:
+    """What `split_members` makes of a row's stretch of an open tar. Raises ShardError naming shard and key."""
+    tar.seek(row["offset"])
+    data = tar.read(row["length"])
+    if zlib.crc32(data) != row["crc32"]:
+        raise ShardError(f"{path}: {row['key']}: crc32 differs")
+    return split_members(data, row["key"], path)
 
 
 def _whole(meta: dict[str, Any]) -> range:
