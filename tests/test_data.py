@@ -158,29 +158,8 @@ def assert_same(a: tuple[list[str], Tensor, Tensor], b: tuple[list[str], Tensor,
     assert torch.equal(a[2], b[2])
 
 
-@pytest.fixture
-def training(work: Path) -> tuple[tuple[Index], Stream]:
-    index = load(work / "shards", "train")
-    return (index,), stream_of(index, 3, 5)
-
-
 def stream_of(index: Index, seed: int, batch: int) -> Stream:
     return Stream((Order(index.counts, seed, 2),), (1,), (Stage(0, LENGTH, batch),), seed)
-
-
-def test_global_batches_do_not_depend_on_workers_ranks_or_where_one_begins(
-    training: tuple[tuple[Index], Stream],
-) -> None:
-    indexes, stream = training
-    whole = list(training_batches(indexes, stream, range(6), 0, 0, 1))
-    assert [len(batch) for batch in whole] == [5] * 6
-    for workers, first in ((2, 0), (1, 2)):
-        read = list(training_batches(indexes, stream, range(first, 6), workers, 0, 1))
-        assert_same(contents(read), contents(whole[first:]))
-    ranks = [list(training_batches(indexes, stream, range(6), 0, rank, 2)) for rank in range(2)]
-    for together, *shares in zip(whole, *ranks, strict=True):
-        assert [len(share) for share in shares] == [2, 3]
-        assert_same(contents(shares), contents([together]))
 
 
 def test_validation_crops_are_fixed_whatever_the_batch_size_and_the_number_of_ranks(work: Path) -> None:
