@@ -256,14 +256,16 @@ class _Callbacks:
 
     def __init__(self, file: IO[bytes]) -> None:
         self._file, self.seek, self.tell = file, file.seek, file.tell
-        self.failure: StorageError | None = None
+        self.failure: StorageError | AudioError | None = None
 
     def readinto(self, buffer: Any) -> int:
         try:
             return self._file.readinto(buffer)  # type: ignore[attr-defined]
         except StorageError as error:
             self.failure = error
-            return 0
+        except FileNotFoundError:
+            self.failure = AudioError("no such file")
+        return 0
 
 
 def _read(file: soundfile.SoundFile, position: int, frames: int) -> npt.NDArray[np.float32]:

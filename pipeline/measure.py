@@ -14,7 +14,7 @@ from tqdm import tqdm
 from codec.audio import AudioError, probe
 from pipeline.sources import stored
 from shards.files import reason_of_one
-from shards.storage import Part, locate
+from shards.storage import locate, skimmed
 
 PROBE_THREADS = 16
 END_TOLERANCE_SECONDS = 0.01  # a manifest's end may lie this far after the file's: people round
@@ -53,9 +53,7 @@ def _with_headers(table: pa.Table, rows: npt.NDArray[np.intp]) -> pa.Table:
 def _header(place: tuple[str, int | None, int | None]) -> tuple[Any, ...]:
     """HEADER of one file."""
     try:
-        file = stored(*place)
-        if isinstance(file, Part) and file.stat().st_size < file.size:
-            raise AudioError("cut off with its tar")
+        file = skimmed(stored(*place), place[-1])
         header = probe(file)
         return header.frames, header.rate, header.channels, file.stat().st_size, None
     except AudioError as error:

@@ -11,7 +11,7 @@ from pathlib import PurePosixPath
 from typing import IO
 
 from shards.files import reason_of_one
-from shards.storage import Location
+from shards.storage import Location, skimmed
 
 MAX_JSON_BYTES = 1 << 20
 
@@ -34,7 +34,9 @@ def members(path: Location, extensions: Collection[str]) -> Iterator[Member]:
     speakers: dict[str, str] = {}
     problem = None
     try:
-        with path.open("rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
+        whole = skimmed(path)
+        size = whole.stat().st_size
+        with whole.open("rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
             for info in tar:
                 if info.isdir():
                     continue
@@ -50,12 +52,12 @@ def members(path: Location, extensions: Collection[str]) -> Iterator[Member]:
         problem = f"not readable as a tar: {reason_of_one(path, error)}"
     except (tarfile.TarError, EOFError, OverflowError) as error:  # pax headers state lengths of any size
         problem = f"not readable as a tar: {error}"
-    yield from (_member(info, extensions, speakers) for info in found)
+    yield from (_member(info, extensions, speakers, size) for info in found)
     if problem is not None:
         yield Member(problem=problem)
 
 
-def _member(info: tarfile.TarInfo, extensions: Collection[str], speakers: dict[str, str]) -> Member:
+def _member(info: tarfile.TarInfo, extensions: Collection[str], speakers: dict[str, str], size: int) -> Member:
     suffix = PurePosixPath(info.name).suffix.lower()
     if not info.isfile():
         return Member(ignored="links in tars")
@@ -63,6 +65,8 @@ def _member(info: tarfile.TarInfo, extensions: Collection[str], speakers: dict[s
         return Member(info.name.removeprefix("./"), problem="a sparse member: pack the tar without --sparse")
     if suffix not in extensions:
         return Member(ignored=f"{suffix or PurePosixPath(info.name).name} in tars")
+    if info.offset_data + info.size > size:
+        return Member(info.name.removeprefix("./"), problem="cut off with its tar")
     speaker = speakers.get(_key(info.name)) or None
     return Member(info.name.removeprefix("./"), info.offset_data, info.size, speaker)
 

@@ -16,6 +16,7 @@ import io
 import tempfile
 import time
 import uuid
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -34,6 +35,8 @@ ATTEMPTS = 5
 FIRST_WAIT_SECONDS = 0.2  # doubled after each attempt
 WHOLE_BYTES = 1 << 28  # up to this size `open` fetches an object at once
 BLOCK_BYTES = 1 << 22  # of larger ones
+HEADER_BYTES = 1 << 14  # fetched at first where headers alone are wanted
+END_BYTES = 1 << 16  # fetched at once of their end: an Ogg page
 
 
 class StorageError(UserError):
@@ -227,16 +230,51 @@ class Fetched:
         return io.BytesIO(self.data)
 
 
-Stored = Path | Url | Part | Fetched  # where the bytes of one recording are
+class Skimmed:
+    """Bytes [offset, offset + size) of a remote object, fetched where they are read; more at once where it goes on."""
+
+    def __init__(self, whole: Url, offset: int, size: int) -> None:
+        self._whole, self._offset, self._size = whole, offset, size
+        self._held = deque[tuple[int, bytes]](maxlen=4)  # what was fetched last, and where it begins
+        self._end, self._length = 0, HEADER_BYTES // 2  # of the last of it
+
+    def stat(self) -> Stat:
+        return Stat(self._size)
+
+    def open(self, mode: str = "rb") -> IO[bytes]:
+        assert mode == "rb"
+        return io.BufferedReader(_Stretch(self._read, 0, self._size))
+
+    def _read(self, start: int, stop: int) -> bytes:
+        """Of [start, stop) as much as one answer holds, which is at least a byte."""
+        for begin, data in self._held:
+            if begin <= start < begin + len(data):
+                return data[start - begin : stop - begin]
+        self._length = min(2 * self._length, BLOCK_BYTES) if start == self._end else HEADER_BYTES
+        end = max(stop, start + self._length)
+        self._end = self._size if self._size - end < (END_BYTES if start else HEADER_BYTES) else end
+        data = self._whole.read_bytes(self._offset + start, self._offset + self._end)
+        self._held.append((start, data))
+        return data[: stop - start]
 
 
-def at_hand(place: Stored) -> Stored:
+Stored = Path | Url | Part | Fetched | Skimmed  # where the bytes of one recording are
+
+
+def at_hand(place: Path | Url | Part) -> Stored:
     """What is remote, fetched once; one above WHOLE_BYTES is left where it is."""
-    remote = isinstance(place.whole if isinstance(place, Part) else place, Url)
-    if not remote or place.stat().st_size > WHOLE_BYTES:
+    whole, offset = (place.whole, place.offset) if isinstance(place, Part) else (place, 0)
+    if not isinstance(whole, Url) or (size := place.stat().st_size) > WHOLE_BYTES:
         return place
-    with place.open("rb") as file:
-        return Fetched(file.read())
+    return Fetched(whole.read_bytes(offset, offset + size) if size else b"")
+
+
+def skimmed(place: Path | Url | Part, size: int | None = None) -> Stored:
+    """What is remote, for a look at its headers; it is asked for its size unless that is known."""
+    whole, offset = (place.whole, place.offset) if isinstance(place, Part) else (place, 0)
+    if not isinstance(whole, Url):
+        return place
+    return Skimmed(whole, offset, place.stat().st_size if size is None else size)
 
 
 class _Stretch(io.RawIOBase):

@@ -6,6 +6,7 @@ import http.client
 import logging
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -27,6 +28,7 @@ class Door(ThreadingHTTPServer):
         self.behind = port
         self.fault: Fault = lambda method, path: None
         self.asked: list[tuple[str, str]] = []
+        self.sent = Counter[str]()  # path → bytes of it that were read
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -52,6 +54,8 @@ class Handler(BaseHTTPRequestHandler):
         connection.request(self.command, self.path, body, dict(self.headers))
         answer = connection.getresponse()
         content = answer.read()
+        if self.command == "GET":
+            self.server.sent[self.path.partition("?")[0]] += len(content)
         kept = {name: value for name, value in answer.getheaders() if name.lower() not in ("connection", "server")}
         self._answer(answer.status, kept, content, cut=fault == "cut")
         connection.close()

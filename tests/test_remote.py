@@ -9,12 +9,16 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import soundfile
 
 from pipeline import execute
 from pipeline.codes import shard_codes
+from pipeline.measure import measure
 from pipeline.plan import Plan
 from pipeline.settings import CodesSettings
+from pipeline.sources import find
 from pipeline.targets import shard_targets
 from shards import storage
 from shards.contract import OK, PLAN_NAME
@@ -98,6 +102,37 @@ def test_manifest_and_tars_of_a_bucket(door: Door, remote: Url, work: Path, tmp_
         assert (tmp_path / "listed" / path.relative_to(work)).read_bytes() == path.read_bytes()
     shard_codes(settings_of(remote / "tars", tmp_path / "tarred"))
     assert by_take(tmp_path / "tarred" / "codes") == by_take(work / "codes")
+
+
+def write_formats(folder: Path) -> Path:
+    """Noise of 20 s in each format."""
+    folder.mkdir()
+    kinds = {"wav": "PCM_16", "flac": "PCM_16", "ogg": "VORBIS", "opus": "OPUS", "mp3": "MPEG_LAYER_III"}
+    for name, kind in kinds.items():
+        container = "OGG" if name == "opus" else name.upper()
+        with soundfile.SoundFile(folder / f"a.{name}", "w", 48_000, 1, kind, format=container) as file:
+            for second in np.random.default_rng(0).normal(0, 0.1, (20, 48_000)):  # Vorbis is written in small pieces
+                file.write(second)
+    return folder
+
+
+def test_planning_reads_headers_only(door: Door, tmp_path: Path) -> None:
+    """And the end of an Ogg or MP3; what they say is what whole files say."""
+    near, far = write_formats(tmp_path / "formats"), Url("s3://corpus/formats")
+    for path in near.iterdir():
+        upload(path, far / path.name)
+    door.asked.clear()
+    door.sent.clear()
+    assert headers(far) == headers(near)
+    asked = Counter(path.rpartition(".")[2] for _, path in door.asked if "/formats/a." in path)
+    assert asked == {"wav": 1, "flac": 1, "ogg": 2, "opus": 2, "mp3": 2}
+    sent = {path.rpartition(".")[2]: size for path, size in door.sent.items()}
+    assert max(sent[kind] for kind in ("wav", "flac", "mp3")) < 20_000
+    assert max(sent[kind] for kind in ("ogg", "opus")) < 90_000
+
+
+def headers(audio: Any) -> list[dict[str, Any]]:
+    return measure(find(audio, None)[0]).drop_columns("path").to_pylist()
 
 
 def test_what_is_done_is_not_made_again_and_leftovers_go(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import random
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import pytest
 
 from shards import storage
 from shards.files import replacing
-from shards.storage import Part, StorageError, Url, locate
+from shards.storage import Part, StorageError, Url, locate, skimmed
 from shards.writer import read_metadata, read_table, write_table
 from tests.s3_server import Door, serving
 
@@ -124,6 +125,20 @@ def test_a_large_object_is_read_in_blocks(folder: Url, door: Door, monkeypatch: 
     door.fault = lambda method, path: "error" if method == "GET" else None
     with url.open() as file, pytest.raises(StorageError, match=rf"attempt {storage.ATTEMPTS}"):
         file.read(1)
+
+
+def test_what_is_skimmed_is_read_as_a_file(folder: Url, door: Door) -> None:
+    """Wherever it is read, in whatever steps, through answers that fail."""
+    rng = random.Random(0)
+    data = rng.randbytes(100_000)
+    url = put(folder / "a.bin", data)
+    door.fault = Every("error", "GET")
+    with skimmed(Part(url, 1000, 90_000)).open() as file:
+        expected = io.BytesIO(data[1000:91_000])
+        for _ in range(100):
+            place, size = rng.randrange(95_000), rng.choice([1, 44, 512, 8192, 65_536])
+            assert file.seek(place) == expected.seek(place)
+            assert file.read(size) == expected.read(size)
 
 
 @pytest.mark.parametrize("method", ["PUT", "GET"])
