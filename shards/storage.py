@@ -5,20 +5,23 @@ A `Location` is a `Path` or a `Url`. A `Url` answers to the few names of pathlib
 `.unlink()`. Beyond them, `fetch` brings a whole object to this machine, and `shards.files.replacing` writes to both
 kinds so that a reader finds an object whole or not at all.
 
-Nothing is cached here: other machines write too. What fails for a moment is tried again; what keeps failing raises
-StorageError, which names URL and reason. Only an object that is not there is a FileNotFoundError.
+Nothing is cached here: other machines write too. What fails is tried again, for minutes where the storage is away; what
+keeps failing raises StorageError, which names URL and reason. Only an object that is not there is a FileNotFoundError.
 """
 
 from __future__ import annotations
 
 import errno
 import io
+import itertools
+import math
 import tempfile
+import threading
 import time
 import uuid
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path, PurePosixPath
@@ -32,7 +35,13 @@ T = TypeVar("T")
 
 SCHEMES = ("s3", "gs", "hf")
 ATTEMPTS = 5
-FIRST_WAIT_SECONDS = 0.2  # doubled after each attempt
+FIRST_WAIT_SECONDS = 0.2  # doubled after each attempt, up to
+LONGEST_WAIT_SECONDS = 30.0
+PATIENCE_SECONDS = 600.0  # for storage that is away; ATTEMPTS are made in any case
+NETWORK_ERRORS = {  # of Python, botocore, aiohttp, requests, httpx and google.auth, or what they derive from
+    *("ConnectionError", "TimeoutError", "Timeout", "TransportError", "HTTPClientError", "ClientConnectionError"),
+    *("ClientPayloadError", "ResponseStreamingError", "IncompleteReadError", "ChunkedEncodingError"),
+}
 WHOLE_BYTES = 1 << 28  # up to this size `open` fetches an object at once
 BLOCK_BYTES = 1 << 22  # of larger ones
 HEADER_BYTES = 1 << 14  # fetched at first where headers alone are wanted
@@ -163,19 +172,43 @@ class Url:
     def _patiently(self, action: Callable[[Any, str], T]) -> T:
         """`action` with the filesystem and its name for this object, again and again while the storage fails."""
         files = _filesystem(self.text)
-        for attempt in range(1, ATTEMPTS + 1):
-            try:
-                files.invalidate_cache()
-                return action(files, _path(files, self))
-            except FileNotFoundError as error:
-                raise FileNotFoundError(errno.ENOENT, "no such object", self.text) from error
-            except Exception as error:  # each filesystem raises its own kinds
-                hopeless = isinstance(error, PermissionError | NotImplementedError | ValueError)
-                if hopeless or attempt == ATTEMPTS:
+        failing_since = math.inf
+        with ExitStack() as waiting:
+            for attempt in itertools.count(1):
+                try:
+                    files.invalidate_cache()
+                    return action(files, _path(files, self))
+                except FileNotFoundError as error:
+                    raise FileNotFoundError(errno.ENOENT, "no such object", self.text) from error
+                except Exception as error:  # each filesystem raises its own kinds
+                    failing_since = min(failing_since, time.monotonic())
+                    seconds = time.monotonic() - failing_since
                     reason = " ".join(str(error).split()) or type(error).__name__
-                    raise StorageError(f"{self}: {reason} (attempt {attempt} of {ATTEMPTS})") from error
-            time.sleep(FIRST_WAIT_SECONDS * 2**attempt)
+                    hopeless = isinstance(error, PermissionError | NotImplementedError | ValueError)
+                    patience = PATIENCE_SECONDS if _is_outage(error) else 0
+                    if hopeless or (attempt >= ATTEMPTS and seconds >= patience):
+                        raise StorageError(f"{self}: {reason} ({attempt} attempts in {seconds:.0f} s)") from error
+                if attempt == ATTEMPTS and _one_says_so.acquire(blocking=False):
+                    waiting.callback(_one_says_so.release)
+                    print(f"{self}: {reason}: trying for {PATIENCE_SECONDS / 60:.0f} minutes", flush=True)
+                time.sleep(min(FIRST_WAIT_SECONDS * 2**attempt, LONGEST_WAIT_SECONDS))
         raise AssertionError("unreachable")
+
+
+_one_says_so = threading.Lock()  # held by the thread that has said that it waits
+
+
+def _is_outage(error: Exception) -> bool:
+    """Whether the storage could not be reached, or answered that it cannot serve now."""
+    answer = getattr(error.__cause__ or error, "response", None)
+    if isinstance(answer, dict):  # botocore's
+        status = answer.get("ResponseMetadata", {}).get("HTTPStatusCode")
+    else:
+        status = getattr(answer, "status_code", getattr(error, "code", None))
+    if isinstance(status, int):
+        return status >= 500 or status in (408, 429)
+    kinds = {kind.__name__ for kind in type(error).__mro__}
+    return not kinds.isdisjoint(NETWORK_ERRORS) and "OfflineModeIsEnabled" not in kinds
 
 
 Location = Path | Url

@@ -14,7 +14,8 @@ from typing import Any
 
 import pytest
 
-Fault = Callable[[str, str], str | None]  # (method, path) → None, "error", "slow" or "cut"
+Fault = Callable[[str, str], str | None]  # (method, path) → None, "slow", "cut" or one of ERRORS
+ERRORS = {"error": (500, "InternalError"), "refused": (400, "InvalidRequest"), "denied": (403, "AccessDenied")}
 SLOW_SECONDS = 0.1
 
 
@@ -45,8 +46,9 @@ class Handler(BaseHTTPRequestHandler):
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         self.server.asked.append((self.command, self.path))
         fault = self.server.fault(self.command, self.path)
-        if fault == "error":
-            self._answer(500, {}, b"<Error><Code>InternalError</Code><Message>planted</Message></Error>")
+        if fault in ERRORS:
+            status, code = ERRORS[fault]
+            self._answer(status, {}, f"<Error><Code>{code}</Code><Message>planted</Message></Error>".encode())
             return
         if fault == "slow":
             time.sleep(SLOW_SECONDS)

@@ -6,8 +6,10 @@ import hashlib
 import io
 import random
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import fsspec
 import pyarrow as pa
 import pytest
 
@@ -29,6 +31,7 @@ def server() -> Iterator[Door]:
 @pytest.fixture
 def door(server: Door, monkeypatch: pytest.MonkeyPatch) -> Door:
     monkeypatch.setattr(storage, "FIRST_WAIT_SECONDS", 0.001)
+    monkeypatch.setattr(storage, "PATIENCE_SECONDS", 0)
     server.fault = lambda method, path: None
     server.asked.clear()
     return server
@@ -123,7 +126,7 @@ def test_a_large_object_is_read_in_blocks(folder: Url, door: Door, monkeypatch: 
             file.seek(-10, io.SEEK_END)
             assert file.read(100) == expected[-10:]
     door.fault = lambda method, path: "error" if method == "GET" else None
-    with url.open() as file, pytest.raises(StorageError, match=rf"attempt {storage.ATTEMPTS}"):
+    with url.open() as file, pytest.raises(StorageError, match=rf"{storage.ATTEMPTS} attempts"):
         file.read(1)
 
 
@@ -145,11 +148,50 @@ def test_what_is_skimmed_is_read_as_a_file(folder: Url, door: Door) -> None:
 def test_a_server_that_keeps_failing_is_named(method: str, folder: Url, door: Door, tmp_path: Path) -> None:
     url = put(folder / "a.bin") if method == "GET" else folder / "a.bin"
     door.fault = lambda asked, path: "error" if asked == method else None
-    with pytest.raises(StorageError, match=rf"{folder}/a.bin: .*attempt {storage.ATTEMPTS} of {storage.ATTEMPTS}"):
+    with pytest.raises(StorageError, match=rf"{folder}/a.bin: .*\({storage.ATTEMPTS} attempts in"):
         put(url) if method == "PUT" else url.fetch(tmp_path / "a.bin")
     door.fault = lambda method, path: None
     assert url.exists() == (method == "GET")
     assert not (tmp_path / "a.bin").exists()
+
+
+def test_an_outage_of_minutes_is_waited_for(
+    folder: Url, door: Door, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And said once, however many wait."""
+    monkeypatch.setattr(storage, "PATIENCE_SECONDS", 600)
+    monkeypatch.setattr(storage, "LONGEST_WAIT_SECONDS", 0.01)
+    url = put(folder / "a.bin")
+    failures = iter(range(60))
+    door.fault = lambda method, path: "error" if next(failures, None) is not None else None
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(Url.read_bytes, [url] * 4)) == [BYTES] * 4
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith(f"{url}: ")
+    assert line.endswith(": trying for 10 minutes")
+
+
+@pytest.mark.parametrize(("kind", "attempts"), [("refused", storage.ATTEMPTS), ("denied", 1)])
+def test_what_is_refused_is_not_waited_for(
+    kind: str, attempts: int, folder: Url, door: Door, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(storage, "PATIENCE_SECONDS", 600)
+    url = put(folder / "a.bin")
+    door.fault = lambda method, path: kind
+    for action in (Url.read_bytes, Url.exists):
+        with pytest.raises(StorageError, match=rf"\({attempts} attempts in 0 s\)"):
+            action(url)
+
+
+def test_without_credentials_nothing_is_waited_for(folder: Url, door: Door, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(storage, "PATIENCE_SECONDS", 600)
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    fsspec.filesystem("s3").clear_instance_cache()
+    with pytest.raises(StorageError, match="redentials"):
+        (folder / "a.bin").read_bytes()
+    fsspec.filesystem("s3").clear_instance_cache()
 
 
 def test_an_error_while_writing_leaves_the_old_object(folder: Url) -> None:
