@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from pipeline.measure import END_TOLERANCE_SECONDS, measure
 from pipeline.settings import CodesSettings
-from pipeline.sources import find
+from pipeline.sources import find, listed_sha256
 from pipeline.splits import assign_splits, hashed
 from shards.contract import (
     COARSE_24K,
@@ -39,7 +39,7 @@ from shards.contract import (
     coarse_tokens,
 )
 from shards.errors import ShardError, UserError
-from shards.files import exclusive, file_sha256, replacing
+from shards.files import exclusive, replacing
 from shards.storage import Location, Url
 from shards.writer import check_columns, differences, encode_metadata, naming, parquet_source, read_metadata, read_table
 
@@ -119,7 +119,7 @@ def make_plan(settings: CodesSettings) -> Plan:
     path = settings.work / PLAN_NAME
     with _planning(settings):
         asked = settings.model_dump(mode="json", include={*PLANNED_BY, "group_pattern"})
-        listed = file_sha256(settings.audio) if settings.audio.is_file() else None
+        listed = listed_sha256(settings.audio)
         metadata = {"settings": asked, "listed_sha256": listed}
         if not path.exists():
             _write(path, [], _new_shards(measure(_found(settings)), settings, {}, {}), metadata)
@@ -131,11 +131,10 @@ def make_plan(settings: CodesSettings) -> Plan:
             moved = asked | {"audio": plan.settings["audio"]} == plan.settings
             hint = "; where recordings only moved, a link at their old place will do" if moved else ""
             raise UserError(f"{path} was made with other settings ({changed}): use another work= or delete it{hint}")
-        as_it_was = listed is not None and listed == plan.listed_sha256 and not settings.extend
         if not settings.audio.exists():
             tqdm.write(f"audio={settings.audio} is not there: {path} stands alone")
             return plan
-        if as_it_was:
+        if listed == plan.listed_sha256 and not settings.extend:
             return plan
         new = _to_add(settings, path)
         if not len(new):

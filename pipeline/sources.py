@@ -5,10 +5,12 @@ Recordings are rows of a table, because there may be millions.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -19,9 +21,11 @@ from codec.audio import DECODED, EXTENSIONS
 from pipeline.manifest import MANIFESTS, read_manifest
 from pipeline.tars import members
 from shards.errors import UserError
-from shards.storage import Location, Part, Url, locate
+from shards.files import file_sha256
+from shards.storage import Location, Part, Stat, Url, locate
 
 TAR = ".tar"
+TAR_THREADS = 16
 FOUND_SCHEMA = pa.schema(  # a recording before anything is known of its content
     [
         ("recording", pa.string()),
@@ -64,6 +68,28 @@ def find(audio: Location, group_pattern: str | None) -> tuple[pa.Table, Counter[
     return table, ignored
 
 
+def listed_sha256(audio: Location) -> str:
+    """Of a manifest, or of the names in a folder and the tars' sizes and times: as long as it stays, so does `find`."""
+    if audio.suffix in MANIFESTS and audio.is_file():
+        return file_sha256(audio)
+    paths = sorted(path for path, _ in _walk(audio)) if audio.is_dir() else [str(audio)]
+    digest = hashlib.sha256()
+    with ThreadPoolExecutor(TAR_THREADS) as pool:
+        versions = pool.map(_version, (path for path in paths if path.lower().endswith(TAR)))
+        for part in (*map(os.fsencode, paths), *versions):
+            digest.update(part + b"\0")
+    return digest.hexdigest()
+
+
+def _version(tar: str) -> bytes:
+    """Without reading it."""
+    try:
+        stat = locate(tar).stat()
+    except OSError:
+        return b""
+    return f"{stat.st_size} {stat.tag if isinstance(stat, Stat) else stat.st_mtime_ns}".encode()
+
+
 def stored(path: str, offset: int | None, file_bytes: int | None) -> Location | Part:
     """Where the bytes of a planned recording are."""
     whole = locate(path)
@@ -97,6 +123,7 @@ def _columns(items: Iterable[Item]) -> tuple[dict[str, list[Any]], Counter[str]]
 
 def _folder(folder: Location) -> Iterator[Item]:
     prefix = len(str(folder).rstrip("/")) + 1
+    tars = []
     for path, file_bytes in _walk(folder):
         id, name = path[prefix:], path.rpartition("/")[2]
         suffix = os.path.splitext(name)[1].lower()  # noqa: PTH122 (a million of them)
@@ -107,9 +134,12 @@ def _folder(folder: Location) -> Iterator[Item]:
         elif not _is_utf8(path):  # such a name fits in no Parquet file
             yield _misnamed(id)
         elif suffix == TAR:
-            yield from _tar(locate(path), id)
+            tars.append((locate(path), id))
         else:
             yield {"recording": id, "path": path, "file_bytes": file_bytes}
+    with ThreadPoolExecutor(TAR_THREADS) as pool:
+        for items in pool.map(lambda tar: list(_tar(*tar)), tars):
+            yield from items
 
 
 def _tar(path: Location, id: str) -> Iterator[Item]:

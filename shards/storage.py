@@ -55,6 +55,7 @@ class StorageError(UserError):
 @dataclass(frozen=True)
 class Stat:
     st_size: int  # bytes
+    tag: str = ""  # another one for other bytes, where the storage keeps such
 
 
 @dataclass(frozen=True, order=True)
@@ -108,7 +109,8 @@ class Url:
             return None
 
     def stat(self) -> Stat:
-        return Stat(int(self._patiently(lambda files, path: files.info(path)["size"])))
+        info = self._patiently(lambda files, path: files.info(path))
+        return Stat(int(info["size"]), str(info.get("ETag") or info.get("etag") or info.get("blob_id") or ""))
 
     def modified(self) -> datetime:
         found: datetime = self._patiently(lambda files, path: files.modified(path))

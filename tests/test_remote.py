@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tarfile
 from collections import Counter
 from collections.abc import Iterator
 from datetime import timedelta
@@ -16,12 +17,13 @@ import soundfile
 from pipeline import execute
 from pipeline.codes import shard_codes
 from pipeline.measure import measure
-from pipeline.plan import Plan
+from pipeline.plan import Plan, make_plan
 from pipeline.settings import CodesSettings
 from pipeline.sources import find
 from pipeline.targets import shard_targets
 from shards import storage
 from shards.contract import OK, PLAN_NAME
+from shards.errors import UserError
 from shards.files import replacing
 from shards.index import load
 from shards.storage import Url
@@ -103,6 +105,35 @@ def test_manifest_and_tars_of_a_bucket(door: Door, remote: Url, work: Path, tmp_
         assert (tmp_path / "listed" / path.relative_to(work)).read_bytes() == path.read_bytes()
     shard_codes(settings_of(remote / "tars", tmp_path / "tarred"))
     assert by_take(tmp_path / "tarred" / "codes") == by_take(work / "codes")
+
+
+def test_of_a_tar_only_headers_are_read_and_that_once(door: Door, tmp_path: Path) -> None:
+    """Small members do not cost a request each, and a plan that stands opens no tar that is as it was."""
+    audio = tmp_path / "audio"
+    for number, size in enumerate((3_000, 300_000)):
+        for take in range(20):
+            path = audio / f"speaker_{number}" / f"{take}.wav"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            soundfile.write(path, np.zeros(size // 2, np.float32), 24_000, "PCM_16")
+    far = Url("s3://corpus/tarred")
+    for folder in audio.iterdir():
+        with tarfile.open(tmp_path / "a.tar", "w") as tar:
+            tar.add(folder, "")
+        upload(tmp_path / "a.tar", far / f"{folder.name}.tar")
+    settings = settings_of(far, tmp_path / "work", "group_pattern=(.*)", "min_seconds=0.01")
+    door.asked.clear()
+    door.sent.clear()
+    make_plan(settings)
+    asked = Counter(path for method, path in door.asked if method == "GET" and path.endswith(".tar"))
+    assert asked["/corpus/tarred/speaker_0.tar"] <= 20 + 5
+    assert asked["/corpus/tarred/speaker_1.tar"] <= 20 + 20 + 1
+    assert door.sent["/corpus/tarred/speaker_1.tar"] < 0.15 * 20 * 300_000
+    door.sent.clear()
+    make_plan(settings)
+    assert not [path for path in door.sent if path.endswith(".tar")]
+    upload(tmp_path / "a.tar", far / "speaker_2.tar")
+    with pytest.raises(UserError, match="20 recordings such as 'speaker_2"):
+        make_plan(settings)
 
 
 def write_formats(folder: Path) -> Path:
