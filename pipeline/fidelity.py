@@ -8,7 +8,8 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
-from functools import cache
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache, partial
 
 import numpy as np
 import numpy.typing as npt
@@ -24,6 +25,7 @@ from shards.writer import read_table
 
 Samples = npt.NDArray[np.float32]
 
+READING_THREADS = 16
 HOP = 96  # samples of one envelope step: 2 ms
 N_FFT = 960  # 20 ms
 BAND_EDGES_HZ = np.geomspace(200, 10_000, 13)  # twelve bands, whose envelopes are aligned together
@@ -69,7 +71,9 @@ def speech_share(samples: Samples) -> float:
 def check_alignment(sidecars: Sequence[Location], max_median_lag: float) -> None:
     """Prints lag and level over all targets that were compared. Raises UserError when the typical lag is not small."""
     columns = ["lag_samples", "level_difference_db"]
-    tables = [read_table(path, columns=columns, filters=pc.field("lag_samples").is_valid()) for path in sidecars]
+    read = partial(read_table, columns=columns, filters=pc.field("lag_samples").is_valid())
+    with ThreadPoolExecutor(READING_THREADS) as pool:
+        tables = list(pool.map(read, sidecars))
     for name, values in ((name, np.concatenate([table[name].to_numpy() for table in tables])) for name in columns):
         if not len(values):
             return

@@ -41,7 +41,7 @@ from shards.contract import (
 from shards.errors import ShardError, UserError
 from shards.files import exclusive, replacing
 from shards.storage import Location, Url
-from shards.writer import check_columns, differences, encode_metadata, naming, parquet_source, read_metadata, read_table
+from shards.writer import check_columns, differences, encode_metadata, naming, parquet_source, read_table, told_by
 
 PLANNED_BY = ("audio", "segment_length", "min_seconds", "segments_per_shard", "validation_fraction", "seed")
 
@@ -70,7 +70,7 @@ class Plan:
             raise UserError(f"{path} is missing: run `just shard-codes` first")
         with naming(path):
             self._file = pq.ParquetFile(parquet_source(path), page_checksum_verification=True)
-        metadata = read_metadata(path)
+        metadata = told_by(path, self._file.metadata)
         if not metadata.keys() >= METADATA:
             raise UserError(f"{path} is no plan: delete it and run `just shard-codes` again")
         check_columns(path, self._file.schema_arrow, PLAN_SCHEMA)

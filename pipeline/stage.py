@@ -9,13 +9,14 @@ from typing import Any, ClassVar
 
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
 
 from codec.memory import keep_freed_memory
 from pipeline.plan import Plan
 from pipeline.settings import CodesSettings, TargetsSettings
 from shards.contract import FAILED, OK, PLAN_NAME, REJECTED
 from shards.storage import Location
-from shards.writer import is_done, read_table
+from shards.writer import read_table, standing
 
 Row = dict[str, Any]
 Advance = Callable[[float], object]  # seconds of audio that are done
@@ -54,13 +55,21 @@ class Stage(ABC):
         split, shard = self.plan.shards[number]
         return self.folder / split / f"{shard:06d}.parquet"
 
+    def footer(self, number: int) -> pq.FileMetaData | None:
+        """Of the table of a shard that stands, with failures or without. Raises ShardError where another run's does."""
+        return standing(self.table(number), self.fingerprint(number))
+
     def made(self, number: int) -> bool:
-        """Whether the shard stands, with failures or without. Raises ShardError where another run's does."""
-        return is_done(self.table(number), self.fingerprint(number))
+        return self.footer(number) is not None
 
     def done(self, number: int) -> bool:
         """Whether this run leaves it as it is."""
-        return self.made(number) and not (self.settings.retry == "failed" and self.has_failures(number))
+        footer = self.footer(number)
+        return footer is not None and not self.can_be_mended(number, footer)
+
+    def can_be_mended(self, number: int, footer: pq.FileMetaData) -> bool:
+        """Whether this run makes a shard again that stands."""
+        return self.settings.retry == "failed" and self.has_failures(number)
 
     def kept(self, number: int) -> dict[int, Row]:
         """Of a shard that stands and is made again: its rows that stay as they are, by their place."""

@@ -6,6 +6,7 @@ import io
 import json
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import groupby
@@ -15,6 +16,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
 import soundfile
 
 from codec.audio import AudioError
@@ -48,7 +50,7 @@ from shards.errors import ShardError, UserError
 from shards.index import compact, forget
 from shards.reader import split_members
 from shards.storage import Location
-from shards.writer import ShardWriter, read_fingerprint, read_metadata, read_table
+from shards.writer import ShardWriter, fingerprint_of, may_hold, naming, read_footer, read_table, told_by
 
 FINISHED_AHEAD = 4  # segments that wait to be written, per thread
 Samples = npt.NDArray[np.float32]
@@ -119,13 +121,17 @@ class TargetsStage(Stage):
         limits = self.settings.model_dump(include=set(JudgeSettings.model_fields))
         return {**made, **codes, **self.known.provenance, "limits": limits}
 
-    def made(self, number: int) -> bool:
-        sidecar = self.table(number)
-        tar = sidecar.with_suffix(".tar")
-        return super().made(number) and tar.exists() and tar.stat().st_size == read_metadata(sidecar)["tar_bytes"]
+    def footer(self, number: int) -> pq.FileMetaData | None:
+        sidecar, footer = self.table(number), super().footer(number)
+        with suppress(FileNotFoundError):
+            if footer and sidecar.with_suffix(".tar").stat().st_size == told_by(sidecar, footer)["tar_bytes"]:
+                return footer
+        return None
 
-    def done(self, number: int) -> bool:
-        return super().done(number) and not self._codes_came_later(number)
+    def can_be_mended(self, number: int, footer: pq.FileMetaData) -> bool:
+        with naming(self.table(number)):
+            failed = may_hold(footer, "status", FAILED)
+        return super().can_be_mended(number, footer) or (failed and self._codes_came_later(number))
 
     def _codes_came_later(self, number: int) -> bool:
         """Whether stage 1 has mended segments since the shard was made."""
@@ -180,9 +186,10 @@ class TargetsStage(Stage):
 
 def _codes_fingerprint(work: Location, plan: Plan, number: int) -> dict[str, Any]:
     path = codes_path(work, *plan.shards[number])
-    if not path.exists():
+    footer = read_footer(path)
+    if footer is None:
         raise UserError(f"{path} is missing: run `just shard-codes` to its end first")
-    found = read_fingerprint(path)
+    found = fingerprint_of(path, told_by(path, footer))
     if found.get("plan_rows") != plan.rows_sha256[number]:
         raise ShardError(f"{path} was made for another plan: delete {path.parent.parent} and run `just shard-codes`")
     return found

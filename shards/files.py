@@ -12,7 +12,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from shards.errors import UserError
-from shards.storage import Location, Url
+from shards.storage import Fetched, Location, Url
 
 OF_ONE_FILE = {  # errors that say something of one file; others, such as EIO, ESTALE or EMFILE, of the system
     errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG,
@@ -115,7 +115,7 @@ def reason_of_one(path: object, error: OSError) -> str:
     return reason
 
 
-def file_sha256(path: Location) -> str:
+def file_sha256(path: Location | Fetched) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]  # any binary file will do
 

@@ -7,6 +7,7 @@ import re
 import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -30,43 +31,52 @@ from shards.contract import (
 from shards.errors import ShardError
 from shards.files import file_sha256, replacing
 from shards.reader import decode_sample, sample_at
-from shards.storage import Location
+from shards.storage import Fetched, Location
 from shards.writer import (
     check_columns,
     differences,
     encode_metadata,
+    fingerprint_of,
     naming,
     parquet_source,
-    read_fingerprint,
     read_metadata,
     read_table,
 )
 
 GROUP_ROWS = 1 << 16  # of an index in memory at once
+READ_AT_ONCE = 16  # sidecars
 SAID_TWICE = set(META_FIELDS) & set(SIDECAR_SCHEMA.names) - {"teacher"}  # by a sample's json and by its row
 MAX_SAMPLE_BYTES = 1 << 30
 KEY_PATTERN = r"^\d{6,}-\d{5,}$"  # of `sample_key`: keys name files, and nothing else may stand in one
 
 
 def compact(folder: Location, shards: Sequence[tuple[str, int]], about: Mapping[str, Any] | None = None) -> Location:
-    """All sidecars of `shards`, in that order, into `folder/index.parquet`; one sidecar in memory at a time.
+    """All sidecars of `shards`, in that order, into `folder/index.parquet`; each read once, READ_AT_ONCE at a time.
 
     Its schema metadata holds what their fingerprints have in common, and `about`. SHA256SUMS, last,
     names tars, sidecars and index.
     """
     path = folder / INDEX_NAME
-    fingerprint = _metadata(folder, *shards[0])["fingerprint"]
+    fingerprint = _metadata(_sidecar(folder, *shards[0]))["fingerprint"]
     metadata = {"format_version": FORMAT_VERSION, "fingerprint": _common(fingerprint), **(about or {})}
     schema = INDEX_SCHEMA.with_metadata(encode_metadata(metadata))
     sums: dict[str, str] = {}
+
+    def rows() -> Iterator[pa.Table]:
+        with ThreadPoolExecutor(READ_AT_ONCE) as pool:
+            for start in range(0, len(shards), READ_AT_ONCE):
+                some = shards[start : start + READ_AT_ONCE]
+                for (split, shard), sidecar in zip(
+                    some, pool.map(lambda place: _sidecar(folder, *place), some), strict=True
+                ):
+                    sums[f"{split}/{shard:06d}.tar"] = _metadata(sidecar)["tar_sha256"]
+                    sums[f"{split}/{shard:06d}.parquet"] = file_sha256(sidecar)
+                    yield _index_rows(sidecar, split, shard)
+
     with replacing(path) as temporary:
-        write_index(temporary, schema, (_index_rows(folder, split, shard) for split, shard in shards))
-    for split, shard in shards:
-        tar = tar_path(folder, split, shard)
-        sidecar = tar.with_suffix(".parquet")
-        sums[f"{split}/{tar.name}"] = _metadata(folder, split, shard)["tar_sha256"]
-        sums[f"{split}/{sidecar.name}"] = file_sha256(sidecar)
-    write_sums(folder, {INDEX_NAME: file_sha256(path), **sums})
+        write_index(temporary, schema, rows())
+        digest = file_sha256(temporary)
+    write_sums(folder, {INDEX_NAME: digest, **sums})
     return path
 
 
@@ -165,7 +175,7 @@ def load(folder: Location, split: str, cache: ShardCache | None = None) -> Index
         shards=tuple(sorted(counts)),
         counts=tuple(counts[shard] for shard in sorted(counts)),
         sha256=sums[INDEX_NAME],
-        fingerprint=read_fingerprint(path),
+        fingerprint=fingerprint_of(path, read_metadata(path)),
         cache=cache or default_cache(),
     )
 
@@ -238,17 +248,17 @@ def problems(folder: Path, split: str, shard: int, sums: Mapping[str, str]) -> I
     `sums` are those of `read_sums`.
     """
     path = tar_path(folder, split, shard)
-    sidecar = path.with_suffix(".parquet")
     chosen = (pc.field("split") == split) & (pc.field("shard") == shard)
     try:
-        metadata = _metadata(folder, split, shard)
-        rows = _index_rows(folder, split, shard)
+        sidecar = _sidecar(folder, split, shard)
+        metadata = _metadata(sidecar)
+        rows = _index_rows(sidecar, split, shard)
         indexed = read_table(folder / INDEX_NAME, filters=chosen)
-        made_by = read_fingerprint(folder / INDEX_NAME)
+        made_by = fingerprint_of(folder / INDEX_NAME, read_metadata(folder / INDEX_NAME))
     except ShardError as error:
         yield str(error)
         return
-    for file, digest in ((sidecar, file_sha256(sidecar)), (path, metadata["tar_sha256"])):
+    for file, digest in ((path.with_suffix(".parquet"), file_sha256(sidecar)), (path, metadata["tar_sha256"])):
         if sums.get(f"{split}/{file.name}") != digest:
             yield f"{file}: its sha256 is not that of {SUMS_NAME}"
     trusted = indexed.replace_schema_metadata(None).equals(rows.replace_schema_metadata(None))
@@ -282,17 +292,24 @@ def problems(folder: Path, split: str, shard: int, sums: Mapping[str, str]) -> I
                 yield f"{path}: {row['key']}: its json differs from its row: {changed}"
 
 
-def _metadata(folder: Location, split: str, shard: int) -> dict[str, Any]:
+def _sidecar(folder: Location, split: str, shard: int) -> Fetched:
     path = tar_path(folder, split, shard).with_suffix(".parquet")
-    if not path.exists():
-        raise ShardError(f"{path}: missing; run `just shard-targets` again")
-    metadata = read_metadata(path)
+    try:
+        return Fetched(path.read_bytes(), str(path))
+    except FileNotFoundError as error:
+        raise ShardError(f"{path}: missing; run `just shard-targets` again") from error
+
+
+def _metadata(sidecar: Fetched) -> dict[str, Any]:
+    metadata = read_metadata(sidecar)
     lacking = {"format_version", "tar_bytes", "tar_sha256", "fingerprint"} - metadata.keys()
-    read_fingerprint(path)
+    fingerprint_of(sidecar, metadata)
     if lacking:
-        raise ShardError(f"{path}: its schema metadata lacks {', '.join(sorted(lacking))}; delete it and make it again")
+        raise ShardError(
+            f"{sidecar}: its schema metadata lacks {', '.join(sorted(lacking))}; delete it and make it again"
+        )
     if metadata["format_version"] != FORMAT_VERSION:
-        raise ShardError(f"{path} has format {metadata['format_version']}, this version reads {FORMAT_VERSION}")
+        raise ShardError(f"{sidecar} has format {metadata['format_version']}, this version reads {FORMAT_VERSION}")
     return metadata
 
 
@@ -301,9 +318,8 @@ def _common(fingerprint: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in fingerprint.items() if key != "plan_rows"}
 
 
-def _index_rows(folder: Location, split: str, shard: int) -> pa.Table:
-    path = tar_path(folder, split, shard).with_suffix(".parquet")
-    rows = read_table(path)
-    check_columns(path, rows.schema, SIDECAR_SCHEMA)
+def _index_rows(sidecar: Fetched, split: str, shard: int) -> pa.Table:
+    rows = read_table(sidecar)
+    check_columns(sidecar, rows.schema, SIDECAR_SCHEMA)
     where = [pa.array([split] * len(rows), pa.string()), pa.array([shard] * len(rows), pa.int32())]
     return pa.table([*where, *rows.columns], schema=INDEX_SCHEMA)

@@ -117,7 +117,8 @@ class Url:
         return found
 
     def read_bytes(self, start: int = 0, stop: int | None = None) -> bytes:
-        data: bytes = self._patiently(lambda files, path: files.cat_file(path, start=start or None, end=stop))
+        """By one request. The last bytes where `start` is negative, all of them where there are fewer."""
+        data: bytes = self._patiently(lambda files, path: files.cat_file(path, start=start, end=stop))
         return data
 
     def open(self, mode: str = "rb") -> IO[bytes]:
@@ -253,9 +254,13 @@ class Part:
 
 @dataclass(frozen=True, eq=False)
 class Fetched:
-    """Bytes of a remote object, however often they are opened."""
+    """Bytes that were read once, however often they are opened."""
 
     data: bytes
+    name: str = ""
+
+    def __str__(self) -> str:
+        return self.name
 
     def stat(self) -> Stat:
         return Stat(len(self.data))

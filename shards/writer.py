@@ -8,9 +8,9 @@ import os
 import tarfile
 import zlib
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -18,8 +18,10 @@ import pyarrow.parquet as pq
 from shards.contract import FORMAT_VERSION, SIDECAR_SCHEMA
 from shards.errors import ShardError, first_line
 from shards.files import file_sha256, move, replacing
-from shards.storage import Location, Url
+from shards.storage import Fetched, Location, Url
 
+FOOTER_BYTES = 1 << 16  # fetched of a remote table's end; footers of shards are shorter
+ARROW_KEY = b"ARROW:schema"
 AHEAD = ".next"  # at the end of a sidecar's name whose tar may not stand yet
 
 
@@ -36,22 +38,48 @@ def encode_metadata(metadata: Mapping[str, Any]) -> dict[str, str]:
     return {key: json.dumps(value, sort_keys=True) for key, value in metadata.items()}
 
 
-def read_metadata(path: Location) -> dict[str, Any]:
-    """The metadata that `write_table` stored. Raises ShardError for a file that is not such a table."""
+def read_footer(path: Location | Fetched) -> pq.FileMetaData | None:
+    """None where there is no such file. Raises ShardError for one that is damaged. Remote: one request, of its end."""
+    with naming(path), suppress(FileNotFoundError), _end(path) if isinstance(path, Url) else path.open("rb") as file:
+        return pq.read_metadata(file)
+    return None
+
+
+def _end(url: Url) -> io.BytesIO:
+    """Enough of a Parquet file to hold its footer, whose length stands before its last four bytes."""
+    end = url.read_bytes(-FOOTER_BYTES)
+    length = int.from_bytes(end[-8:-4], "little") + 8
+    return io.BytesIO(end if length <= len(end) else url.read_bytes(-length))
+
+
+def told_by(path: Location | Fetched, footer: pq.FileMetaData | None) -> dict[str, Any]:
+    """The metadata that `write_table` stored. Raises ShardError for a file that is not such a table, or not there."""
     with naming(path):
-        raw = pq.read_metadata(parquet_source(path)).metadata or {}
-        return {key.decode(): json.loads(value) for key, value in raw.items() if key != b"ARROW:schema"}
+        if footer is None:
+            raise FileNotFoundError("no such file")
+        return {key.decode(): json.loads(value) for key, value in (footer.metadata or {}).items() if key != ARROW_KEY}
 
 
-def read_fingerprint(path: Location) -> dict[str, Any]:
+def read_metadata(path: Location | Fetched) -> dict[str, Any]:
+    return told_by(path, read_footer(path))
+
+
+def fingerprint_of(path: Location | Fetched, told: Mapping[str, Any]) -> dict[str, Any]:
     """What a table says that it was made from; nothing where it does not say. Raises ShardError for what is no such."""
-    found = read_metadata(path).get("fingerprint", {})
+    found = told.get("fingerprint", {})
     if not isinstance(found, dict):
         raise ShardError(f"{path}: its fingerprint is {found!r}; make it again by its stage")
     return found
 
 
-def read_table(path: Location, **options: Any) -> pa.Table:
+def may_hold(footer: pq.FileMetaData, column: str, value: str) -> bool:
+    """Whether the least and the greatest value of a column leave room for this one."""
+    place = footer.schema.names.index(column)
+    found = [footer.row_group(number).column(place).statistics for number in range(footer.num_row_groups)]
+    return any(not known or not known.has_min_max or known.min <= value <= known.max for known in found)
+
+
+def read_table(path: Location | Fetched, **options: Any) -> pa.Table:
     """`pyarrow.parquet.read_table`. Raises ShardError for a file that is damaged."""
     with naming(path):
         table = pq.read_table(parquet_source(path), page_checksum_verification=True, **options)
@@ -65,13 +93,15 @@ def counted(column: pa.ChunkedArray) -> dict[Any, int]:
     return dict(sorted(found.items(), key=lambda pair: -pair[1]))
 
 
-def parquet_source(path: Location) -> Path | io.BytesIO:
+def parquet_source(path: Location | Fetched) -> Path | IO[bytes]:
     """What pyarrow reads it from: a remote table is fetched whole."""
-    return io.BytesIO(path.read_bytes()) if isinstance(path, Url) else path
+    if isinstance(path, Path):
+        return path
+    return io.BytesIO(path.read_bytes()) if isinstance(path, Url) else path.open("rb")
 
 
 @contextmanager
-def naming(path: Location) -> Iterator[None]:
+def naming(path: Location | Fetched) -> Iterator[None]:
     """Turns what pyarrow raises on a damaged file into a ShardError that names it."""
     try:
         yield
@@ -89,21 +119,22 @@ def differences(found: Mapping[str, Any], expected: Mapping[str, Any]) -> str:
     return "; ".join(f"{key} is {found.get(key)}, now {expected.get(key)}" for key in keys)
 
 
-def check_columns(path: Location, found: pa.Schema, expected: pa.Schema) -> None:
+def check_columns(path: Location | Fetched, found: pa.Schema, expected: pa.Schema) -> None:
     """Raises ShardError saying how they differ."""
     if found != expected:
         columns = ({field.name: field.type for field in schema} for schema in (expected, found))
         raise ShardError(f"{path}: its columns are not those of its kind ({differences(*columns) or 'their order'})")
 
 
-def is_done(path: Location, fingerprint: Mapping[str, Any]) -> bool:
-    """Whether the table at `path` stands and was made by this very run. Raises ShardError when by another."""
-    if not path.exists():
-        return False
-    changed = differences(read_fingerprint(path), fingerprint)
+def standing(path: Location, fingerprint: Mapping[str, Any]) -> pq.FileMetaData | None:
+    """The footer of the table at `path`, None where there is none. Raises ShardError when another run made it."""
+    footer = read_footer(path)
+    if footer is None:
+        return None
+    changed = differences(fingerprint_of(path, told_by(path, footer)), fingerprint)
     if changed:
         raise ShardError(f"{path} was made by another run ({changed}): use another folder or delete it")
-    return True
+    return footer
 
 
 class ShardWriter:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 import tarfile
 from collections import Counter
 from collections.abc import Iterator
 from datetime import timedelta
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
@@ -182,6 +183,28 @@ def test_what_is_done_is_not_made_again_and_leftovers_go(
     written = [path for method, path in door.asked if method == "PUT"]
     assert all("settings.json" in path for path in written), written
     assert not [url for url in mine.files() if url.suffix == ".tmp"]
+
+
+def test_what_is_done_costs_few_requests(door: Door, work: Path) -> None:
+    """At the start the ends of codes and sidecars, and a tar's size; then sidecars for counts, lags and the index."""
+    mine = Url("s3://corpus/work_done")
+    for path in work.rglob("*.*"):
+        if path.is_file() and not path.name.startswith(".lock"):
+            upload(path, Url(f"{mine}/{path.relative_to(work)}"))
+    door.asked.clear()
+    shard_targets(targets_settings(mine))  # type: ignore[arg-type]
+    asked = Counter(
+        (method, path.split("/")[3], PurePosixPath(path).suffix)
+        for method, path in door.asked
+        if re.search(r"/\d{6}\.\w+$", path)
+    )
+    shards = len(Plan(work / PLAN_NAME).shards)
+    assert asked == {
+        ("GET", "codes", ".parquet"): shards,
+        ("GET", "shards", ".parquet"): 4 * shards + 1,
+        ("HEAD", "shards", ".tar"): shards,
+    }
+    same(mine, work)
 
 
 def test_a_recording_is_fetched_once_for_all_of_a_shard(door: Door, remote: Url, work: Path) -> None:

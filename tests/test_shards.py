@@ -26,7 +26,7 @@ from shards.errors import ShardError, UserError
 from shards.files import exclusive, file_sha256
 from shards.index import load, shard_list
 from shards.reader import decode_sample, read_sample
-from shards.writer import ShardWriter, finish, is_done, naming, read_metadata, write_table
+from shards.writer import ShardWriter, finish, naming, read_metadata, standing, write_table
 from tests.helpers import ROOT, targets_settings
 from tests.shard_helpers import FINGERPRINT, files, some_members, some_row, write_shard
 from tests.test_contract import README
@@ -172,7 +172,7 @@ def test_a_killed_writer_leaves_nothing_that_looks_done_and_can_be_repeated(tmp_
     process = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path)], cwd=ROOT, check=False)
     assert process.returncode == -9
     assert files(tmp_path) == ["000000.tar.tmp"]
-    assert not is_done(tmp_path / "000000.parquet", {})
+    assert not standing(tmp_path / "000000.parquet", {})
     write_shard(tmp_path)
     assert files(tmp_path) == ["000000.parquet", "000000.tar"]
 
@@ -209,7 +209,7 @@ def test_a_disk_that_fills_at_the_sidecar_leaves_what_was_there(again: bool, tmp
     with pytest.raises(OSError, match="No space left"):
         write_shard(tmp_path)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
-    assert is_done(tmp_path / "000000.parquet", FINGERPRINT) == again
+    assert (standing(tmp_path / "000000.parquet", FINGERPRINT) is not None) == again
 
 
 class FullFile(io.FileIO):
@@ -262,18 +262,18 @@ def test_the_sidecar_comes_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 # Fingerprints and locks
 
 
-def test_a_shard_of_this_run_is_done_and_one_of_another_is_an_error(tmp_path: Path) -> None:
+def test_a_shard_of_this_run_standing_and_one_of_another_is_an_error(tmp_path: Path) -> None:
     path = tmp_path / "000000.parquet"
-    assert not is_done(path, FINGERPRINT)
+    assert not standing(path, FINGERPRINT)
     write_shard(tmp_path)
-    assert is_done(path, FINGERPRINT)
+    assert standing(path, FINGERPRINT)
     for other, message in [
         ({**FINGERPRINT, "target_bits": 24}, "target_bits is 16, now 24"),
         ({**FINGERPRINT, "teacher": "sidon"}, "teacher is None, now sidon"),
         ({"plan_rows": "0", "target_bits": 16}, "snac is some SNAC, now None"),
     ]:
         with pytest.raises(ShardError) as error:
-            is_done(path, other)
+            standing(path, other)
         assert message in str(error.value)
         assert str(path) in str(error.value)
 

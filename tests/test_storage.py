@@ -13,10 +13,10 @@ import fsspec
 import pyarrow as pa
 import pytest
 
-from shards import storage
+from shards import storage, writer
 from shards.files import replacing
 from shards.storage import Part, StorageError, Url, locate, skimmed
-from shards.writer import read_metadata, read_table, write_table
+from shards.writer import read_footer, read_metadata, read_table, write_table
 from tests.s3_server import Door, serving
 
 BYTES = bytes(range(256)) * 400
@@ -216,9 +216,14 @@ def test_the_final_name_is_taken_over_only_when_all_is_there(folder: Url, door: 
     assert len(names) == 2
 
 
-def test_tables(folder: Url) -> None:
+@pytest.mark.parametrize("fetched", [64, 1 << 16])
+def test_tables(fetched: int, folder: Url, door: Door, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(writer, "FOOTER_BYTES", fetched)
     table = pa.table({"a": [1, 2, 3]})
     write_table(folder / "a.parquet", table, {"made": {"by": "us"}})
+    door.asked.clear()
     assert read_metadata(folder / "a.parquet") == {"made": {"by": "us"}}
+    assert [method for method, _ in door.asked] == ["GET"] * (2 if fetched == 64 else 1)
+    assert read_footer(folder / "b.parquet") is None
     assert read_table(folder / "a.parquet").equals(table.replace_schema_metadata({"made": '{"by": "us"}'}))
     assert read_table(folder / "a.parquet", columns=["a"]).column_names == ["a"]
