@@ -1,4 +1,4 @@
-"""Whole shards of remote folders in a local folder of bounded size, fetched ahead in the order of reading.
+"""Shards and indexes of remote folders, whole, in a local folder of bounded size: shards ahead, in reading order.
 
 Any number of processes on a machine share the folder: a shard is fetched by one of them and appears when it is whole.
 """
@@ -17,6 +17,8 @@ from typing import IO
 
 from shards.errors import UserError
 from shards.storage import Location, Url
+
+KEPT = "*-" + 16 * "[0-9a-f]"  # how names begin of what is kept
 
 
 def default_cache() -> ShardCache:
@@ -92,13 +94,13 @@ class ShardCache:
 
     def _drop_leftovers(self) -> None:
         """What killed processes had fetched of a shard."""
-        for temporary in self.folder.glob("*.tar.tmp"):
+        for temporary in self.folder.glob(f"{KEPT}.*.tmp"):
             with suppress(BlockingIOError), self._lock(temporary.with_suffix(""), wait=False):
                 temporary.unlink(missing_ok=True)
 
     def _files(self) -> Iterator[tuple[int, int, Path]]:
         """When it was read last, bytes, and where."""
-        for path in self.folder.glob("*.tar"):
+        for path in (path for suffix in (".tar", ".parquet") for path in self.folder.glob(KEPT + suffix)):
             with suppress(FileNotFoundError):  # given up by another process
                 stat = path.stat()
                 yield stat.st_mtime_ns, stat.st_size, path
@@ -106,7 +108,7 @@ class ShardCache:
     def _path(self, shard: Url) -> Path:
         """Flat, and readable where it may be: `train-000012-` and a hash of the whole URL."""
         digest = hashlib.sha256(shard.text.encode()).hexdigest()[:16]
-        return self.folder / f"{shard.parent.name}-{shard.stem}-{digest}.tar"
+        return self.folder / f"{shard.parent.name}-{shard.stem}-{digest}{shard.suffix}"
 
     @contextmanager
     def _lock(self, path: Path, wait: bool) -> Iterator[None]:

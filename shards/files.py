@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import IO
 
 from shards.errors import UserError
 from shards.storage import Fetched, Location, Url
@@ -117,7 +118,12 @@ def reason_of_one(path: object, error: OSError) -> str:
 
 def file_sha256(path: Location | Fetched) -> str:
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]  # any binary file will do
+        return sha256_of(file)
+
+
+def sha256_of(file: IO[bytes]) -> str:
+    """From where it stands to its end."""
+    return hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]  # any binary file will do
 
 
 def _fsync_folder(folder: Path) -> None:

@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -29,7 +29,7 @@ from shards.contract import (
     tar_path,
 )
 from shards.errors import ShardError
-from shards.files import file_sha256, replacing
+from shards.files import file_sha256, replacing, sha256_of
 from shards.reader import decode_sample, sample_at
 from shards.storage import Fetched, Location
 from shards.writer import (
@@ -38,9 +38,9 @@ from shards.writer import (
     encode_metadata,
     fingerprint_of,
     naming,
-    parquet_source,
     read_metadata,
     read_table,
+    told_by,
 )
 
 GROUP_ROWS = 1 << 16  # of an index in memory at once
@@ -117,19 +117,33 @@ def read_sums(folder: Location) -> dict[str, str]:
     return {match[2]: match[1] for match in matches if match}
 
 
-def check_index(folder: Location) -> dict[str, str]:
+def check_index(folder: Location, cache: ShardCache | None = None) -> dict[str, str]:
     """What `read_sums` says. Raises ShardError for an index that is missing, of another format or not the one named."""
-    path = folder / INDEX_NAME
+    path, cache = folder / INDEX_NAME, cache or default_cache()
     if not path.exists():
         inside = folder / "shards"
         place = inside if (inside / INDEX_NAME).exists() else "the folder that holds it"
         raise ShardError(f"{path} is missing: run `just shard-targets` to its end, or name {place}")
-    found = read_metadata(path).get("format_version")
-    if found != FORMAT_VERSION:
-        raise ShardError(f"{path} has format {found}, this version reads {FORMAT_VERSION}")
-    sums = read_sums(folder)
-    if sums.get(INDEX_NAME) != file_sha256(path):
-        raise ShardError(f"{path}: its sha256 is not that of {SUMS_NAME}; run `just shard-targets` again")
+    try:
+        return _checked(folder, cache)
+    except ShardError:
+        if isinstance(path, Path):
+            raise
+        cache.discard(path)  # it may be of an index that was there before
+        return _checked(folder, cache)
+
+
+def _checked(folder: Location, cache: ShardCache) -> dict[str, str]:
+    path = folder / INDEX_NAME
+    with cache.open(path) as file:
+        with naming(path):
+            found = told_by(path, pq.read_metadata(file)).get("format_version")
+        if found != FORMAT_VERSION:
+            raise ShardError(f"{path} has format {found}, this version reads {FORMAT_VERSION}")
+        sums = read_sums(folder)
+        file.seek(0)
+        if sums.get(INDEX_NAME) != sha256_of(file):
+            raise ShardError(f"{path}: its sha256 is not that of {SUMS_NAME}; run `just shard-targets` again")
     return sums
 
 
@@ -144,7 +158,7 @@ class Index:
     counts: tuple[int, ...]  # samples of each shard
     sha256: str
     fingerprint: dict[str, Any]
-    cache: ShardCache  # where remote shards are read from
+    cache: ShardCache  # where remote shards are read from, and the index was
 
     def __len__(self) -> int:
         return sum(self.counts)
@@ -164,10 +178,11 @@ class Index:
 
 def load(folder: Location, split: str, cache: ShardCache | None = None) -> Index:
     """Raises ShardError when there is no index, or one of another format."""
-    path = folder / INDEX_NAME
-    sums = check_index(folder)
-    with naming(path):
-        table, counts = _mapped(path, split)
+    path, cache = folder / INDEX_NAME, cache or default_cache()
+    sums = check_index(folder, cache)
+    with cache.open(path) as file, naming(path):
+        table, counts = _mapped(path, file, split)
+        told = told_by(path, pq.read_metadata(file))
     return Index(
         folder=folder,
         split=split,
@@ -175,12 +190,12 @@ def load(folder: Location, split: str, cache: ShardCache | None = None) -> Index
         shards=tuple(sorted(counts)),
         counts=tuple(counts[shard] for shard in sorted(counts)),
         sha256=sums[INDEX_NAME],
-        fingerprint=fingerprint_of(path, read_metadata(path)),
-        cache=cache or default_cache(),
+        fingerprint=fingerprint_of(path, told),
+        cache=cache,
     )
 
 
-def _mapped(path: Location, split: str) -> tuple[pa.Table, Counter[int]]:
+def _mapped(path: Location, index: IO[bytes], split: str) -> tuple[pa.Table, Counter[int]]:
     """The usable rows, streamed into a file without a name and mapped from there; and how many each shard has.
 
     So memory does not grow with the index, and the processes that read ahead share what is looked up.
@@ -189,7 +204,7 @@ def _mapped(path: Location, split: str) -> tuple[pa.Table, Counter[int]]:
     schema = pa.schema([INDEX_SCHEMA.field(name) for name in columns])
     counts = Counter[int]()
     with tempfile.NamedTemporaryFile(suffix=".arrow") as file:
-        with pa.ipc.new_file(file.name, schema) as written, pq.ParquetFile(parquet_source(path)) as parquet:
+        with pa.ipc.new_file(file.name, schema) as written, pq.ParquetFile(index) as parquet:
             check_columns(path, parquet.schema_arrow, INDEX_SCHEMA)
             for rows in parquet.iter_batches(GROUP_ROWS, columns=[*columns, "split", "status"]):
                 usable = rows.filter(pc.and_(pc.equal(rows["split"], split), pc.equal(rows["status"], OK)))

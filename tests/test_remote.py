@@ -23,10 +23,11 @@ from pipeline.settings import CodesSettings
 from pipeline.sources import find
 from pipeline.targets import shard_targets
 from shards import storage
-from shards.contract import OK, PLAN_NAME
-from shards.errors import UserError
+from shards.cache import ShardCache
+from shards.contract import INDEX_NAME, OK, PLAN_NAME, SPLITS, SUMS_NAME
+from shards.errors import ShardError, UserError
 from shards.files import replacing
-from shards.index import load
+from shards.index import check_index, load
 from shards.storage import Url
 from tests.command_helpers import refused, targets_words
 from tests.helpers import codes_settings, targets_settings
@@ -88,7 +89,7 @@ def same(found: Url, work: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["none", "error", "slow", "cut"])
-def test_from_a_bucket_into_a_bucket(kind: str, door: Door, remote: Url, work: Path) -> None:
+def test_from_a_bucket_into_a_bucket(kind: str, door: Door, remote: Url, work: Path, tmp_path: Path) -> None:
     """Every fifth answer is an error, late or cut short."""
     count = iter(range(1, 1_000_000))
     door.fault = lambda method, path: kind if kind != "none" and next(count) % 5 == 0 else None
@@ -97,7 +98,7 @@ def test_from_a_bucket_into_a_bucket(kind: str, door: Door, remote: Url, work: P
     shard_targets(targets_settings(mine))  # type: ignore[arg-type]
     door.fault = lambda method, path: None
     same(mine, work)
-    assert len(load(mine / "shards", "train")) == len(load(work / "shards", "train"))
+    assert len(load(mine / "shards", "train", ShardCache(tmp_path, 1 << 30))) == len(load(work / "shards", "train"))
 
 
 def test_manifest_and_tars_of_a_bucket(door: Door, remote: Url, work: Path, tmp_path: Path) -> None:
@@ -205,6 +206,29 @@ def test_what_is_done_costs_few_requests(door: Door, work: Path) -> None:
         ("HEAD", "shards", ".tar"): shards,
     }
     same(mine, work)
+
+
+def test_an_index_is_fetched_once_and_anew_when_it_changed(door: Door, work: Path, tmp_path: Path) -> None:
+    """For the check, for both splits, and for whoever comes later on this machine."""
+    mine, cache = Url("s3://corpus/indexed"), ShardCache(tmp_path, 1 << 30)
+
+    def fetched() -> int:
+        door.asked.clear()
+        check_index(mine, cache)
+        for split in SPLITS:
+            assert load(mine, split, cache).table.equals(load(work / "shards", split).table)
+        return door.asked.count(("GET", "/corpus/indexed/index.parquet"))
+
+    for name in (INDEX_NAME, SUMS_NAME):
+        upload(work / "shards" / name, mine / name)
+    assert (fetched(), fetched()) == (1, 0)
+    (kept,) = tmp_path.glob("*.parquet")
+    kept.write_bytes(b"another index, or what is left of this one")
+    assert (fetched(), fetched()) == (1, 0)
+    upload(work / PLAN_NAME, mine / INDEX_NAME)
+    kept.unlink()
+    with pytest.raises(ShardError, match=r"index\.parquet"):
+        load(mine, "train", cache)
 
 
 def test_a_recording_is_fetched_once_for_all_of_a_shard(door: Door, remote: Url, work: Path) -> None:

@@ -41,7 +41,7 @@ class Corpus:
 
 def open_corpus(settings: TrainSettings, snac_sha256: dict[str, str]) -> Corpus:
     """Raises UserError for shards without usable segments, or with codes of another SNAC."""
-    cache = ShardCache(settings.cache or default_cache().folder, int(settings.cache_gib * 2**30))
+    cache = cache_of(settings)
     training = tuple(load(folder, "train", cache) for folder in settings.folders)
     validation = tuple(load(folder, "validation", cache) for folder in settings.folders)
     for folder, index in zip(settings.folders, training, strict=True):
@@ -58,6 +58,10 @@ def open_corpus(settings: TrainSettings, snac_sha256: dict[str, str]) -> Corpus:
     orders = tuple(Order(index.counts, settings.seed, settings.window_shards) for index in training)
     stream = Stream(orders, _weights(settings, training), stages(settings), settings.seed)
     return Corpus(training, with_voices, stream, _in_both(settings.folders))
+
+
+def cache_of(settings: TrainSettings) -> ShardCache:
+    return ShardCache(settings.cache or default_cache().folder, int(settings.cache_gib * 2**30))
 
 
 def _in_both(folders: tuple[Location, ...]) -> tuple[str, ...]:

@@ -21,7 +21,7 @@ from shards.index import check_index
 from shards.writer import differences
 from trainer import checkpoint, distributed
 from trainer.boards import Boards
-from trainer.corpus import open_corpus
+from trainer.corpus import cache_of, open_corpus
 from trainer.data import Batch, training_batches
 from trainer.decoder import CodesToLatent, silence_noise, warm_start
 from trainer.distributed import Process
@@ -61,7 +61,7 @@ class Trainer:
     def __init__(self, settings: TrainSettings, process: Process) -> None:
         self.settings, self.process = settings, process
         for folder in settings.folders:
-            check_index(folder)  # before the hub is asked for anything
+            check_index(folder, cache_of(settings))  # before the hub is asked for anything
         self.snac, self.weights = load_snac(settings.pretrained_model)
         self.corpus = open_corpus(settings, self.weights.sha256)
         self.stream = self.corpus.stream
