@@ -217,6 +217,13 @@ def sinc_resampler(old: int, new: int) -> SincResampler:
     return SincResampler(stock, old, new)
 
 
+class _Onward(soundfile.SoundFile):
+    """soundfile seeks after every read, to where it stands: MP3 would go on there without what its frames share."""
+
+    def seekable(self) -> bool:
+        return False
+
+
 @contextmanager
 def _open(path: Stored) -> Iterator[soundfile.SoundFile]:
     try:
@@ -232,7 +239,7 @@ def _open(path: Stored) -> Iterator[soundfile.SoundFile]:
         except OSError as error:
             raise AudioError(f"not readable as audio: {_reason(error)}") from error
         try:
-            yield stack.enter_context(soundfile.SoundFile(given))
+            yield stack.enter_context(_Onward(given))
         except (soundfile.LibsndfileError, OSError) as error:
             _check_readable(path)
             raise AudioError(f"not readable as audio: {_reason(error)}") from error
