@@ -80,19 +80,20 @@ def _measured_and_kept(settings: TargetsSettings, plan: Plan, teacher: Teacher) 
 
 
 def choose(plan: Plan, number: int) -> list[Row]:
-    """A stretch each of the first `number` recordings of the plan, whose order is shuffled.
+    """A stretch each of the first `number` files of the plan, whose order is shuffled.
 
-    Fewer recordings give further stretches, spread over all that they hold.
+    Fewer files give further stretches, spread over all that they hold.
     """
-    chosen: dict[str, Row] = {}
+    chosen: dict[tuple[str, int | None], Row] = {}
     further: list[Row] = []
     for row in (row for shard in range(len(plan.shards)) for row in plan.rows(shard)):
         stretch = _stretch(row)
         if row["status"] != OK or stretch["n_samples"] < MIN_SECONDS * TARGET_RATE:
             continue
-        if row["recording"] in chosen:
+        file = row["path"], row["offset"]
+        if file in chosen:
             further.append(stretch)
-        chosen.setdefault(row["recording"], stretch)
+        chosen.setdefault(file, stretch)
         if len(chosen) == number:
             return list(chosen.values())
     step = max(len(further) // max(number - len(chosen), 1), 1)

@@ -36,12 +36,12 @@ def measure(found: pa.Table) -> pa.Table:
 
 def _with_headers(table: pa.Table, rows: npt.NDArray[np.intp]) -> pa.Table:
     wanted = table.take(pa.array(rows))
-    places = zip(*(wanted[name].to_pylist() for name in ("path", "offset", "file_bytes")), strict=True)
+    places = list(zip(*(wanted[name].to_pylist() for name in ("path", "offset", "file_bytes")), strict=True))
+    files = list(dict.fromkeys(places))
     with ThreadPoolExecutor(PROBE_THREADS) as pool:
-        headers = list(
-            tqdm(pool.map(_header, places), total=len(rows), desc="reading headers", unit="file", disable=None)
-        )
-    for name, values in zip(HEADER, zip(*headers, strict=True), strict=True):
+        found = tqdm(pool.map(_header, files), total=len(files), desc="reading headers", unit="file", disable=None)
+        headers = dict(zip(files, found, strict=True))
+    for name, values in zip(HEADER, zip(*map(headers.__getitem__, places), strict=True), strict=True):
         field = table.schema.field(name)
         column = table[name].to_pylist()
         for row, value in zip(rows.tolist(), values, strict=True):

@@ -239,17 +239,31 @@ class Shard:
 def _new_shards(
     recordings: pa.Table, settings: CodesSettings, known: Mapping[str, str], numbers: Mapping[str, int]
 ) -> Iterator[Shard]:
-    """The shards of measured recordings, split by split, in the order in which their ids hash."""
+    """The shards of measured recordings, split by split."""
     usable = recordings.filter(pc.field("problem").is_null())
     pairs = (usable if len(usable) else recordings).group_by(["group", "split"]).aggregate([])
     given = zip(pairs["group"].to_pylist(), pairs["split"].to_pylist(), strict=True)
     splits = assign_splits(given, settings.validation_fraction, settings.seed, known)
     chosen = np.array([SPLITS.index(splits.get(group, "train")) for group in recordings["group"].to_pylist()])
-    hashes = np.fromiter((hashed(id, settings.seed) for id in recordings["recording"].to_pylist()), np.uint64)
+    order = _order(recordings, settings.seed)
     for place, split in enumerate(SPLITS):
-        members = np.flatnonzero(chosen == place)
-        members = members[np.argsort(hashes[members], kind="stable")]
+        members = order[chosen[order] == place]
         yield from _deal(recordings.take(pa.array(members)), split, numbers.get(split, 0), settings)
+
+
+def _order(recordings: pa.Table, seed: int) -> npt.NDArray[np.intp]:
+    """That in which the ids of each file's first recording hash, so that a file's stretches are read in one go.
+
+    A file's recordings follow each other by their start; each one that cannot be used is for itself.
+    """
+    hashes = np.fromiter((hashed(id, seed) for id in recordings["recording"].to_pylist()), np.uint64)
+    first, offset = recordings["first_frame"].to_numpy(), pc.fill_null(recordings["offset"], -1).to_numpy()
+    path = recordings["path"].combine_chunks().dictionary_encode().indices.to_numpy()
+    path = np.where(recordings["rate"].to_numpy() > 0, path, -1 - np.arange(len(path)))
+    order = np.lexsort((first, offset, path))
+    begins = (np.diff(path[order], prepend=path.size) != 0) | (np.diff(offset[order], prepend=-2) != 0)
+    hashes[order] = hashes[order[begins]][np.cumsum(begins) - 1]
+    return np.lexsort((first, hashes))
 
 
 def _deal(recordings: pa.Table, split: str, first: int, settings: CodesSettings) -> Iterator[Shard]:
