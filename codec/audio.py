@@ -1,4 +1,4 @@
-"""Recordings as mono float32 at any rate, read once from front to back in bounded memory.
+"""Recordings as mono float32 at any rate, read from front to back in bounded memory.
 
 A recording is a stretch of frames in a file. Resampling is windowed-sinc (Kaiser) by torchaudio; a stretch of the
 output is computed from the frames that its kernel reaches, so it equals that stretch of the whole resampled recording.
@@ -9,10 +9,12 @@ from __future__ import annotations
 import errno
 import math
 import re
+from collections import deque
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
+from operator import attrgetter
 from pathlib import Path
 from typing import IO, Any
 
@@ -32,8 +34,10 @@ EXTENSIONS = {".wav", ".flac", ".ogg", ".oga", ".mp3", ".opus"}  # of the files 
 DECODED = ".48k.wav"  # how names end that `just decode` gives: they are no recordings
 MIN_RATE, MAX_RATE = 8_000, 192_000
 BLOCK_FRAMES = 1 << 16
-MAX_HELD_FRAMES = 1 << 22  # 87 s at 48 kHz, 16 MB
+MAX_HELD_FRAMES = 1 << 22  # that a decoder keeps: 87 s at 48 kHz, 16 MB
+DECODERS = 3  # of one file: a long recording is surveyed, heard by a model and cut
 SEEKABLE = {"WAV", "WAVEX", "RF64", "W64", "FLAC", "AIFF"}  # formats in which seeking is exact and quick
+SEEKABLE_EXTENSIONS = {".wav", ".flac"}  # of EXTENSIONS, those of such files
 KERNEL_WIDTH = 64  # zero crossings on each side; with ROLLOFF and BETA, resampy's "kaiser_best"
 ROLLOFF = 0.9475937167399596
 BETA = 14.769656459379492
@@ -72,58 +76,115 @@ def output_length(frames: int, rate: int, rate_out: int) -> int:
     return -(-frames * rate_out // rate)
 
 
+class Decoder:
+    """An open file as mono frames. It goes forward, or where its format can seek anywhere; the last frames are kept."""
+
+    def __init__(self, path: Stored, header: Header) -> None:
+        self._opened = ExitStack()
+        self._file = self._opened.enter_context(_open(path))
+        found = Header(self._file.frames, self._file.samplerate, self._file.channels)
+        if found != header:
+            raise AudioError(f"has {found.frames} frames at {found.rate} Hz, planned with {header}")
+        self._seekable = self._file.format in SEEKABLE
+        self._kept = deque[Samples]()
+        self._kept_from = self.position = 0
+        self._problem: str | None = None
+
+    def reaches(self, frame: int) -> bool:
+        """Whether it can be asked for `frame`, which may lie behind it."""
+        return self._problem is None if self._seekable else self._kept_from <= frame
+
+    def read(self, a: int, b: int) -> Samples:
+        """Frames [a, b), which it `reaches`; they are fewer than what is kept."""
+        if not self._kept_from <= a <= self.position:
+            self._go_to(a)
+        while self.position < b:
+            self._keep(_mono(self._next(b)))
+        start, pieces = self._kept_from, list[Samples]()
+        for block in self._kept:
+            pieces.append(block[max(a - start, 0) : max(b - start, 0)])
+            start += len(block)
+        return np.concatenate(pieces)
+
+    def _go_to(self, frame: int) -> None:
+        self._kept.clear()
+        if self._seekable:
+            with self._ending():
+                self._file.seek(frame)
+            self.position = frame
+        while self.position < frame:
+            self._next(frame)
+        self._kept_from = frame
+
+    def _next(self, stop: int) -> npt.NDArray[np.float32]:
+        """A block that ends at `stop` or before it."""
+        if self._problem is not None:
+            raise AudioError(self._problem)
+        with self._ending():
+            block = _read(self._file, self.position, min(stop - self.position, BLOCK_FRAMES))
+        self.position += len(block)
+        return block
+
+    @contextmanager
+    def _ending(self) -> Iterator[None]:
+        """With an error, which leaves through `_open`. What is broken stays so for all that lies behind it."""
+        try:
+            yield
+        except Exception as error:
+            self._problem = str(error)
+            with self._opened:
+                raise
+
+    def _keep(self, block: Samples) -> None:
+        self._kept.append(block)
+        while self.position - self._kept_from > MAX_HELD_FRAMES:
+            self._kept_from += len(self._kept.popleft())
+
+
+class File:
+    """A file whose recordings are read in order of their start, each several times if need be: it is decoded once.
+
+    What is longer than a decoder keeps is decoded once for each time; DECODERS of them follow each other.
+    """
+
+    def __init__(self, path: Stored, header: Header) -> None:
+        self.path, self.header = path, header
+        self._decoders = deque[Decoder](maxlen=DECODERS)
+
+    def read(self, a: int, b: int) -> Samples:
+        """Mono frames [a, b), at most a block."""
+        able = [decoder for decoder in self._decoders if decoder.reaches(a)]
+        if not able:
+            able = [Decoder(self.path, self.header)]
+            self._decoders += able
+        return max(able, key=attrgetter("position")).read(a, b)
+
+
 class Recording:
-    """Frames [first, first + frames) of a file. `read` must ask for stretches in order; they may overlap.
+    """Frames [first, first + frames) of a file. `blocks` may be asked for again; `file` is shared with its neighbours.
 
     Raises AudioError for what cannot be decoded, ends early, is not finite, or changed since it was measured.
     """
 
-    def __init__(self, path: Stored, header: Header, first: int = 0, frames: int | None = None) -> None:
+    def __init__(
+        self, path: Stored, header: Header, first: int = 0, frames: int | None = None, file: File | None = None
+    ) -> None:
         self.path, self.header, self.first = path, header, first
         self.frames = header.frames - first if frames is None else frames
-        self._held: Samples | None = None
-
-    def hold(self) -> None:
-        """Decodes a recording that is read several times once, unless it is so long that it would fill the memory."""
-        if self.frames <= MAX_HELD_FRAMES:
-            self._held = np.concatenate(list(self.blocks()))
+        self._file = file
 
     def length(self, rate: int) -> int:
         return output_length(self.frames, self.header.rate, rate)
 
     def blocks(self, start: int = 0) -> Iterator[Samples]:
         """Mono blocks from frame `start` of the recording to its end."""
-        if self._held is None:
-            yield from self._decoded(start)
-        else:
-            for block in range(start, self.frames, BLOCK_FRAMES):
-                yield self._held[block : block + BLOCK_FRAMES]
-
-    def _decoded(self, start: int) -> Iterator[Samples]:
-        with _open(self.path) as file:
-            if (file.frames, file.samplerate, file.channels) != (
-                self.header.frames,
-                self.header.rate,
-                self.header.channels,
-            ):
-                raise AudioError(f"has {file.frames} frames at {file.samplerate} Hz, planned with {self.header}")
-            position = self._seek(file, self.first + start)
-            end = self.first + self.frames
-            while position < end:
-                block = _read(file, position, min(BLOCK_FRAMES, end - position))
-                if not np.isfinite(block).all():
-                    seconds = (position + int(np.isfinite(block).all(axis=1).argmin())) / self.header.rate
-                    raise AudioError(f"NaN or infinity near {seconds:.3f} s")
-                position += len(block)
-                yield block[:, 0] if len(block.T) == 1 else block.mean(axis=1, dtype=np.float64).astype(np.float32)
-
-    def _seek(self, file: soundfile.SoundFile, frame: int) -> int:
-        if frame and file.format in SEEKABLE:
-            file.seek(frame)
-        else:
-            for done in range(0, frame, BLOCK_FRAMES):
-                _read(file, done, min(BLOCK_FRAMES, frame - done))
-        return frame
+        file, end = self._file or File(self.path, self.header), self.first + self.frames
+        for position in range(self.first + start, end, BLOCK_FRAMES):
+            block = file.read(position, min(position + BLOCK_FRAMES, end))
+            finite = np.isfinite(block)
+            if not finite.all():
+                raise AudioError(f"NaN or infinity near {(position + int(finite.argmin())) / self.header.rate:.3f} s")
+            yield block
 
 
 class Resampler:
@@ -284,6 +345,13 @@ def _read(file: soundfile.SoundFile, position: int, frames: int) -> npt.NDArray[
     if len(block) < frames:
         raise AudioError(f"ends at frame {position + len(block)}, its header says {file.frames}")
     return block
+
+
+def _mono(block: npt.NDArray[np.float32]) -> Samples:
+    if block.shape[1] == 1:
+        return block[:, 0]
+    with np.errstate(invalid="ignore"):  # whoever uses it looks for NaN
+        return block.mean(axis=1, dtype=np.float64).astype(np.float32)
 
 
 def _check_wav_is_whole(file: soundfile.SoundFile) -> None:

@@ -23,7 +23,7 @@ from codec.snac import Window, bucketed, coarse_length, device_of, encode, load_
 from pipeline.ahead import chained_ahead, map_ahead, thread_count
 from pipeline.execute import holding, run
 from pipeline.plan import make_plan
-from pipeline.recordings import content_crc32, open_recording
+from pipeline.recordings import Opener, by_file, content_crc32
 from pipeline.settings import CodesSettings
 from pipeline.stage import Advance, Stage
 from shards.contract import (
@@ -105,8 +105,8 @@ def encode_shard(
     """
     problems: dict[str, str] = {}
     tokens: dict[str, list[tuple[Window, Tokens]]] = {}
-    wanted = ([row for row in group if row["status"] == OK] for _, group in groupby(rows, key=itemgetter("recording")))
-    sources = (_windows_of(rows, coarse_tokens(settings.window_seconds), problems) for rows in wanted if rows)
+    files = groupby((row for row in rows if row["status"] == OK), key=by_file)
+    sources = (_windows_of(list(wanted), coarse_tokens(settings.window_seconds), problems) for _, wanted in files)
     read = chained_ahead(sources, thread_count(settings.threads), WINDOWS_AHEAD)
     on_cpu = next(model.parameters()).device.type == "cpu"
     encoders, batch = (torch.get_num_threads(), 1) if on_cpu else (1, int(settings.batch_seconds * CODEC_RATE))
@@ -121,17 +121,23 @@ def encode_shard(
     return [_codes_row(row, joined, problems) for row in rows]
 
 
-def _windows_of(rows: list[dict[str, Any]], window_coarse: int, problems: dict[str, str]) -> Iterator[tuple[int, Read]]:
-    """The windows of one recording, with their lengths, and `content_crc32` in its rows; or an entry in `problems`."""
-    id = rows[0]["recording"]
-    try:
-        recording = open_recording(rows[0])
-        for row in rows:
-            row["content_crc32"] = content_crc32(recording.path, row)
-        for window, audio in read_windows(recording, rows, window_coarse):
-            yield len(audio), (id, window, audio)
-    except AudioError as error:
-        problems[id] = str(error)
+def _windows_of(
+    wanted: list[dict[str, Any]], window_coarse: int, problems: dict[str, str]
+) -> Iterator[tuple[int, Read]]:
+    """The windows of the recordings of one file, with their lengths, and `content_crc32` in their rows; or an entry in
+    `problems`.
+    """
+    opener = Opener(wanted[0])
+    for id, group in groupby(wanted, key=itemgetter("recording")):
+        rows = list(group)
+        try:
+            recording = opener.recording(rows[0])
+            for row in rows:
+                row["content_crc32"] = content_crc32(recording.path, row)
+            for window, audio in read_windows(recording, rows, window_coarse):
+                yield len(audio), (id, window, audio)
+        except AudioError as error:
+            problems[id] = str(error)
 
 
 class Encoding:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from codec.audio import AudioError, Header, Recording, probe
+from codec.audio import SEEKABLE_EXTENSIONS, AudioError, File, Header, Recording, probe
 from pipeline.sources import stored
 from shards.contract import COARSE_24K, CODEC_RATE
 from shards.errors import UserError
@@ -18,22 +19,53 @@ from shards.storage import Stored, at_hand, locate
 Row = dict[str, Any]
 
 
-def open_recording(row: Row) -> Recording:
-    """The recording of a plan row. Raises AudioError when it is gone.
+def by_file(row: Row) -> tuple[Any, ...]:
+    """What neighbouring rows share that one thread reads: a file that is fetched, or decoded from its beginning.
 
-    Its header is compared with the plan where it is read; here, where the plan took a manifest at its word.
+    Of one in which it can seek, every recording is for itself, so that several threads read it.
     """
-    with _gone_is_a_reason(row):
-        file = at_hand(stored(row["path"], row["offset"], row["file_bytes"]))
-    header = Header(row["file_frames"], row["rate"], row["channels"])
-    if row["channels"] is None:
-        header = probe(file)
-        if (header.frames, header.rate) != (row["file_frames"], row["rate"]):
-            raise AudioError(
-                f"the file holds {header.frames} frames at {header.rate} Hz, its manifest says {row['file_frames']} at "
-                f"{row['rate']} Hz"
-            )
-    return Recording(file, header, row["first_frame"], row["frames"])
+    path = row["path"]
+    is_quick = isinstance(locate(path), Path) and Path(path).suffix.lower() in SEEKABLE_EXTENSIONS
+    return path, row["offset"], row["recording"] if is_quick else None
+
+
+class Opener:
+    """Opens recordings, those of one file after each other: it is fetched, looked at and decoded once for all."""
+
+    def __init__(self, row: Row) -> None:
+        self._row = row
+        self._file: File | None = None
+
+    @cached_property
+    def _place(self) -> Stored:
+        with _gone_is_a_reason(self._row):
+            return at_hand(stored(*(self._row[name] for name in ("path", "offset", "file_bytes"))))
+
+    @cached_property
+    def _found(self) -> Header:
+        return probe(self._place)
+
+    def recording(self, row: Row) -> Recording:
+        """The recording of a plan row. Raises AudioError when it is gone.
+
+        Its header is compared with the plan where it is read; here, where the plan took a manifest at its word.
+        """
+        place, header = self._place, Header(row["file_frames"], row["rate"], row["channels"])
+        if row["channels"] is None:
+            header = self._found
+            if (header.frames, header.rate) != (row["file_frames"], row["rate"]):
+                raise AudioError(
+                    f"the file holds {header.frames} frames at {header.rate} Hz, its manifest says "
+                    f"{row['file_frames']} at {row['rate']} Hz"
+                )
+        if self._file is None or self._file.header != header:
+            self._file = File(place, header)
+        return Recording(place, header, row["first_frame"], row["frames"], self._file)
+
+
+def open_recording(row: Row) -> Recording:
+    """One alone."""
+    return Opener(row).recording(row)
 
 
 def check_content(recording: Recording, rows: Iterable[Row]) -> None:

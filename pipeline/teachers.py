@@ -24,7 +24,7 @@ from codec.snac import device_of
 from pipeline.ahead import Ahead, chained_ahead, thread_count
 from pipeline.bandwidth import Spectrum
 from pipeline.hybrid import HALF, hybrid
-from pipeline.recordings import check_content, open_recording
+from pipeline.recordings import Opener, by_file, check_content
 from pipeline.settings import TargetsSettings
 from pipeline.sidon import INPUT_RATE, UPSAMPLING, Sidon, high_passed, load_sidon
 from pipeline.windows import Grid, Held, Joiner, Window
@@ -112,7 +112,8 @@ class Teacher:
 
     def segments(self, recordings: Sequence[list[Row]]) -> Iterator[Taught | AudioError]:
         """For each plan row of each recording, in order: its target, or why there is none."""
-        reading = (self._read(job, rows) for job, rows in enumerate(recordings))
+        files = groupby(enumerate(recordings), key=lambda job: by_file(job[1][0]))
+        reading = (self._read_file(list(jobs)) for _, jobs in files)
         read = chained_ahead(reading, thread_count(self.settings.threads), WINDOWS_AHEAD)
         gathered = Ahead(self._gathered(read), GROUPS_AHEAD, cores=1)
         restored = Ahead(self._restored(gathered), GROUPS_AHEAD, torch.get_num_threads())
@@ -145,14 +146,18 @@ class Teacher:
             return HYBRID if reach >= self.settings.crossover_hz else SIDON
         return self.settings.teacher
 
-    def _read(self, job: int, rows: list[Row]) -> Iterator[Read]:
+    def _read_file(self, jobs: list[tuple[int, list[Row]]]) -> Iterator[Read]:
+        """The windows that the segments of numbered recordings of one file need."""
+        opener = Opener(jobs[0][1][0])
+        for job, rows in jobs:
+            yield from self._read(job, rows, opener)
+
+    def _read(self, job: int, rows: list[Row], opener: Opener) -> Iterator[Read]:
         """The windows that these segments of one recording need."""
         window = Window(0, 0, 0, 0)
         try:
-            recording = open_recording(rows[0])
+            recording = opener.recording(rows[0])
             check_content(recording, rows)
-            if self.settings.teacher != RECORDING:
-                recording.hold()
             survey = self.survey(recording)
             used = self.chosen(survey)
             heard, source = Resampler(recording, INPUT_RATE), Resampler(recording, TARGET_RATE)

@@ -30,7 +30,7 @@ from shards.files import replacing
 from shards.index import check_index, load
 from shards.storage import Url
 from tests.command_helpers import refused, targets_words
-from tests.helpers import codes_settings, targets_settings
+from tests.helpers import codes_settings, speechlike, targets_settings
 from tests.s3_server import Door, serving
 from tests.test_tars import by_take, write_tars
 
@@ -242,6 +242,21 @@ def test_a_recording_is_fetched_once_for_all_of_a_shard(door: Door, remote: Url,
     shard_targets(targets_settings(mine))  # type: ignore[arg-type]
     fetched = Counter(path.partition("/files/")[2] for method, path in door.asked if method == "GET")
     assert {id: n for id, n in fetched.items() if id} == expected
+
+
+def test_a_file_of_many_stretches_is_fetched_once_for_a_pass(door: Door, tmp_path: Path) -> None:
+    """To be planned, for its codes, and for its targets."""
+    lines = ["path,start,end,speaker"]
+    for name in ("a.ogg", "b.wav"):
+        soundfile.write(tmp_path / name, speechlike(6, 24_000, 0), 24_000)
+        upload(tmp_path / name, Url("s3://corpus/long") / name)
+        lines += [f"s3://corpus/long/{name},{n},{n + 1},{name}" for n in range(6)]
+    (tmp_path / "list.csv").write_text("\n".join(lines) + "\n")
+    door.asked.clear()
+    shard_codes(codes_settings(tmp_path / "list.csv", tmp_path / "work", "segments_per_shard=100"))
+    shard_targets(targets_settings(tmp_path / "work"))
+    fetched = Counter(path.rpartition("/")[2] for method, path in door.asked if method == "GET" and "/long/" in path)
+    assert fetched == {"a.ogg": 3, "b.wav": 3}
 
 
 @pytest.mark.parametrize("blocks", [0, 2])
