@@ -87,8 +87,8 @@ def _measured(table: pa.Table, name: str) -> npt.NDArray[Any]:
 def _spread(table: pa.Table) -> list[Row]:
     """Up to SHOWN rows, from all over the table; its teachers and reasons take turns."""
     places = table.select(["teacher", "reason"]).append_column("place", pa.array(np.arange(len(table))))
-    kinds = places.group_by(["teacher", "reason"], use_threads=False).aggregate([("place", "list")])["place_list"]
-    found = [kind.values.to_numpy() for kind in kinds[:SHOWN]]
+    kinds = places.group_by(["teacher", "reason"], use_threads=False).aggregate([("place", "min"), ("place", "list")])
+    found = [kind.values.to_numpy() for kind in kinds.sort_by("place_min")["place_list"][:SHOWN]]
     evenly = [own[:: max(len(own) // SHOWN, 1)] for own in found]
     turns = [place for turn in zip_longest(*evenly) for place in turn if place is not None]
     rows: list[Row] = table.take(pa.array(turns[:SHOWN], pa.int64())).to_pylist()

@@ -53,7 +53,7 @@ class Statuses:
         self._counts.update(counted(segments["status"]))
         given = segments.filter(pc.field("reason").is_valid())
         found = given.group_by("reason", use_threads=False).aggregate([("recording", "first"), ("recording", "count")])
-        for row in found.to_pylist():
+        for row in found.sort_by("reason").to_pylist():
             _count(self._kinds, row["reason"], row["recording_first"], row["recording_count"])
 
     @property

@@ -13,6 +13,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import IO, Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -238,7 +239,8 @@ def wrong_place(usable: pa.Table | pa.RecordBatch) -> str | None:
 def shard_list(folder: Location) -> list[tuple[str, int]]:
     """(split, shard) of every shard in the index, in its order."""
     table = read_table(folder / INDEX_NAME, columns=["split", "shard"])
-    shards = table.group_by(["split", "shard"], use_threads=False).aggregate([])
+    places = table.append_column("place", pa.array(np.arange(len(table))))
+    shards = places.group_by(["split", "shard"]).aggregate([("place", "min")]).sort_by("place_min")
     return list(zip(shards["split"].to_pylist(), shards["shard"].to_pylist(), strict=True))
 
 

@@ -34,7 +34,7 @@ def rows(work: Path) -> list[dict[str, Any]]:
 
 
 def test_failures_are_tried_again_when_asked(audio: Path, tmp_path: Path) -> None:
-    work, away = tmp_path / "work", tmp_path / "away.wav"
+    work, away = tmp_path / "work", audio / "anna" / "a.away"
     shard_codes(codes_settings(audio, work))
     shutil.move(audio / "anna" / "a.wav", away)
     with pytest.raises(UserError, match="mend the recordings and add retry=failed"):
@@ -50,7 +50,7 @@ def test_failures_are_tried_again_when_asked(audio: Path, tmp_path: Path) -> Non
 
 def test_segments_that_stage_1_mended_get_their_targets(audio: Path, tmp_path: Path) -> None:
     """Without being asked: the shard was made when there were no codes."""
-    work, away, some = tmp_path / "work", tmp_path / "away.wav", "max_failed_fraction=1"
+    work, away, some = tmp_path / "work", audio / "anna" / "a.away", "max_failed_fraction=1"
     make_plan(codes_settings(audio, work))
     shutil.move(audio / "anna" / "a.wav", away)
     shard_codes(codes_settings(audio, work, some))
