@@ -182,8 +182,8 @@ def test_a_bad_target_stops_before_the_step_and_is_named(
     bad_key = index.table["key"][sample].as_py()
     assert bad_key not in {row["key"] for row in training.corpus.validation[0].table.to_pylist()[:2]}
 
-    def planted(members: dict[str, Any], length: int, seed: int) -> Crop:
-        item = original(members, length, seed)
+    def planted(members: dict[str, Any], *given: Any) -> Crop:
+        item = original(members, *given)
         if item.key == bad_key and "train" in members["__url__"]:
             item.target[7] = np.nan
         return item
