@@ -19,9 +19,10 @@ import torch
 from snac import SNAC
 
 from benchmarks.harness import interleaved, of_speech, on_device, report
-from codec.audio import EXTENSIONS, Recording, Resampler, probe
+from codec.audio import EXTENSIONS, Recording, probe
 from codec.encoder import prepared
 from codec.memory import keep_freed_memory
+from codec.resample import Resampler
 from codec.snac import device_of
 from configs.loader import load_settings
 from pipeline.codes import encode_shard

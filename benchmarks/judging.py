@@ -18,7 +18,8 @@ import torch
 from tqdm import tqdm
 
 from benchmarks.harness import of_speech, report
-from codec.audio import AudioError, Recording, Resampler, probe
+from codec.audio import AudioError, Recording, probe
+from codec.resample import Resampler
 from configs.loader import load_settings
 from pipeline.judging import judge
 from pipeline.settings import JudgeSettings, TargetsSettings

@@ -26,8 +26,9 @@ from torch import Tensor
 from transformers import SeamlessM4TFeatureExtractor, Wav2Vec2BertConfig, Wav2Vec2BertModel
 
 from benchmarks.harness import interleaved, of_speech, on_device, report
-from codec.audio import AudioError, Recording, Resampler, probe
+from codec.audio import AudioError, Recording, probe
 from codec.encoder import quicken
+from codec.resample import Resampler
 from codec.snac import device_of
 from configs.loader import load_settings
 from pipeline import bandwidth, fidelity

@@ -19,7 +19,8 @@ import numpy.typing as npt
 import torch
 from snac import SNAC
 
-from codec.audio import Recording, Resampler
+from codec.audio import Recording
+from codec.resample import Resampler
 from codec.weights import SNAC_FILES, Weights, resolve
 from shards.contract import COARSE_24K, CODEBOOK_SIZE, CODEC_RATE, TOKENS_PER_COARSE
 from shards.errors import UserError, first_line

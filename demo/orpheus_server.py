@@ -15,7 +15,8 @@ import wave
 from collections.abc import AsyncIterator
 from pathlib import Path
 
-from codec.audio import Recording, Resampler, probe
+from codec.audio import Recording, probe
+from codec.resample import Resampler
 from codec.snac import Window, coarse_length, encode
 from shards.contract import COARSE_24K, COARSE_48K, CODEC_RATE, TARGET_RATE, TOKENS
 from trainer import orpheus

@@ -8,7 +8,8 @@ import matplotlib
 import soundfile
 import torch
 
-from codec.audio import Recording, Resampler, probe
+from codec.audio import Recording, probe
+from codec.resample import Resampler
 from codec.snac import load_snac
 from pipeline.gallery import spectrogram
 from shards.contract import CODEC_RATE, TARGET_RATE

@@ -17,8 +17,9 @@ import torch
 from snac import SNAC
 from tqdm import tqdm
 
-from codec.audio import AudioError, Recording, Resampler
+from codec.audio import AudioError, Recording
 from codec.encoder import prepared
+from codec.resample import Resampler
 from codec.snac import Window, bucketed, coarse_length, device_of, encode, load_snac, windows
 from pipeline.ahead import chained_ahead, map_ahead, thread_count
 from pipeline.execute import holding, run

@@ -21,8 +21,9 @@ import numpy.typing as npt
 import torch
 from tqdm import tqdm
 
-from codec.audio import AudioError, Recording, Resampler, probe
+from codec.audio import AudioError, Recording, probe
 from codec.encoder import prepared
+from codec.resample import Resampler
 from codec.snac import coarse_length, device_of, encode, load_snac, windows
 from codec.weights import SNAC_FILES, resolve
 from configs.loader import load_settings

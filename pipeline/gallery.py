@@ -22,7 +22,8 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import SubFigure
 
-from codec.audio import AudioError, Resampler
+from codec.audio import AudioError
+from codec.resample import Resampler
 from codec.weights import PINS
 from pipeline.plan import Plan
 from pipeline.recordings import open_recording

@@ -12,7 +12,8 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from codec.audio import Recording, Resampler
+from codec.audio import Recording
+from codec.resample import Resampler
 from pipeline.sidon import FRAME, INPUT_RATE, PADDING, UPSAMPLING, Sidon, high_passed
 from pipeline.windows import Grid
 

@@ -19,7 +19,8 @@ import numpy.typing as npt
 import torch
 from tqdm import tqdm
 
-from codec.audio import AudioError, Recording, Resampler, output_length, probe
+from codec.audio import AudioError, Recording, output_length, probe
+from codec.resample import Resampler
 from codec.snac import device_of
 from pipeline.ahead import Ahead, chained_ahead, thread_count
 from pipeline.bandwidth import Spectrum

@@ -13,19 +13,8 @@ import soundfile
 import torch
 import torchaudio
 
-from codec.audio import (
-    BETA,
-    BLOCK_FRAMES,
-    KERNEL_WIDTH,
-    ROLLOFF,
-    AudioError,
-    Header,
-    Recording,
-    Resampler,
-    output_length,
-    probe,
-    sinc_resampler,
-)
+from codec.audio import BLOCK_FRAMES, AudioError, Header, Recording, output_length, probe
+from codec.resample import BETA, KERNEL_WIDTH, ROLLOFF, Resampler, sinc_resampler
 from tests.helpers import speechlike
 
 Samples = npt.NDArray[np.float32]

@@ -17,7 +17,8 @@ import soundfile
 import torch
 from snac import SNAC
 
-from codec.audio import Recording, Resampler, probe
+from codec.audio import Recording, probe
+from codec.resample import Resampler
 from codec.snac import encode_whole, load_snac, snac_levels
 from shards.contract import FAILED, OK, TARGET_RATE
 from shards.errors import UserError

@@ -14,7 +14,8 @@ import soundfile
 import torch
 from snac import SNAC
 
-from codec.audio import Recording, Resampler, probe
+from codec.audio import Recording, probe
+from codec.resample import Resampler
 from codec.snac import OVERLAP_COARSE, bucketed, coarse_length, device_of, encode, load_snac, snac_levels, windows
 from shards.contract import (
     COARSE_24K,

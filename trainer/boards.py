@@ -14,7 +14,7 @@ import torch
 from snac import SNAC
 from torch import Tensor
 
-from codec.audio import sinc_resampler
+from codec.resample import sinc_resampler
 from shards.contract import COARSE_48K, CONTEXT_COARSE, TARGET_RATE, coarse_tokens
 from shards.errors import UserError
 from shards.files import replacing

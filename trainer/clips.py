@@ -15,7 +15,8 @@ import pyarrow.compute as pc
 from snac import SNAC
 from tqdm import tqdm
 
-from codec.audio import DECODED, EXTENSIONS, AudioError, Recording, Resampler, probe
+from codec.audio import DECODED, EXTENSIONS, AudioError, Recording, probe
+from codec.resample import Resampler
 from codec.snac import encode_whole
 from shards.contract import COARSE_48K, PLAN_NAME, TARGET_RATE, sample_key
 from shards.errors import UserError

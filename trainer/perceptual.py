@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from codec.audio import sinc_resampler
+from codec.resample import sinc_resampler
 from shards.contract import TARGET_RATE
 from trainer.signals import Samples, Undefined, check_sounds
 

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from codec.audio import sinc_resampler
+from codec.resample import sinc_resampler
 from shards.contract import TARGET_RATE
 from trainer.metrics import SPLIT_HZ
 

@@ -13,7 +13,7 @@ import torch
 from snac import SNAC
 from torch import Tensor, nn
 
-from codec.audio import sinc_resampler
+from codec.resample import sinc_resampler
 from codec.snac import load_snac
 from codec.weights import PINS, read_pins
 from shards.contract import COARSE_24K, COARSE_48K, CONTEXT_COARSE, TARGET_RATE
