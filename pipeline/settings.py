@@ -40,7 +40,8 @@ class ExecutionSettings(Settings):
     def _is_no_repository(cls, work: Location) -> Location:
         if str(work).startswith("hf://"):
             raise ValueError(
-                "every file in a repository of the hub is a commit, and shards are many: `just push-shards`"
+                "every file in a repository of the hub is a commit, and shards are many: make them elsewhere, then "
+                "`just push-shards`"
             )
         return work
 

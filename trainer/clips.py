@@ -146,7 +146,10 @@ class RecordingClips:
         files = sorted(path for path in folder.rglob("*") if path.is_file())
         self.paths = [path for path in files if path.suffix.lower() in EXTENSIONS and not path.name.endswith(DECODED)]
         if not self.paths:
-            raise UserError(f"audio={folder} holds no recordings ({', '.join(sorted(EXTENSIONS))})")
+            raise UserError(
+                f"audio={folder} holds no recordings ({', '.join(sorted(EXTENSIONS))}; those of `just decode`, "
+                f"*{DECODED}, are none)"
+            )
         self.folder, self.snac, self.max_seconds = folder, snac, max_seconds
         self.title = f"Recordings of {folder.resolve().name}"
         if len(files) > len(self.paths):
