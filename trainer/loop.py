@@ -50,7 +50,7 @@ def train(settings: TrainSettings) -> None:
     process = distributed.start(settings.gpu)
     with exclusive(settings.run) if process.is_first else nullcontext():
         finished = Trainer(settings, process).run()
-    distributed.stop(process)  # not after an error: it would wait for processes that wait for this one
+    distributed.stop()  # not after an error: it would wait for processes that wait for this one
     if not finished:
         sys.exit(TERMINATED)
 
