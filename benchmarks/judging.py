@@ -13,12 +13,11 @@ from typing import Any
 
 import click
 import numpy as np
-import numpy.typing as npt
 import torch
 from tqdm import tqdm
 
 from benchmarks.harness import of_speech, report
-from codec.audio import AudioError, Recording, probe
+from codec.audio import AudioError, Recording, Samples, probe
 from codec.resample import Resampler
 from configs.loader import load_settings
 from pipeline.judging import judge
@@ -26,7 +25,6 @@ from pipeline.settings import JudgeSettings, TargetsSettings
 from pipeline.sources import find
 from shards.contract import REJECTED, TARGET_RATE
 
-Samples = npt.NDArray[np.float32]
 SECONDS = 4.0  # of the longest segment
 PEAK = 0.5  # of the recordings, so that what is clipped was planted
 MAX_DELAY = 1000  # samples at 48 kHz

@@ -17,7 +17,6 @@ from typing import Any
 
 import click
 import numpy as np
-import numpy.typing as npt
 import soundfile
 import torch
 import torchaudio.functional as F
@@ -26,7 +25,7 @@ from torch import Tensor
 from transformers import SeamlessM4TFeatureExtractor, Wav2Vec2BertConfig, Wav2Vec2BertModel
 
 from benchmarks.harness import interleaved, of_speech, on_device, report
-from codec.audio import AudioError, Recording, probe
+from codec.audio import AudioError, Recording, Samples, probe
 from codec.encoder import quicken
 from codec.resample import Resampler
 from codec.snac import device_of
@@ -43,8 +42,6 @@ from pipeline.sources import find
 from pipeline.targets import FINISHED_AHEAD, flac_bytes
 from pipeline.teachers import Taught, Teacher, whole_recording
 from shards.contract import TARGET_RATE
-
-Samples = npt.NDArray[np.float32]
 
 CONFIG = Wav2Vec2BertConfig(num_hidden_layers=8, layerdrop=0.0)
 CHANNELS, RATES = 1536, [8, 5, 4, 3, 2]

@@ -21,13 +21,13 @@ import torch
 
 from benchmarks.decoding import true_size_48k
 from benchmarks.harness import of_speech, report
-from codec.audio import EXTENSIONS, Recording, probe
+from codec.audio import EXTENSIONS, Recording, Samples, probe
 from codec.resample import Resampler
 from codec.snac import Window, coarse_length, encode, load_snac
 from shards.contract import COARSE_24K, COARSE_48K, CODEC_RATE, TARGET_RATE
 from trainer.decoder import warm_start
 from trainer.inference import StepDecoder
-from trainer.streaming import EXACT, Samples, StreamingDecoder
+from trainer.streaming import EXACT, StreamingDecoder
 
 SNAC = "demo/snac_tiny_24khz"
 RECORDINGS, SECONDS_EACH = 12, 1.4

@@ -10,12 +10,12 @@ import math
 from collections.abc import Iterator
 from functools import lru_cache
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torchaudio.transforms import Resample
 
 from codec.audio import AudioError, Recording, Samples, output_length
+from codec.held import Held
 
 KERNEL_WIDTH = 64  # zero crossings on each side; with ROLLOFF and BETA, resampy's "kaiser_best"
 ROLLOFF = 0.9475937167399596
@@ -32,9 +32,8 @@ class Resampler:
         self.old, self.new = recording.header.rate // common, rate // common
         self.recording = recording
         self.margin = 0 if self.old == self.new else -(-_kernel_width(self.old, self.new) // self.old)
-        self._held = np.zeros(0, np.float32)
-        self._held_from = 0
-        self._blocks: Iterator[Samples] | None = None
+        self._blocks: Iterator[Samples] = iter(())
+        self._held: Held | None = None
 
     def read(self, a: int, b: int) -> Samples:
         first = a // self.new - self.margin
@@ -51,24 +50,13 @@ class Resampler:
 
     def _native(self, a: int, b: int) -> Samples:
         """Frames [a, b) of the recording, with zeros before its start and after its end."""
-        start, stop = max(a, 0), min(b, self.recording.frames)
-        if self._blocks is None:
-            self._blocks, self._held_from = self.recording.blocks(start), start
-        assert start >= self._held_from or stop <= start, "stretches must be read in order"
-        self._drop_before(min(start, self.recording.frames))
-        pieces, held = [self._held], len(self._held)
-        while self._held_from + held < stop:
-            pieces.append(next(self._blocks))
-            held += len(pieces[-1])
-        self._held = np.concatenate(pieces)
-        self._drop_before(min(start, self.recording.frames))
-        real = self._held[: max(stop - start, 0)]
-        return np.pad(real, (min(start - a, b - a), b - a - min(start - a, b - a) - len(real)))
-
-    def _drop_before(self, frame: int) -> None:
-        drop = min(max(frame - self._held_from, 0), len(self._held))
-        self._held = self._held[drop:]
-        self._held_from += drop
+        if self._held is None:
+            start = max(a, 0)
+            self._blocks, self._held = self.recording.blocks(start), Held(start)
+        while self._held.end < min(b, self.recording.frames):
+            self._held.append(next(self._blocks))
+            self._held.drop_before(a)
+        return self._held.read(a, b)
 
 
 def _kernel_width(old: int, new: int) -> int:

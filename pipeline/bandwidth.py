@@ -19,7 +19,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-Samples = npt.NDArray[np.float32]
+from codec.audio import Samples
+
 Spectra = npt.NDArray[Any]
 Bins = npt.NDArray[np.int64]
 

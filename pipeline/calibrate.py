@@ -10,25 +10,20 @@ import hashlib
 import json
 from collections.abc import Iterable, Iterator
 from itertools import islice
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from tqdm import tqdm
 
-from codec.audio import AudioError
+from codec.audio import AudioError, Samples
 from pipeline.execute import holding
 from pipeline.fidelity import compare, speech_share
 from pipeline.plan import Plan
 from pipeline.settings import CalibrateSettings, TargetsSettings
 from pipeline.teachers import Teacher
-from shards.contract import COARSE_48K, OK, PLAN_NAME, TARGET_RATE
+from shards.contract import COARSE_48K, OK, PLAN_NAME, TARGET_RATE, Row
 from shards.errors import UserError
 from shards.files import replacing
-
-Row = dict[str, Any]
-Samples = npt.NDArray[np.float32]
 
 FILE = "calibration.json"
 MIN_SECONDS, MAX_SECONDS, MIN_SPEECH = 1, 10, 0.2  # of a stretch that is measured

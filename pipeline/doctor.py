@@ -17,11 +17,10 @@ from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from tqdm import tqdm
 
-from codec.audio import AudioError, Recording, probe
+from codec.audio import AudioError, Recording, Samples, probe
 from codec.encoder import prepared
 from codec.resample import Resampler
 from codec.snac import coarse_length, device_of, encode, load_snac, windows
@@ -35,8 +34,6 @@ from pipeline.targets import flac_bytes
 from pipeline.teachers import Taught, Teacher, whole_recording
 from shards.contract import COARSE_24K, COARSE_48K, CODEC_RATE, TARGET_RATE
 from shards.errors import UserError
-
-Samples = npt.NDArray[np.float32]
 
 AGREEMENT_DB = {"fp32": -60.0, "bf16": -40.0}  # of the two forms, by the coarser of their precisions
 SEAM_MARGIN_DB = 1.0

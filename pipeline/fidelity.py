@@ -12,18 +12,16 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import cache, partial
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow.compute as pc
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from codec.audio import Samples
 from shards.contract import TARGET_RATE
 from shards.errors import UserError
 from shards.storage import Location
 from shards.writer import read_table
-
-Samples = npt.NDArray[np.float32]
 
 READING_THREADS = 16
 HOP = 96  # samples of one envelope step: 2 ms

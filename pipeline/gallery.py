@@ -22,21 +22,19 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import SubFigure
 
-from codec.audio import AudioError
+from codec.audio import AudioError, Samples
 from codec.resample import Resampler
 from codec.weights import PINS
 from pipeline.plan import Plan
 from pipeline.recordings import open_recording
 from pipeline.settings import TargetsSettings
 from pipeline.teachers import Teacher
-from shards.contract import COARSE_48K, INDEX_NAME, OK, PLAN_NAME, REJECTED, TARGET_RATE, tar_path
+from shards.contract import COARSE_48K, INDEX_NAME, OK, PLAN_NAME, REJECTED, TARGET_RATE, Row, tar_path
 from shards.errors import UserError, first_line
 from shards.files import replacing
 from shards.reader import decode_sample, sample_at
 from shards.writer import read_table
 
-Row = dict[str, Any]
-Samples = npt.NDArray[np.float32]
 Pair = tuple[Samples | str, Samples | str]  # source and target, or why there is none
 
 MEASURES = {

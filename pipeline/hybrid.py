@@ -15,9 +15,8 @@ import numpy.typing as npt
 import torch
 from torchaudio.functional import fftconvolve
 
+from codec.audio import Samples
 from shards.contract import TARGET_RATE
-
-Samples = npt.NDArray[np.float32]
 
 HALF = 384  # samples that the filters reach to each side (8 ms)
 BETA = 8.0  # of the Kaiser window: 80 dB outside a transition of 500 Hz

@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
+from codec.audio import Samples
 from pipeline.bandwidth import bandwidth_hz
 from pipeline.fidelity import compare, speech_share
 from pipeline.settings import JudgeSettings
-from shards.contract import REJECTED, TARGET_RATE
-
-Row = dict[str, Any]
-Samples = npt.NDArray[np.float32]
+from shards.contract import REJECTED, TARGET_RATE, Row
 
 
 def judge(target: Samples, source: Samples | None, settings: JudgeSettings, restored: Samples | None = None) -> Row:

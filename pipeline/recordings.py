@@ -11,12 +11,10 @@ from typing import Any
 
 from codec.audio import SEEKABLE_EXTENSIONS, AudioError, File, Header, Recording, probe
 from pipeline.sources import stored
-from shards.contract import COARSE_24K, CODEC_RATE
+from shards.contract import COARSE_24K, CODEC_RATE, Row
 from shards.errors import UserError
 from shards.files import reason_of_one
 from shards.storage import Stored, at_hand, locate
-
-Row = dict[str, Any]
 
 
 def by_file(row: Row) -> tuple[Any, ...]:

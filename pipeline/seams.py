@@ -10,14 +10,11 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
-import numpy.typing as npt
 
-from codec.audio import Recording
+from codec.audio import Recording, Samples
 from codec.resample import Resampler
 from pipeline.sidon import FRAME, INPUT_RATE, PADDING, UPSAMPLING, Sidon, high_passed
 from pipeline.windows import Grid
-
-Samples = npt.NDArray[np.float32]
 
 REACH = 4800  # output samples compared on each side of a point (100 ms)
 

@@ -13,18 +13,16 @@ from pathlib import Path
 from typing import Protocol
 
 import numpy as np
-import numpy.typing as npt
 import torch
 import torchaudio.functional as F
 from torch import Tensor, nn
 
+from codec.audio import Samples
 from codec.encoder import quicken
 from codec.weights import Weights, resolve
 from pipeline.settings import SidonSettings
 from pipeline.sidon_features import features
 from shards.errors import UserError
-
-Samples = npt.NDArray[np.float32]
 
 INPUT_RATE = 16_000
 UPSAMPLING = 3

@@ -14,11 +14,10 @@ import pyarrow.parquet as pq
 from codec.memory import keep_freed_memory
 from pipeline.plan import Plan
 from pipeline.settings import CodesSettings, TargetsSettings
-from shards.contract import FAILED, OK, PLAN_NAME, REJECTED
+from shards.contract import FAILED, OK, PLAN_NAME, REJECTED, Row
 from shards.storage import Location
 from shards.writer import read_table, standing
 
-Row = dict[str, Any]
 Advance = Callable[[float], object]  # seconds of audio that are done
 
 

@@ -14,12 +14,11 @@ from operator import itemgetter
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import soundfile
 
-from codec.audio import AudioError
+from codec.audio import AudioError, Samples
 from pipeline.ahead import map_ahead, thread_count
 from pipeline.calibrate import FILE as CALIBRATION
 from pipeline.calibrate import calibrated, check, show
@@ -29,7 +28,7 @@ from pipeline.fidelity import check_alignment
 from pipeline.judging import judge
 from pipeline.plan import Plan
 from pipeline.settings import JudgeSettings, TargetsSettings
-from pipeline.stage import Advance, Row, Stage
+from pipeline.stage import Advance, Stage
 from pipeline.teachers import RECORDING, Taught, Teacher
 from shards.contract import (
     COARSE_48K,
@@ -41,6 +40,7 @@ from shards.contract import (
     PLAN_NAME,
     TARGET_RATE,
     TARGET_SUFFIX,
+    Row,
     check_sample,
     npy_bytes,
     sample_key,
@@ -53,7 +53,6 @@ from shards.storage import Location
 from shards.writer import ShardWriter, fingerprint_of, may_hold, naming, read_footer, read_table, told_by
 
 FINISHED_AHEAD = 4  # segments that wait to be written, per thread
-Samples = npt.NDArray[np.float32]
 
 
 def shard_targets(settings: TargetsSettings) -> None:

@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from tqdm import tqdm
 
-from codec.audio import AudioError, Recording, output_length, probe
+from codec.audio import AudioError, Recording, Samples, output_length, probe
+from codec.held import Held
 from codec.resample import Resampler
 from codec.snac import device_of
 from pipeline.ahead import Ahead, chained_ahead, thread_count
@@ -28,11 +28,8 @@ from pipeline.hybrid import HALF, hybrid
 from pipeline.recordings import Opener, by_file, check_content
 from pipeline.settings import TargetsSettings
 from pipeline.sidon import INPUT_RATE, UPSAMPLING, Sidon, high_passed, load_sidon
-from pipeline.windows import Grid, Held, Joiner, Window
-from shards.contract import COARSE_48K, TARGET_RATE, TEACHERS
-
-Row = dict[str, Any]
-Samples = npt.NDArray[np.float32]
+from pipeline.windows import Grid, Joiner, Window
+from shards.contract import COARSE_48K, TARGET_RATE, TEACHERS, Row
 
 RECORDING, SIDON, HYBRID = TEACHERS
 PEAK = 0.9  # of what SIDON hears; the target is scaled back

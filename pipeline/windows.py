@@ -9,11 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
+from codec.audio import Samples
 from pipeline.sidon import FRAME, INPUT_RATE, PADDING, UPSAMPLING
-
-Samples = npt.NDArray[np.float32]
 
 CROSSFADE = 960  # output samples over which neighbouring windows are blended at a seam (20 ms)
 
@@ -85,29 +83,3 @@ class Joiner:
             stretch[:CROSSFADE] = stretch[:CROSSFADE] * rise + self._tail * (1 - rise)
         self._tail = output[end : end + CROSSFADE].copy()
         return stretch
-
-
-class Held:
-    """Consecutive stretches, the first from sample `start` on. `read(a, b)`, `a` never falling, drops what is past.
-
-    What lies before sample 0 and beyond the last stretch is zero.
-    """
-
-    def __init__(self, start: int) -> None:
-        self._start = start
-        self._held = np.zeros(0, np.float32)
-
-    @property
-    def end(self) -> int:
-        return self._start + len(self._held)
-
-    def append(self, stretch: Samples) -> None:
-        self._held = np.concatenate([self._held, stretch])
-
-    def read(self, a: int, b: int) -> Samples:
-        assert self._start <= max(a, 0), "stretches must be read in order"
-        drop = min(max(a, 0) - self._start, len(self._held))
-        self._held, self._start = self._held[drop:], self._start + drop
-        before = min(max(-a, 0), b - a)
-        there = self._held[: max(b - self._start, 0)]
-        return np.pad(there, (before, b - a - before - len(there)))

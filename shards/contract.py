@@ -15,6 +15,8 @@ from shards.storage import Location
 
 FORMAT_VERSION = 2
 
+Row = dict[str, Any]  # of a plan, a sidecar or an index; the schemas below say which names it has
+
 CODEC_RATE = 24_000  # Hz, what SNAC's encoder hears
 TARGET_RATE = 48_000  # Hz, what the new decoder speaks
 TOKENS_PER_COARSE = (1, 2, 4)  # tokens of each codebook level in one coarse token (vq_strides 4, 2, 1)

@@ -8,18 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pytest
 import scipy.interpolate
 import scipy.signal
 import torch
 from torchaudio.functional import resample
 
+from codec.audio import Samples
 from demo.voice import synthesize
 from pipeline.bandwidth import Spectrum, bandwidth_hz
 from tests.real_speech import some_recordings
 
-Samples = npt.NDArray[np.float32]
 RATES = (8_000, 11_025, 16_000, 22_050, 24_000, 32_000)
 
 

@@ -8,11 +8,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 import pytest
 import soundfile
 
 from benchmarks.judging import resynthesised
+from codec.audio import Samples
 from demo.voice import synthesize
 from pipeline.calibrate import FILE, calibrate, check, coherence, words
 from pipeline.codes import shard_codes
@@ -25,8 +25,6 @@ from shards.writer import read_metadata
 from tests.helpers import codes_settings, targets_settings
 from tests.sidon_standin import build, random_pattern, recording
 from tests.test_execute import contents
-
-Samples = npt.NDArray[np.float32]
 
 
 @pytest.fixture(scope="module")

@@ -9,20 +9,18 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 import pytest
 import soundfile
 import torch
 from click.testing import CliRunner
 
+from codec.audio import Samples
 from codec.weights import SNAC_FILES
 from demo.__main__ import main
 from pipeline.sidon import Sidon
 from shards.files import file_sha256
 from tests.helpers import TINY_SNAC
 from tests.sidon_standin import build, random_pattern, recording
-
-Samples = npt.NDArray[np.float32]
 
 
 @pytest.fixture(scope="module")

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import numpy as np
-import numpy.typing as npt
 import pytest
 
 from benchmarks.judging import resynthesised
+from codec.audio import Samples
 from demo.voice import synthesize
 from pipeline.fidelity import compare
 from shards.contract import TARGET_RATE
-
-Samples = npt.NDArray[np.float32]
 
 
 @pytest.fixture(scope="module")

@@ -6,19 +6,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pytest
 import scipy.signal
 
 from benchmarks.judging import faults, found, planted, resynthesised, run
+from codec.audio import Samples
 from configs.loader import load_settings
 from demo.voice import synthesize
 from pipeline.fidelity import speech_share
 from pipeline.judging import judge
 from pipeline.settings import TargetsSettings
 from shards.contract import REJECTED, TARGET_RATE
-
-Samples = npt.NDArray[np.float32]
 
 
 def limits(**changes: Any) -> TargetsSettings:

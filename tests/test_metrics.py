@@ -8,10 +8,11 @@ import pytest
 import scipy.signal
 import torch
 
+from codec.audio import Samples
 from demo.voice import synthesize
 from shards.contract import TARGET_RATE
 from trainer import metrics, signals
-from trainer.signals import Samples, Undefined
+from trainer.signals import Undefined
 
 Floats = npt.NDArray[np.float64]
 

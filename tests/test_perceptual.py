@@ -10,11 +10,12 @@ import pytest
 import scipy.signal
 import soundfile
 
+from codec.audio import Samples
 from demo.voice import synthesize
 from shards.contract import TARGET_RATE
 from trainer import perceptual
 from trainer.scores import METRICS, check_installed, score
-from trainer.signals import Samples, Undefined
+from trainer.signals import Undefined
 
 EXTRA = "needs the extra eval: just extras"
 

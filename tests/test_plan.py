@@ -5,7 +5,6 @@ from __future__ import annotations
 import shutil
 from collections import defaultdict
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -18,11 +17,9 @@ from pipeline.measure import measure
 from pipeline.plan import Plan, Segments, make_plan, rows_sha256
 from pipeline.sources import FOUND_SCHEMA
 from pipeline.splits import assign_splits
-from shards.contract import OK, PLAN_NAME, PLAN_SCHEMA, TOO_SHORT
+from shards.contract import OK, PLAN_NAME, PLAN_SCHEMA, TOO_SHORT, Row
 from shards.errors import UserError
 from tests.helpers import codes_settings
-
-Row = dict[str, Any]
 
 
 def write(path: Path, seconds: float = 1.0, rate: int = 8_000) -> Path:

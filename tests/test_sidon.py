@@ -8,13 +8,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow.parquet as pq
 import pytest
 import soundfile
 import torch
 from transformers import SeamlessM4TFeatureExtractor
 
+from codec.audio import Samples
 from pipeline.codes import shard_codes
 from pipeline.sidon import FRAME, PADDING, Sidon, TorchScript
 from pipeline.targets import shard_targets
@@ -26,7 +26,6 @@ from shards.reader import decode_sample, read_sample
 from tests.helpers import codes_settings, restored, targets_settings
 from tests.sidon_standin import build, random_pattern, recording
 
-Samples = npt.NDArray[np.float32]
 WINDOW_SECONDS, OVERLAP_SECONDS = 4.0, 0.5
 
 

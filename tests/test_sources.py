@@ -17,11 +17,9 @@ import soundfile
 
 from pipeline.plan import make_plan
 from pipeline.sources import find
-from shards.contract import FAILED, OK
+from shards.contract import FAILED, OK, Row
 from shards.errors import UserError
 from tests.helpers import codes_settings
-
-Row = dict[str, Any]
 
 
 def write(path: Path, seconds: float = 1.0, rate: int = 8_000) -> Path:

@@ -13,6 +13,7 @@ import soundfile
 import torch
 from snac import SNAC
 
+from codec.audio import Samples
 from codec.snac import snac_levels
 from shards.contract import COARSE_48K
 from shards.errors import UserError
@@ -23,7 +24,7 @@ from trainer.checkpoint import load_codec
 from trainer.decode import StreamingDecoder
 from trainer.decoder import silence_noise, warm_start
 from trainer.inference import StepDecoder
-from trainer.streaming import Samples, to_int16
+from trainer.streaming import to_int16
 
 DELAY = 9551
 

@@ -7,14 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow.parquet as pq
 import pytest
 import soundfile
 from snac import SNAC
 
 from codec import audio
-from codec.audio import BLOCK_FRAMES, DECODERS, AudioError, File, Header, Recording, probe
+from codec.audio import BLOCK_FRAMES, DECODERS, AudioError, File, Header, Recording, Samples, probe
 from pipeline import measure
 from pipeline.calibrate import choose
 from pipeline.codes import encode_shard, shard_codes
@@ -23,13 +22,11 @@ from pipeline.settings import CodesSettings
 from pipeline.splits import hashed
 from pipeline.targets import shard_targets
 from pipeline.teachers import Taught, Teacher
-from shards.contract import OK, PLAN_NAME
+from shards.contract import OK, PLAN_NAME, Row
 from tests.command_helpers import rows_of
 from tests.helpers import codes_settings, speechlike, targets_settings
 from tests.test_teachers import Upsampling
 
-Row = dict[str, Any]
-Samples = npt.NDArray[np.float32]
 Counted = Callable[[], int]
 
 RATE = 24_000

@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow.parquet as pq
 import pytest
 import soundfile
 import torch
 from torchaudio.functional import resample
 
+from codec.audio import Samples
 from demo.voice import synthesize
 from pipeline.codes import shard_codes
 from pipeline.settings import TargetsSettings
@@ -26,8 +26,6 @@ from shards.errors import UserError
 from shards.index import load
 from shards.reader import decode_sample, read_sample
 from tests.helpers import codes_settings, forget_contents, restored, targets_settings
-
-Samples = npt.NDArray[np.float32]
 
 
 class Upsampling:

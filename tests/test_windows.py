@@ -13,12 +13,13 @@ import soundfile
 import torch
 
 from codec.audio import Recording, probe
+from codec.held import Held
 from demo.voice import synthesize
 from pipeline.ahead import Ahead, chained_ahead, map_ahead, thread_count
 from pipeline.seams import differences_db, points
 from pipeline.sidon import Native, Sidon
 from pipeline.teachers import Teacher
-from pipeline.windows import CROSSFADE, Grid, Held, Joiner
+from pipeline.windows import CROSSFADE, Grid, Joiner
 from tests import sidon_native_standin
 from tests.helpers import restored, targets_settings
 

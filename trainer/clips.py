@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 from snac import SNAC
 from tqdm import tqdm
 
-from codec.audio import DECODED, EXTENSIONS, AudioError, Recording, probe
+from codec.audio import DECODED, EXTENSIONS, AudioError, Recording, Samples, probe
 from codec.resample import Resampler
 from codec.snac import encode_whole
 from shards.contract import COARSE_48K, PLAN_NAME, TARGET_RATE, sample_key
@@ -23,8 +23,6 @@ from shards.errors import UserError
 from shards.index import load
 from shards.reader import decode_sample, read_sample
 from shards.writer import read_table
-
-Samples = npt.NDArray[np.float32]
 
 SPLIT = "validation"
 WINDOW_COARSE = 352  # tokens encoded at once: 30 s

@@ -13,7 +13,7 @@ import numpy.typing as npt
 import torch
 from tqdm import tqdm
 
-from codec.audio import DECODED, AudioError, Recording, probe
+from codec.audio import DECODED, AudioError, Recording, Samples, probe
 from codec.snac import device_of, encode_whole
 from shards.contract import COARSE_48K, TARGET_RATE, coarse_tokens, load_codes
 from shards.errors import ShardError, UserError
@@ -22,7 +22,7 @@ from trainer import kernels
 from trainer.checkpoint import load_codec
 from trainer.inference import StepDecoder, draws_noise
 from trainer.settings import DecodeSettings
-from trainer.streaming import EXACT, Samples, StreamingDecoder, to_int16
+from trainer.streaming import EXACT, StreamingDecoder, to_int16
 
 __all__ = ["StreamingDecoder", "decode", "decode_stream", "write_wav"]
 

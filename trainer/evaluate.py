@@ -13,14 +13,14 @@ import pyarrow as pa
 import soundfile
 from tqdm import tqdm
 
-from codec.audio import AudioError
+from codec.audio import AudioError, Samples
 from codec.snac import device_of
 from shards.contract import FAILED, OK, TARGET_RATE
 from shards.errors import SettingsError, UserError
 from shards.files import new_folder
 from shards.order import permutation
 from shards.writer import write_table
-from trainer.clips import Clip, Clips, Entry, RecordingClips, Samples, ShardClips
+from trainer.clips import Clip, Clips, Entry, RecordingClips, ShardClips
 from trainer.pool import ordered
 from trainer.scores import check_installed, schema, score
 from trainer.settings import EvalSettings

@@ -13,9 +13,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from codec.audio import Samples
 from codec.resample import sinc_resampler
 from shards.contract import TARGET_RATE
-from trainer.signals import Samples, Undefined, check_sounds
+from trainer.signals import Undefined, check_sounds
 
 SPEECH_RATE = 16_000  # of PESQ-WB and DNSMOS
 

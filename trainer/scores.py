@@ -10,10 +10,11 @@ from importlib.util import find_spec
 import pyarrow as pa
 import torch
 
+from codec.audio import Samples
 from shards.errors import UserError
 from trainer import perceptual, signals
 from trainer.metrics import SPLIT_HZ, log_spectral_distance_in_band, log_spectral_distances, mel_distance, stft_distance
-from trainer.signals import Samples, Undefined
+from trainer.signals import Undefined
 
 
 @dataclass(frozen=True)

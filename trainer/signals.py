@@ -12,11 +12,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from codec.audio import Samples
 from codec.resample import sinc_resampler
 from shards.contract import TARGET_RATE
 from trainer.metrics import SPLIT_HZ
 
-Samples = npt.NDArray[np.float32]
 Floats = npt.NDArray[np.float64]
 
 SILENT_DB = -90.0  # RMS re full scale

@@ -17,13 +17,12 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from codec.audio import Samples
 from shards.contract import COARSE_48K, CODEBOOK_SIZE, LATENT_PER_COARSE, TOKENS
 from shards.errors import UserError
 from trainer.inference import StepDecoder, StepState
 
 EXACT = 3  # coarse frames that cover the decoder's delay
-
-Samples = npt.NDArray[np.float32]
 
 
 class StreamingDecoder:

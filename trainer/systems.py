@@ -13,13 +13,14 @@ import torch
 from snac import SNAC
 from torch import Tensor, nn
 
+from codec.audio import Samples
 from codec.resample import sinc_resampler
 from codec.snac import load_snac
 from codec.weights import PINS, read_pins
 from shards.contract import COARSE_24K, COARSE_48K, CONTEXT_COARSE, TARGET_RATE
 from shards.errors import UserError
 from trainer.checkpoint import Codec48k, load_codec
-from trainer.clips import Clip, Entry, Samples
+from trainer.clips import Clip, Entry
 from trainer.decoder import CodesToLatent, CropDecoder, padded, warm_start
 
 STOCK, WARM_START, SOURCE, TARGET = "stock", "warm_start", "source", "target"

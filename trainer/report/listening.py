@@ -15,9 +15,10 @@ import soundfile
 import torch
 from PIL import Image
 
+from codec.audio import Samples
 from shards.contract import TARGET_RATE
 from shards.errors import UserError
-from trainer.signals import Samples, rms_db
+from trainer.signals import rms_db
 from trainer.systems import SOURCE
 
 N_FFT = 2048
