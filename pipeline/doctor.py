@@ -44,7 +44,6 @@ CODES_BYTES_PER_SECOND = 7 * 2 * TARGET_RATE / COARSE_48K
 
 @dataclass(frozen=True)
 class Check:
-    name: str
     passed: bool
     figure: str
     advice: str = ""
@@ -99,30 +98,30 @@ def examine(settings: DoctorSettings, recordings: Sequence[Path], folder: Path) 
         *((f"{name}, {form}", partial(check, patient, form)) for form in forms for name, check in OF_FORM.items()),
         *((name, partial(check, patient)) for name, check in OF_MACHINE.items()),
     ]
-    checks = [_run(name, step) for name, step in tqdm(steps, desc="examining", unit="check", disable=None)]
-    for check in checks:
-        tqdm.write(f"{'pass' if check.passed else 'FAIL'}  {check.name:<32} {check.figure}")
+    checks = {name: _run(step) for name, step in tqdm(steps, desc="examining", unit="check", disable=None)}
+    for name, check in checks.items():
+        tqdm.write(f"{'pass' if check.passed else 'FAIL'}  {name:<32} {check.figure}")
         if not check.passed:
             tqdm.write(f"      → {check.advice}")
-    failed = [check for check in checks if not check.passed]
+    failed = {name: check for name, check in checks.items() if not check.passed}
     if failed:
-        causes = "; ".join(check.name for check in failed if check.figure != NOT_RUN)
+        causes = "; ".join(name for name, check in failed.items() if check.figure != NOT_RUN)
         raise UserError(f"{len(failed)} of {len(checks)} checks failed, mend first: {causes}")
 
 
-def _run(name: str, step: Callable[[], Check]) -> Check:
+def _run(step: Callable[[], Check]) -> Check:
     try:
         return step()
     except NotMeasuredError as missing:
-        return Check(name, False, NOT_RUN, f"needs what failed above ({missing})")
+        return Check(False, NOT_RUN, f"needs what failed above ({missing})")
     except (UserError, AudioError) as error:
-        return Check(name, False, "not usable", " ".join(str(error).split()))
+        return Check(False, "not usable", " ".join(str(error).split()))
 
 
 def device(patient: Patient) -> Check:
     found = device_of(patient.settings.gpu)
     name = torch.cuda.get_device_name(found) if found.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    return Check("device", True, name)
+    return Check(True, name)
 
 
 def snac_tokens(patient: Patient) -> Check:
@@ -145,16 +144,14 @@ def snac_tokens(patient: Patient) -> Check:
             differing += int((codes != stock[window.start : window.stop]).sum())
         total += stock.size
     advice = "another torch or CPU may round differently; if many differ, the weights or the stock package are others"
-    return Check(
-        "tokens equal stock SNAC's", not differing, f"{differing} of {total} differ, {weights.describe()}", advice
-    )
+    return Check(not differing, f"{differing} of {total} differ, {weights.describe()}", advice)
 
 
 def files(patient: Patient, form: str) -> Check:
     settings = patient.settings.model_copy(update={"sidon_backend": form})
     patient.sidons[form] = load_sidon(settings, device_of(settings.gpu))
     sidon = patient.sidons[form]
-    return Check(f"SIDON, {form}: files", True, f"{len(sidon.sha256())} files, sha256 as pinned, {sidon.describe()}")
+    return Check(True, f"{len(sidon.sha256())} files, sha256 as pinned, {sidon.describe()}")
 
 
 def runs(patient: Patient, form: str) -> Check:
@@ -170,15 +167,15 @@ def runs(patient: Patient, form: str) -> Check:
     targets = [found.target for found in taught if isinstance(found, Taught)]
     broken = "; ".join(str(found) for found in taught if isinstance(found, AudioError))
     if broken:
-        return Check(f"SIDON, {form}: runs", False, f"{len(targets)} of {len(rows)}", f"{broken}: use other recordings")
+        return Check(False, f"{len(targets)} of {len(rows)}", f"{broken}: use other recordings")
     if not all(np.isfinite(target).all() for target in targets):
-        return Check(f"SIDON, {form}: runs", False, "its output is not finite", "set sidon_precision=fp32")
+        return Check(False, "its output is not finite", "set sidon_precision=fp32")
     patient.restored[form] = targets
     speed = sum(map(len, targets)) / TARGET_RATE / wall
     if form == patient.settings.sidon_backend or len(patient.forms) == 1:
         patient.speed = speed
     figure = f"{speed:.1f} audio seconds per second, {patient.sidons[form].precision}"
-    return Check(f"SIDON, {form}: runs", True, figure)
+    return Check(True, figure)
 
 
 def agreement(patient: Patient) -> Check:
@@ -186,7 +183,7 @@ def agreement(patient: Patient) -> Check:
     worst = max(_apart_db(a, b) for a, b in pairs)
     limit = max(AGREEMENT_DB[sidon.precision] for sidon in patient.sidons.values())
     advice = "the raw weights are not those of the pair, or their adapter has biases: use sidon_backend=torchscript"
-    return Check("both forms agree", worst <= limit, f"{worst:.0f} dB apart, limit {limit:.0f}", advice)
+    return Check(worst <= limit, f"{worst:.0f} dB apart, limit {limit:.0f}", advice)
 
 
 def _apart_db(found: Samples, expected: Samples) -> float:
@@ -199,7 +196,7 @@ def delay(patient: Patient, form: str) -> Check:
     limit = patient.settings.max_lag_samples
     passed = abs(median) <= limit / 2 and high - low <= limit
     advice = f"targets are late: set delay_samples={patient.settings.delay_samples + round(median)} if all agree"
-    return Check(f"delay, {form}", passed, f"{median:.0f} samples at 48 kHz ({low:.0f} … {high:.0f})", advice)
+    return Check(passed, f"{median:.0f} samples at 48 kHz ({low:.0f} … {high:.0f})", advice)
 
 
 def level(patient: Patient, form: str) -> Check:
@@ -207,14 +204,14 @@ def level(patient: Patient, form: str) -> Check:
     limit = patient.settings.max_level_difference_db
     passed = abs(median) <= limit / 2 and high - low <= limit
     advice = "targets have not their recordings' level: check the weights, use clean recordings"
-    return Check(f"level, {form}", passed, f"{median:.1f} dB ({low:.1f} … {high:.1f})", advice)
+    return Check(passed, f"{median:.1f} dB ({low:.1f} … {high:.1f})", advice)
 
 
 def fidelity(patient: Patient, form: str) -> Check:
     low, median, _ = _calibration(patient, form)["correlation"]
     advice = "targets do not say what their recordings say: check the weights, use clean speech"
     passed = median >= patient.settings.min_correlation
-    return Check(f"fidelity, {form}", passed, f"envelopes correlate by {median:.3f} (10 %: {low:.3f})", advice)
+    return Check(passed, f"envelopes correlate by {median:.3f} (10 %: {low:.3f})", advice)
 
 
 def _calibration(patient: Patient, form: str) -> dict[str, list[float]]:
@@ -242,7 +239,7 @@ def seams(patient: Patient, form: str) -> Check:
         raise UserError("nothing is heard around the seams: use other recordings")
     passed = max(at_seams) <= max(between) + SEAM_MARGIN_DB
     figure = f"{max(at_seams):.0f} dB at seams, {max(between):.0f} dB elsewhere"
-    return Check(f"seams, {form}", passed, figure, "seams are heard: set overlap_seconds higher")
+    return Check(passed, figure, "seams are heard: set overlap_seconds higher")
 
 
 def _one_after_the_other(patient: Patient, seconds: float) -> Path:
@@ -270,7 +267,7 @@ def disk(patient: Patient) -> Check:
     )
     free = shutil.disk_usage(place).free
     figure = f"{needed / 1e9:.1f} GB for {patient.settings.corpus_hours:g} h, {free / 1e9:.1f} GB free in {place}"
-    return Check("disk", needed < free, figure, "set work= to a larger disk")
+    return Check(needed < free, figure, "set work= to a larger disk")
 
 
 def memory(patient: Patient) -> Check:
@@ -285,7 +282,7 @@ def memory(patient: Patient) -> Check:
         total = sysconf("SC_PAGE_SIZE") * sysconf("SC_PHYS_PAGES")
     batch = f"batch_seconds={settings.batch_seconds:g} window_seconds={settings.window_seconds:g}"
     figure = f"{used / 1e9:.1f} of {total / 1e9:.1f} GB at {batch}"
-    return Check("memory", used < 0.9 * total, figure, "set batch_seconds lower")
+    return Check(used < 0.9 * total, figure, "set batch_seconds lower")
 
 
 def duration(patient: Patient) -> Check:
@@ -293,7 +290,7 @@ def duration(patient: Patient) -> Check:
         raise NotMeasuredError("no speed was measured")
     hours = patient.settings.corpus_hours / patient.speed
     figure = f"{hours:.1f} h for {patient.settings.corpus_hours:g} h of recordings, on this device alone"
-    return Check("time", True, figure)
+    return Check(True, figure)
 
 
 OF_FORM: dict[str, Callable[[Patient, str], Check]] = {

@@ -18,9 +18,10 @@ from tqdm import tqdm
 from pipeline.settings import PushShardsSettings
 from pipeline.statuses import COLUMNS, Statuses
 from shards.contract import INDEX_NAME, OK, SPLITS, SUMS_NAME, TARGET_RATE
+from shards.damage import unlisted
 from shards.errors import ShardError, UserError, first_line
 from shards.files import file_sha256
-from shards.index import check_index, shard_list, unlisted
+from shards.index import check_index, shard_list
 from shards.writer import read_metadata, read_table
 
 COMMIT_FILES, COMMIT_BYTES = 100, 5 << 30

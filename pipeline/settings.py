@@ -16,7 +16,7 @@ Some = TypeVar("Some", bound="ExecutionSettings")
 
 
 class ExecutionSettings(Settings):
-    """Who makes the shards. The bytes are the same whoever does."""
+    """Who makes the shards, and what becomes of failures. The bytes are the same whoever does."""
 
     work: Place = Field(description="folder or URL (s3://…) for plan, codes and shards")
     gpu: Gpus = Field(description="number of the GPU, several (0,1,2,3: a process for each), or cpu")
@@ -34,6 +34,8 @@ class ExecutionSettings(Settings):
     )
     slice_index: int | None = Field(default=None, ge=0, description="which slice this is, from 0, with execute=slice")
     slice_count: int | None = Field(default=None, ge=1, description="how many slices there are, with execute=slice")
+    max_failed_fraction: float = Field(ge=0, le=1, description="the run ends with an error when more segments failed")
+    retry: Literal["none", "failed"] = Field(description="failed: try the segments again that failed")
 
     @field_validator("work")
     @classmethod
@@ -85,8 +87,6 @@ class CodesSettings(ExecutionSettings):
     window_seconds: float = Field(ge=1, le=600, description="longest stretch encoded at once")
     batch_seconds: float = Field(ge=1, le=100_000, description="audio of equal length encoded together")
     threads: Threads = Field(description="that read and decode recordings ahead; auto: one per core, at least 4")
-    max_failed_fraction: float = Field(ge=0, le=1, description="the run ends with an error when more segments failed")
-    retry: Literal["none", "failed"] = Field(description="failed: try the segments again that failed")
 
     @model_validator(mode="after")
     def _shards_are_no_recordings(self) -> CodesSettings:
@@ -172,8 +172,6 @@ class TargetsSettings(ExecutionSettings, SidonSettings, JudgeSettings):
     threads: Threads = Field(
         description="that read recordings ahead, and that judge and compress targets; auto: one per core, at least 4"
     )
-    max_failed_fraction: float = Field(ge=0, le=1, description="the run ends with an error when more segments failed")
-    retry: Literal["none", "failed"] = Field(description="failed: try the segments again that failed")
 
 
 class CalibrateSettings(TargetsSettings):
@@ -191,7 +189,8 @@ class InspectSettings(Settings):
 class VerifySettings(Settings):
     """Check shards: index against sidecars, sizes, sha256, crc32 and every sample against the contract."""
 
-    shards: Local = Field(description="folder with index.parquet")
+    shards: Place = Field(description="folder or URL (s3://…) with index.parquet")
+    threads: Threads = Field(description="that read and check shards; auto: one per core, at least 4")
 
 
 class PushShardsSettings(Settings):

@@ -2,31 +2,65 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
 from tqdm import tqdm
 
 from pipeline.settings import VerifySettings
+from shards.cache import ShardCache
 from shards.contract import INDEX_NAME, SUMS_NAME
+from shards.damage import problems, unlisted
 from shards.errors import ShardError
-from shards.index import check_index, listed, problems, shard_list, unlisted
+from shards.index import check_index, listed, shard_list
+from shards.storage import Fetched, Location, Url
+
+LEAST_THREADS = 4  # also on fewer cores: reading waits for disks
+INDEX_BYTES = 8 << 30  # at most, of a remote one
 
 
 def verify(settings: VerifySettings) -> None:
     """Prints each problem as one line. Raises ShardError when there was one."""
-    sums = check_index(settings.shards)
-    shards = shard_list(settings.shards)
+    folder = settings.shards
+    sums, index = _index(folder)
+    shards = shard_list(folder)
     found = 0
     if list(sums) != list(listed(shards)):
-        tqdm.write(f"{settings.shards / SUMS_NAME}: its files are not those of {INDEX_NAME}")
+        tqdm.write(f"{folder / SUMS_NAME}: its files are not those of {INDEX_NAME}")
         found += 1
-    for split, shard in tqdm(shards, desc="verifying", unit="shard", disable=None):
-        for problem in problems(settings.shards, split, shard, sums):
-            tqdm.write(problem)
-            found += 1
-    for problem in unlisted(settings.shards, shards):
-        tqdm.write(problem)
-        found += 1
+
+    def of_shard(place: tuple[str, int]) -> list[str]:
+        return list(problems(folder, *place, sums, index))
+
+    with ThreadPoolExecutor(_threads(settings)) as pool:
+        each = pool.map(of_shard, shards)
+        for of_one in tqdm(each, desc="verifying", total=len(shards), unit="shard", disable=None):
+            found += _said(of_one)
+    found += _said(list(unlisted(folder, shards)))
     if found:
         raise ShardError(
             f"{found} problem(s) in {len(shards)} shards: delete what is damaged, run `just shard-targets`"
         )
-    tqdm.write(f"{settings.shards}: {len(shards)} shards are whole")
+    tqdm.write(f"{folder}: {len(shards)} shards are whole")
+
+
+def _index(folder: Location) -> tuple[dict[str, str], Path | Fetched]:
+    """What SHA256SUMS says, and the index; of a remote one no copy that was fetched before."""
+    path = folder / INDEX_NAME
+    with TemporaryDirectory() as empty:
+        sums = check_index(folder, ShardCache(Path(empty), INDEX_BYTES))
+    return sums, Fetched(path.read_bytes(), str(path)) if isinstance(path, Url) else path
+
+
+def _said(problems: Sequence[str]) -> int:
+    for problem in problems:
+        tqdm.write(problem)
+    return len(problems)
+
+
+def _threads(settings: VerifySettings) -> int:
+    cores = len(os.sched_getaffinity(0))
+    return max(cores, LEAST_THREADS) if settings.threads == "auto" else settings.threads

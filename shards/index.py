@@ -1,4 +1,4 @@
-"""Sidecars → one index.parquet that readers trust; and the check that shards are what the index says."""
+"""Sidecars → one index.parquet that readers trust."""
 
 from __future__ import annotations
 
@@ -23,7 +23,6 @@ from shards.contract import (
     FORMAT_VERSION,
     INDEX_NAME,
     INDEX_SCHEMA,
-    META_FIELDS,
     OK,
     SIDECAR_SCHEMA,
     SUMS_NAME,
@@ -31,11 +30,9 @@ from shards.contract import (
 )
 from shards.errors import ShardError
 from shards.files import file_sha256, replacing, sha256_of
-from shards.reader import decode_sample, sample_at
 from shards.storage import Fetched, Location
 from shards.writer import (
     check_columns,
-    differences,
     encode_metadata,
     fingerprint_of,
     naming,
@@ -46,7 +43,6 @@ from shards.writer import (
 
 GROUP_ROWS = 1 << 16  # of an index in memory at once
 READ_AT_ONCE = 16  # sidecars
-SAID_TWICE = set(META_FIELDS) & set(SIDECAR_SCHEMA.names) - {"teacher"}  # by a sample's json and by its row
 MAX_SAMPLE_BYTES = 1 << 30
 KEY_PATTERN = r"^\d{6,}-\d{5,}$"  # of `sample_key`: keys name files, and nothing else may stand in one
 
@@ -58,8 +54,8 @@ def compact(folder: Location, shards: Sequence[tuple[str, int]], about: Mapping[
     names tars, sidecars and index.
     """
     path = folder / INDEX_NAME
-    fingerprint = _metadata(_sidecar(folder, *shards[0]))["fingerprint"]
-    metadata = {"format_version": FORMAT_VERSION, "fingerprint": _common(fingerprint), **(about or {})}
+    fingerprint = sidecar_metadata(read_sidecar(folder, *shards[0]))["fingerprint"]
+    metadata = {"format_version": FORMAT_VERSION, "fingerprint": common(fingerprint), **(about or {})}
     schema = INDEX_SCHEMA.with_metadata(encode_metadata(metadata))
     sums: dict[str, str] = {}
 
@@ -68,11 +64,11 @@ def compact(folder: Location, shards: Sequence[tuple[str, int]], about: Mapping[
             for start in range(0, len(shards), READ_AT_ONCE):
                 some = shards[start : start + READ_AT_ONCE]
                 for (split, shard), sidecar in zip(
-                    some, pool.map(lambda place: _sidecar(folder, *place), some), strict=True
+                    some, pool.map(lambda place: read_sidecar(folder, *place), some), strict=True
                 ):
-                    sums[f"{split}/{shard:06d}.tar"] = _metadata(sidecar)["tar_sha256"]
+                    sums[f"{split}/{shard:06d}.tar"] = sidecar_metadata(sidecar)["tar_sha256"]
                     sums[f"{split}/{shard:06d}.parquet"] = file_sha256(sidecar)
-                    yield _index_rows(sidecar, split, shard)
+                    yield index_rows(sidecar, split, shard)
 
     with replacing(path) as temporary:
         write_index(temporary, schema, rows())
@@ -251,65 +247,7 @@ def listed(shards: Sequence[tuple[str, int]]) -> Iterator[str]:
         yield from (f"{split}/{shard:06d}.tar", f"{split}/{shard:06d}.parquet")
 
 
-def unlisted(folder: Path, shards: Sequence[tuple[str, int]]) -> Iterator[str]:
-    """Shards that stand in `folder` although its index, which lists `shards`, does not know them."""
-    known = {tar_path(folder, split, shard) for split, shard in shards}
-    for path in sorted(folder.glob("*/*")):
-        if path.suffix in (".tar", ".parquet") and path.with_suffix(".tar") not in known:
-            yield f"{path}: not in the index: run `just shard-targets` to its end"
-
-
-def problems(folder: Path, split: str, shard: int, sums: Mapping[str, str]) -> Iterator[str]:
-    """What is wrong with one shard: index against sidecar, sidecar against tar, every sample against the contract.
-
-    `sums` are those of `read_sums`.
-    """
-    path = tar_path(folder, split, shard)
-    chosen = (pc.field("split") == split) & (pc.field("shard") == shard)
-    try:
-        sidecar = _sidecar(folder, split, shard)
-        metadata = _metadata(sidecar)
-        rows = _index_rows(sidecar, split, shard)
-        indexed = read_table(folder / INDEX_NAME, filters=chosen)
-        made_by = fingerprint_of(folder / INDEX_NAME, read_metadata(folder / INDEX_NAME))
-    except ShardError as error:
-        yield str(error)
-        return
-    for file, digest in ((path.with_suffix(".parquet"), file_sha256(sidecar)), (path, metadata["tar_sha256"])):
-        if sums.get(f"{split}/{file.name}") != digest:
-            yield f"{file}: its sha256 is not that of {SUMS_NAME}"
-    trusted = indexed.replace_schema_metadata(None).equals(rows.replace_schema_metadata(None))
-    if not trusted:
-        yield f"{sidecar}: its rows are not those of the index"
-    elif wrong := wrong_key(rows["key"]) or wrong_place(rows.filter(pc.field("status") == OK)):
-        yield f"{sidecar}: {wrong}"
-        return
-    changed = differences(_common(metadata["fingerprint"]), made_by)
-    if changed:
-        yield f"{sidecar}: made by another run than the index ({changed})"
-    if not path.exists():
-        yield f"{path}: missing"
-        return
-    size = path.stat().st_size
-    if size != metadata["tar_bytes"]:
-        yield f"{path}: {size} bytes, its sidecar says {metadata['tar_bytes']}"
-    elif file_sha256(path) != metadata["tar_sha256"]:
-        yield f"{path}: its sha256 is not the sidecar's"
-    if not trusted:
-        return
-    with path.open("rb") as tar:
-        for row in rows.filter(pc.field("status") == OK).to_pylist():
-            try:
-                meta = decode_sample(sample_at(tar, row, path))["meta"]
-            except ShardError as error:
-                yield str(error)
-                continue
-            common = meta.keys() & SAID_TWICE
-            if changed := differences({name: meta[name] for name in common}, {name: row[name] for name in common}):
-                yield f"{path}: {row['key']}: its json differs from its row: {changed}"
-
-
-def _sidecar(folder: Location, split: str, shard: int) -> Fetched:
+def read_sidecar(folder: Location, split: str, shard: int) -> Fetched:
     path = tar_path(folder, split, shard).with_suffix(".parquet")
     try:
         return Fetched(path.read_bytes(), str(path))
@@ -317,7 +255,7 @@ def _sidecar(folder: Location, split: str, shard: int) -> Fetched:
         raise ShardError(f"{path}: missing; run `just shard-targets` again") from error
 
 
-def _metadata(sidecar: Fetched) -> dict[str, Any]:
+def sidecar_metadata(sidecar: Fetched) -> dict[str, Any]:
     metadata = read_metadata(sidecar)
     lacking = {"format_version", "tar_bytes", "tar_sha256", "fingerprint"} - metadata.keys()
     fingerprint_of(sidecar, metadata)
@@ -330,12 +268,12 @@ def _metadata(sidecar: Fetched) -> dict[str, Any]:
     return metadata
 
 
-def _common(fingerprint: dict[str, Any]) -> dict[str, Any]:
+def common(fingerprint: dict[str, Any]) -> dict[str, Any]:
     """What the fingerprints of all shards of a run have in common."""
     return {key: value for key, value in fingerprint.items() if key != "plan_rows"}
 
 
-def _index_rows(sidecar: Fetched, split: str, shard: int) -> pa.Table:
+def index_rows(sidecar: Fetched, split: str, shard: int) -> pa.Table:
     rows = read_table(sidecar)
     check_columns(sidecar, rows.schema, SIDECAR_SCHEMA)
     where = [pa.array([split] * len(rows), pa.string()), pa.array([shard] * len(rows), pa.int32())]

@@ -309,6 +309,18 @@ def at_hand(place: Path | Url | Part) -> Stored:
     return Fetched(whole.read_bytes(offset, offset + size) if size else b"")
 
 
+@contextmanager
+def nearby(place: Location) -> Iterator[Path]:
+    """A file on this machine with its bytes, as long as they are needed: what is remote is fetched, whole."""
+    if isinstance(place, Path):
+        yield place
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        local = Path(folder) / place.name
+        place.fetch(local)
+        yield local
+
+
 def skimmed(place: Path | Url | Part, size: int | None = None) -> Stored:
     """What is remote, for a look at its headers; it is asked for its size unless that is known."""
     whole, offset = (place.whole, place.offset) if isinstance(place, Part) else (place, 0)

@@ -9,8 +9,18 @@ from typing import Any
 import numpy as np
 
 from pipeline.targets import flac_bytes
-from shards.contract import CODES_SUFFIX, META_SUFFIX, OK, TARGET_SUFFIX, flatten_codes, npy_bytes, sample_key
-from shards.index import problems, read_sums, shard_list, unlisted
+from shards.contract import (
+    CODES_SUFFIX,
+    INDEX_NAME,
+    META_SUFFIX,
+    OK,
+    TARGET_SUFFIX,
+    flatten_codes,
+    npy_bytes,
+    sample_key,
+)
+from shards.damage import problems, unlisted
+from shards.index import read_sums, shard_list
 from shards.writer import ShardWriter
 from tests.test_contract import some_codes, some_meta
 
@@ -50,4 +60,6 @@ def flip(path: Path, position: int, bit: int) -> None:
 
 def all_problems(shards: Path) -> list[str]:
     sums, listed = read_sums(shards), shard_list(shards)
-    return [problem for shard in listed for problem in problems(shards, *shard, sums)] + list(unlisted(shards, listed))
+    return [problem for shard in listed for problem in problems(shards, *shard, sums, shards / INDEX_NAME)] + list(
+        unlisted(shards, listed)
+    )

@@ -15,13 +15,15 @@ import numpy as np
 import pytest
 import soundfile
 
+from codec.snac import load_snac
 from pipeline import execute
 from pipeline.codes import shard_codes
 from pipeline.measure import measure
 from pipeline.plan import Plan, make_plan
-from pipeline.settings import CodesSettings
+from pipeline.settings import CodesSettings, VerifySettings
 from pipeline.sources import find
 from pipeline.targets import shard_targets
+from pipeline.verify import verify
 from shards import storage
 from shards.cache import ShardCache
 from shards.contract import INDEX_NAME, OK, PLAN_NAME, SPLITS, SUMS_NAME
@@ -30,9 +32,11 @@ from shards.files import replacing
 from shards.index import check_index, load
 from shards.storage import Url
 from tests.command_helpers import refused, targets_words
-from tests.helpers import codes_settings, speechlike, targets_settings
+from tests.helpers import TINY_SNAC, codes_settings, speechlike, targets_settings
 from tests.s3_server import Door, serving
 from tests.test_tars import by_take, write_tars
+from trainer.clips import ShardClips
+from trainer.report.reading import read_targets
 
 
 @pytest.fixture(scope="module")
@@ -71,6 +75,13 @@ def listed(name: str) -> dict[str, str]:
 def upload(path: Path, url: Url) -> None:
     with replacing(url) as temporary:
         temporary.write_bytes(path.read_bytes())
+
+
+def uploaded(folder: Path, url: Url) -> Url:
+    for path in folder.rglob("*"):
+        if path.is_file():
+            upload(path, url / path.relative_to(folder).as_posix())
+    return url
 
 
 def settings_of(audio: Url, work: Any, *words: str) -> CodesSettings:
@@ -278,3 +289,52 @@ def test_an_outage_is_no_bad_recording(blocks: int, door: Door, remote: Url, mon
 
 def test_a_bucket_that_is_not_there_is_one_line(door: Door, tmp_path: Path) -> None:
     refused(targets_words(Url("s3://nowhere/work")), "run `just shard-codes` first")  # type: ignore[arg-type]
+
+
+def test_verify_reads_the_bucket_itself(
+    door: Door, work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What is missing, damaged or there without being listed, whatever copies a cache holds."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    far = uploaded(work / "shards", Url("s3://corpus/verified"))
+    settings = VerifySettings(shards=far, threads=2)
+    verify(settings)
+    assert "4 shards are whole" in capsys.readouterr().out
+
+    index = load(far, "train")  # a copy of it is in the cache
+    row = index.table.slice(0, 1).to_pylist()[0]
+    damaged = bytearray((work / "shards" / "train" / "000000.tar").read_bytes())
+    damaged[row["offset"] + 700] ^= 1
+    (tmp_path / "damaged").write_bytes(damaged)
+    for name in ("train/000000.tar", "train/000077.tar"):
+        upload(tmp_path / "damaged", far / name)
+    (far / "train/000001.tar").unlink()
+    with pytest.raises(ShardError, match=r"4 problem\(s\) in 4 shards"):
+        verify(settings)
+    assert capsys.readouterr().out.splitlines() == [
+        f"{far}/train/000000.tar: its sha256 is not the sidecar's",
+        f"{far}/train/000000.tar: {row['key']}: crc32 differs",
+        f"{far}/train/000001.tar: missing",
+        f"{far}/train/000077.tar: not in the index: run `just shard-targets` to its end",
+    ]
+
+    whole = bytearray((far / INDEX_NAME).read_bytes())
+    whole[len(whole) // 2] ^= 1
+    (tmp_path / "damaged").write_bytes(whole)
+    upload(tmp_path / "damaged", far / INDEX_NAME)
+    check_index(far)  # by the copy
+    with pytest.raises(ShardError, match="its sha256 is not that of SHA256SUMS"):
+        verify(settings)
+
+
+def test_shards_of_a_bucket_are_judged(door: Door, work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Clips and the report's counts, without a plan beside them."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    far = uploaded(work / "shards", Url("s3://corpus/judged/shards"))
+    name = load_snac(TINY_SNAC)[1].describe()
+    here, there = ShardClips(work / "shards", name), ShardClips(far, name)
+    assert there.title == "Validation segments of judged"
+    assert there.entries == here.entries
+    for place in range(len(here.entries)):
+        np.testing.assert_array_equal(there.load(place).target, here.load(place).target)
+    assert read_targets(far).statuses == read_targets(work / "shards").statuses

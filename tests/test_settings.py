@@ -14,7 +14,7 @@ import pytest
 from pydantic import Field
 
 from configs.loader import FOLDER, Settings, load_settings
-from pipeline.settings import CodesSettings, InspectSettings, VerifySettings, WorkflowSettings
+from pipeline.settings import CodesSettings, InspectSettings, PushShardsSettings, WorkflowSettings
 from shards.errors import SettingsError
 from shards.storage import Url
 from tests.helpers import ROOT, run_command
@@ -326,7 +326,7 @@ def test_a_key_twice_in_a_file_is_refused(tmp_path: Path) -> None:
 
 def test_a_url_is_not_taken_for_a_folder_of_this_machine() -> None:
     with pytest.raises(SettingsError, match=r"shards: .* a path on this machine, not a URL \(given: 's3://corpus/x'\)"):
-        load_settings(VerifySettings, "verify.json", ["shards=s3://corpus/x"])
+        load_settings(PushShardsSettings, "push_shards.json", ["repo=a/b", "shards=s3://corpus/x"])
     workflow = load_settings(WorkflowSettings, "workflow.json", ["audio=s3://corpus/a", "work=s3://corpus/w"])
     assert (workflow.audio, workflow.work) == (Url("s3://corpus/a"), Url("s3://corpus/w"))
 

@@ -30,7 +30,7 @@ from tests.shard_helpers import all_problems, flip
 
 
 def test_verify_finds_whole_shards_whole(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    verify(VerifySettings(shards=work / "shards"))
+    verify(VerifySettings(shards=work / "shards", threads="auto"))
     assert "4 shards are whole" in capsys.readouterr().out
 
 
@@ -55,13 +55,13 @@ def test_verify_as_a_command_says_each_problem_in_one_line(shards: Path) -> None
 
 def test_verify_of_no_shards_says_what_to_run(tmp_path: Path) -> None:
     with pytest.raises(ShardError, match="just shard-targets"):
-        verify(VerifySettings(shards=tmp_path))
+        verify(VerifySettings(shards=tmp_path, threads="auto"))
 
 
 def test_verify_names_shards_that_the_index_does_not_know(shards: Path, capsys: pytest.CaptureFixture[str]) -> None:
     compact(shards, shard_list(shards)[1:])
     with pytest.raises(ShardError, match=r"2 problem\(s\) in 3 shards"):
-        verify(VerifySettings(shards=shards))
+        verify(VerifySettings(shards=shards, threads="auto"))
     assert capsys.readouterr().out.splitlines() == [
         f"{shards}/train/000000.parquet: not in the index: run `just shard-targets` to its end",
         f"{shards}/train/000000.tar: not in the index: run `just shard-targets` to its end",
@@ -135,7 +135,7 @@ def test_rows_that_say_something_else_than_samples(
 ) -> None:
     rewritten(shards, lambda row: row.update(changed))
     with pytest.raises(ShardError, match="problem"):
-        verify(VerifySettings(shards=shards))
+        verify(VerifySettings(shards=shards, threads="auto"))
     assert message in capsys.readouterr().out
     if "json" not in message and "start" not in message:
         with pytest.raises(ShardError, match=message.split(" where")[0]):

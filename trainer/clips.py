@@ -22,6 +22,7 @@ from shards.contract import COARSE_48K, PLAN_NAME, TARGET_RATE, sample_key
 from shards.errors import UserError
 from shards.index import load
 from shards.reader import decode_sample, read_sample
+from shards.storage import Location
 from shards.writer import read_table
 
 SPLIT = "validation"
@@ -69,19 +70,20 @@ class ShardClips:
     Raises UserError when the codes are not by the SNAC named `snac_name`.
     """
 
-    def __init__(self, folder: Path, snac_name: str) -> None:
+    def __init__(self, folder: Location, snac_name: str) -> None:
+        folder = folder.resolve() if isinstance(folder, Path) else folder
         self.index = load(folder, SPLIT)
         if not len(self.index):
             raise UserError(f"{folder} has no usable segment in the split {SPLIT}")
         if self.index.fingerprint["snac"] != snac_name:
             raise UserError(f"{folder} holds codes by {self.index.fingerprint['snac']}, not by {snac_name}")
         self.teacher = str(self.index.fingerprint["teacher"])
-        self.title = f"Validation segments of {folder.resolve().parent.name}"
+        self.title = f"Validation segments of {folder.parent.name}"
         keys, lengths = (self.index.table[name].to_pylist() for name in ("key", "n_samples"))
         self.entries = [Entry(key, length) for key, length in zip(keys, lengths, strict=True)]
         self.plan: dict[str, dict[str, Any]] = {}
         if self.teacher != "recording":
-            self.plan = self._find_plan(folder.resolve().parent / PLAN_NAME)
+            self.plan = self._find_plan(folder.parent / PLAN_NAME)
 
     def load(self, place: int) -> Clip:
         sample = decode_sample(read_sample(self.index, place))
@@ -97,7 +99,7 @@ class ShardClips:
             source=self._source(entry),
         )
 
-    def _find_plan(self, plan: Path) -> dict[str, dict[str, Any]]:
+    def _find_plan(self, plan: Location) -> dict[str, dict[str, Any]]:
         if not plan.exists():
             tqdm.write(f"no {PLAN_NAME} beside the shards: the recordings behind the targets are not judged")
             return {}
@@ -125,7 +127,7 @@ class ShardClips:
             return None
 
 
-def _plan_rows(plan: Path) -> dict[str, dict[str, Any]]:
+def _plan_rows(plan: Location) -> dict[str, dict[str, Any]]:
     table: pa.Table = read_table(plan, filters=pc.field("split") == SPLIT)
     return {sample_key(row["shard"], row["row"]): row for row in table.to_pylist()}
 

@@ -234,7 +234,9 @@ class EvalSettings(Settings):
     system, and the target itself. Writes clips.parquet, summary.parquet and some audio, and prints the means.
     """
 
-    shards: Local | None = Field(default=None, description="folder with index.parquet: its validation split is judged")
+    shards: Place | None = Field(
+        default=None, description="folder or URL with index.parquet: its validation split is judged"
+    )
     audio: Local | None = Field(default=None, description="or a folder of recordings, each its own target")
     models: Named = Field(
         default={}, description="runs, checkpoints (.pt) or exported directories: a,b or models.NAME=PATH"
@@ -268,8 +270,8 @@ class ReportSettings(Settings):
     eval: Local = Field(description="folder that `just eval` made")
     out: Local | None = Field(default=None, description="HTML file to write (null: EVAL/report.html)")
     run: Local | None = Field(default=None, description="run whose curves are drawn (null: those of the models judged)")
-    shards: Local | None = Field(
-        default=None, description="folder with index.parquet, for the targets (null: those that were judged)"
+    shards: Place | None = Field(
+        default=None, description="folder or URL with index.parquet, for the targets (null: those that were judged)"
     )
     clips: int = Field(ge=1, le=1000, description="clips to listen to, at most")
     seconds: float = Field(gt=0, le=600, description="longest stretch of a clip; the page says where it is not all")

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import click
 from tqdm import tqdm
 
 from shards.errors import UserError
 from shards.files import replacing
+from shards.storage import locate
 from trainer.evaluate import AUDIO
 from trainer.report import page
 from trainer.report.listening import listening
@@ -26,7 +25,7 @@ def report(settings: ReportSettings) -> None:
         raise UserError(f"out={out} exists: choose another file or delete it")
     evaluation = read_evaluation(settings.eval)
     shards = settings.shards or evaluation.about["settings"]["shards"]
-    targets = read_targets(Path(shards)) if shards else None
+    targets = read_targets(locate(shards)) if shards else None
     curves = evaluation.curves(settings.run)
     heard = [
         listening(evaluation.folder / AUDIO, key, evaluation.systems, settings.seconds)

@@ -12,6 +12,7 @@ import pyarrow.compute as pc
 
 from shards.contract import INDEX_NAME, OK
 from shards.errors import UserError
+from shards.storage import Location
 from shards.writer import read_metadata, read_table
 from trainer.evaluate import AUDIO, CLIPS, SUMMARY
 from trainer.report.charts import Chart, histograms, training_curves
@@ -82,7 +83,7 @@ class Targets:
     charts: list[Chart]
 
 
-def read_targets(shards: Path) -> Targets:
+def read_targets(shards: Location) -> Targets:
     """Raises UserError where there is no index."""
     path = shards / INDEX_NAME
     if not path.exists():
