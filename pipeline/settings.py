@@ -107,7 +107,8 @@ class SidonSettings(Settings):
     sidon_raw: str = Field(description="raw weights (adapter and decoder): hub name or local directory")
     sidon_base: str = Field(description="w2v-BERT 2.0 below the adapter: hub name or local directory")
     sidon_precision: Literal["auto", "fp32", "bf16"] = Field(
-        description="of the raw weights; auto: bf16 on a GPU where it stays within −40 dB of fp32"
+        description="of the raw weights; auto: bf16 on a GPU where it stays within −40 dB of fp32, "
+        "and within −20 dB from 12 kHz on"
     )
     delay_samples: int = Field(
         ge=0, le=934, description="at 48 kHz, taken off SIDON's output; calibrate measures what is left"

@@ -31,7 +31,8 @@ PADDING = 160  # input samples on each side, so that a window of n frames gives 
 HIGH_PASS_HZ = 50.0
 NATIVE_FILES = ("adapter_config.json", "adapter_model.safetensors", "decoder_state_dict.pt")
 BASE_FILES = ("config.json", "model.safetensors")
-BF16_LIMIT_DB = -40.0  # of what bfloat16 may lose where it is not asked for by name
+NEW_BAND_HZ = 12_000
+BF16_LIMITS_DB = (-40.0, -20.0)  # what bfloat16 may lose where it is not asked for by name: of all, of the new band
 SAMPLES_LOST = 26  # of 960 T, by the odd strides of DAC's decoder
 
 
@@ -173,17 +174,29 @@ def load_sidon(settings: SidonSettings, device: torch.device) -> Sidon:
     )
     sidon = Sidon(native, device, settings.delay_samples)
     if asked == "auto" and device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
-        native.precision = "bf16" if bf16_error_db(native, sidon) <= BF16_LIMIT_DB else "fp32"
+        native.precision = "bf16" if stays_near_fp32(native, sidon) else "fp32"
     return sidon
 
 
-def bf16_error_db(native: Native, sidon: Sidon) -> float:
-    """How far bfloat16 is from float32, in dB of the output, on seconds of noise that rises and falls like speech."""
+def stays_near_fp32(native: Native, sidon: Sidon) -> bool:
+    errors = bf16_errors_db(native, sidon)
+    return all(error <= limit for error, limit in zip(errors, BF16_LIMITS_DB, strict=True))
+
+
+def bf16_errors_db(native: Native, sidon: Sidon) -> tuple[float, float]:
+    """How far bfloat16 is from float32 on seconds of noise that rises and falls and declines like speech: dB of the
+    output, and of what the output has from NEW_BAND_HZ on.
+    """
     time = np.arange(2 * INPUT_RATE + 2 * PADDING) / INPUT_RATE
-    noise = np.random.default_rng(0).standard_normal(len(time))
-    made = (0.2 * noise * np.sin(np.pi * 4 * time) ** 2).astype(np.float32)
-    outputs = {}
+    noise = torch.from_numpy(0.1 * np.random.default_rng(0).standard_normal(len(time)))
+    pole, zero = torch.tensor([1, -0.9], dtype=torch.float64), torch.tensor([1, 0], dtype=torch.float64)
+    made = (F.lfilter(noise, pole, zero, clamp=False).numpy() * np.sin(np.pi * 4 * time) ** 2).astype(np.float32)
+    spectra = {}
     for native.precision in ("fp32", "bf16"):
-        outputs[native.precision] = sidon.restore([made])[0].astype(np.float64)
-    apart, power = outputs["bf16"] - outputs["fp32"], outputs["fp32"]
-    return float(10 * np.log10(np.square(apart).sum() / max(np.square(power).sum(), 1e-20) + 1e-20))
+        spectra[native.precision] = np.fft.rfft(sidon.restore([made])[0].astype(np.float64))
+    apart, power = (np.square(np.abs(x)) for x in (spectra["bf16"] - spectra["fp32"], spectra["fp32"]))
+    new_band = len(power) * 2 * NEW_BAND_HZ // (INPUT_RATE * UPSAMPLING)
+    of_all, of_new = (
+        float(10 * np.log10(apart[first:].sum() / max(power[first:].sum(), 1e-20) + 1e-20)) for first in (0, new_band)
+    )
+    return of_all, of_new

@@ -71,7 +71,12 @@ class DacDecoder(nn.Module):
 
     def forward(self, hidden_BCT: Tensor, frames: list[int]) -> Tensor:
         self._frames = frames
-        wav_BN = self.decoder(hidden_BCT.clone())[:, 0]
+        *half, _, _, _, _ = self.decoder.model  # all but the last block, and the head's Snake, convolution and tanh
+        features_BCT = hidden_BCT.clone()
+        for layer in half:
+            features_BCT = layer(features_BCT)
+        with torch.autocast(hidden_BCT.device.type, enabled=False):  # bfloat16 would be heard above 12 kHz
+            wav_BN = self.decoder.model[len(half) :](features_BCT.float())[:, 0]
         return _clear(wav_BN, [self.output_length(n) for n in frames])
 
     def output_length(self, frames: int, depth: int | None = None) -> int:

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import Wav2Vec2BertConfig, Wav2Vec2BertModel
 
-from pipeline.sidon import FRAME, PADDING, Native, Sidon, bf16_error_db
+from pipeline.sidon import FRAME, PADDING, Native, Sidon, bf16_errors_db, stays_near_fp32
 from pipeline.sidon_decoder import load_decoder
 from pipeline.sidon_encoder import load_encoder
 from shards.errors import UserError
@@ -134,9 +134,21 @@ def test_auto_takes_bf16_only_where_it_stays_near(native: Native, monkeypatch: p
     sidon = Sidon(native, torch.device("cpu"))
     with monkeypatch.context() as patch:
         patch.setattr(native, "precision", "fp32")
-        assert -100 < bf16_error_db(native, sidon) < -20
+        assert all(-100 < error < -20 for error in bf16_errors_db(native, sidon))
+        patch.setattr("pipeline.sidon.BF16_LIMITS_DB", (0.0, -90.0))
+        assert not stays_near_fp32(native, sidon)  # in the new band
         patch.setattr(native, "_precision", nullcontext)
-        assert bf16_error_db(native, sidon) == -200
+        assert bf16_errors_db(native, sidon) == (-200, -200)
+        assert stays_near_fp32(native, sidon)
+
+
+def test_bf16_does_not_round_the_output(folder: Path) -> None:
+    """Rounded to 8 bits it would carry noise of its own, louder than speech is above 12 kHz."""
+    pins, cpu = folder / "base" / "weights.json", torch.device("cpu")
+    half = Native(str(folder / "raw"), str(folder / "base"), pins, cpu, "bf16")
+    (found,) = Sidon(half, cpu).restore(windows(30))
+    heard = torch.from_numpy(found)
+    assert (heard != heard.bfloat16().float()).float().mean() > 0.9
 
 
 def test_the_true_sizes_fit(tmp_path: Path) -> None:
