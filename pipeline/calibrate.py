@@ -26,12 +26,14 @@ from shards.errors import UserError
 from shards.files import replacing
 
 FILE = "calibration.json"
+VERSION = 2  # of what is measured
 MIN_SECONDS, MAX_SECONDS, MIN_SPEECH = 1, 10, 0.2  # of a stretch that is measured
 MIN_MEASURED = 3
 AUTO_TRIES = 8  # recordings looked at for each that is measured, because some are their own target
 COHERENCE_BANDS_KHZ = ((0, 1), (1, 4), (4, 8), (8, 12))
 COHERENCE_N_FFT = 1024
 PERCENTILES = (10, 50, 90)
+IN_PLACE_KHZ = 4
 AGREEING, OWN = 0.8, 0.4  # coherence below 4 kHz: waveforms agree; phases are the model's own
 
 
@@ -61,7 +63,8 @@ def calibrated(settings: TargetsSettings, plan: Plan, teacher: Teacher) -> Row |
 
 def _made_from(settings: TargetsSettings, plan: Plan, teacher: Teacher) -> Row:
     planned = hashlib.sha256("".join(plan.rows_sha256).encode()).hexdigest()
-    return {"teacher": teacher.provenance, "recordings": settings.calibrate_recordings, "plan": planned}
+    asked = {"version": VERSION, "recordings": settings.calibrate_recordings}
+    return {"teacher": teacher.provenance, "plan": planned, **asked}
 
 
 def _measured_and_kept(settings: TargetsSettings, plan: Plan, teacher: Teacher) -> Row:
@@ -110,19 +113,24 @@ def measure(teacher: Teacher, rows: list[Row]) -> Iterator[Row]:
         restored = found.target if found.restored is None else found.restored
         measured = compare(found.source, restored)
         if measured["lag_samples"] is not None:
-            yield {**measured, **coherence(found.source, restored)}
+            yield {**measured, "model_level_db": found.model_level_db, **coherence(found.source, restored)}
 
 
 def coherence(source: Samples, target: Samples) -> dict[str, float]:
-    """Magnitude-squared coherence |Σ X* Y|² / (Σ |X|² Σ |Y|²) over time (Welch), mean of each band; 1: one waveform."""
+    """Magnitude-squared coherence |Σ X* Y|² / (Σ |X|² Σ |Y|²) over time (Welch), mean of each band: 1 for one waveform,
+    also where it is turned over or some samples late. And `in_place`, Re Σ X* Y / √(Σ |X|² Σ |Y|²) over time and below
+    IN_PLACE_KHZ: 1 only where it coincides.
+    """
     window = torch.hann_window(COHERENCE_N_FFT, dtype=torch.float64)
     x, y = (
         torch.stft(torch.from_numpy(s).double(), COHERENCE_N_FFT, window=window, return_complex=True)
         for s in (source, target)
     )
-    cross, power = (x.conj() * y).sum(1).abs().square(), x.abs().square().sum(1) * y.abs().square().sum(1)
-    per_bin = cross / power.clamp(min=1e-30)
-    result = {}
+    cross, x_power, y_power = (x.conj() * y).sum(1), x.abs().square().sum(1), y.abs().square().sum(1)
+    per_bin = cross.abs().square() / (x_power * y_power).clamp(min=1e-30)
+    below = round(IN_PLACE_KHZ * 1000 * COHERENCE_N_FFT / TARGET_RATE)
+    powers = float((x_power[:below].sum() * y_power[:below].sum()).sqrt())
+    result = {"in_place": float(cross[:below].real.sum()) / max(powers, 1e-30)}
     for low, high in COHERENCE_BANDS_KHZ:
         first, last = (round(khz * 1000 * COHERENCE_N_FFT / TARGET_RATE) for khz in (low, high))
         result[f"coherence_{low}_{high}_khz"] = float(per_bin[first:last].mean())
@@ -151,7 +159,12 @@ def show(result: Row) -> None:
 
 def words(result: Row) -> str:
     """What the coherence below 4 kHz says about the choice of teacher and about L1."""
-    low = min(result["coherence_0_1_khz"][1], result["coherence_1_4_khz"][1])
+    low, in_place = min(result["coherence_0_1_khz"][1], result["coherence_1_4_khz"][1]), result["in_place"][1]
+    if low >= AGREEING and in_place < AGREEING:
+        return (
+            f"below 4 kHz targets share the recordings' waveforms, but not in place ({in_place:.2f}; −1: turned over, "
+            "0: some samples off): L1 compares what does not coincide, hybrid mixes it. Rely on losses of magnitudes"
+        )
     if low >= AGREEING:
         return "below 4 kHz targets share the recordings' waveforms: teacher=sidon and L1 suit"
     if low <= OWN:
@@ -185,6 +198,12 @@ def check(result: Row, settings: TargetsSettings) -> None:
         raise UserError(
             f"calibration: targets are typically {level:.1f} dB above their recordings: check the weights, or "
             f"accept it with max_level_difference_db={2 * abs(level) + 1:.0f}"
+        )
+    if abs(result["model_level_db"][1]) > settings.max_level_difference_db:
+        raise UserError(
+            f"calibration: before levels are matched, the model typically speaks {result['model_level_db'][1]:.1f} dB "
+            "louder than what it hears: check the weights, or accept it with max_level_difference_db="
+            f"{abs(result['model_level_db'][1]) + 1:.0f}"
         )
     if result["correlation"][1] < settings.min_correlation:
         raise UserError(

@@ -36,7 +36,7 @@ from shards.contract import COARSE_24K, COARSE_48K, CODEC_RATE, TARGET_RATE
 from shards.errors import UserError
 
 AGREEMENT_DB = {"fp32": -60.0, "bf16": -40.0}  # of the two forms, by the coarser of their precisions
-SEAM_MARGIN_DB = 1.0
+SEAM_MARGIN_DB, SEAM_FLOOR_DB = 1.0, -30.0  # how much more seams may differ; below that nobody hears them
 SECONDS = 10  # of each recording that goes through the models
 NOT_RUN = "not run"  # the figure of a check that needs what an earlier one could not find out
 CODES_BYTES_PER_SECOND = 7 * 2 * TARGET_RATE / COARSE_48K
@@ -200,11 +200,12 @@ def delay(patient: Patient, form: str) -> Check:
 
 
 def level(patient: Patient, form: str) -> Check:
-    low, median, high = _calibration(patient, form)["level_difference_db"]
+    found = _calibration(patient, form)
+    (low, median, high), (_, own, _) = found["level_difference_db"], found["model_level_db"]
     limit = patient.settings.max_level_difference_db
-    passed = abs(median) <= limit / 2 and high - low <= limit
+    passed = abs(median) <= limit / 2 and high - low <= limit and abs(own) <= limit
     advice = "targets have not their recordings' level: check the weights, use clean recordings"
-    return Check(passed, f"{median:.1f} dB ({low:.1f} … {high:.1f})", advice)
+    return Check(passed, f"{median:.1f} dB ({low:.1f} … {high:.1f}), the model's own {own:.1f}", advice)
 
 
 def fidelity(patient: Patient, form: str) -> Check:
@@ -237,7 +238,7 @@ def seams(patient: Patient, form: str) -> Check:
     )
     if not at_seams or not between:
         raise UserError("nothing is heard around the seams: use other recordings")
-    passed = max(at_seams) <= max(between) + SEAM_MARGIN_DB
+    passed = max(at_seams) <= max(max(between) + SEAM_MARGIN_DB, SEAM_FLOOR_DB)
     figure = f"{max(at_seams):.0f} dB at seams, {max(between):.0f} dB elsewhere"
     return Check(passed, figure, "seams are heard: set overlap_seconds higher")
 

@@ -10,6 +10,7 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
+import numpy.typing as npt
 
 from codec.audio import Recording, Samples
 from codec.resample import Resampler
@@ -31,7 +32,8 @@ def differences_db(
 ) -> list[float]:
     """How far `joined` is from a window centred on each input sample of `at` (rising), in dB of the window's power.
 
-    Points whose window would reach beyond the recording, and silent ones, are left out.
+    Levels are free on each side of a point: windows have their own, each brought to the recording's. Points whose
+    window would reach beyond the recording, and silent ones, are left out.
     """
     source = Resampler(recording, INPUT_RATE)
     half = (grid.hop + 2 * grid.overlap) // 2 // FRAME * FRAME
@@ -39,11 +41,19 @@ def differences_db(
     for point in at:
         if point < half or point + half > recording.length(INPUT_RATE):
             continue
-        heard = source.read(point - half - PADDING, point + half + PADDING) * np.float32(gain)
-        (output,) = sidon.restore([high_passed(heard)])
+        padded = source.read(point - half - PADDING, point + half + PADDING) * np.float32(gain)
+        (output,) = sidon.restore([high_passed(padded)])
         centred = output[half * UPSAMPLING - REACH : half * UPSAMPLING + REACH].astype(np.float64) / gain
         around = joined[point * UPSAMPLING - REACH : point * UPSAMPLING + REACH]
-        power, apart = np.square(centred).mean(), np.square(around - centred).mean()
-        if power > 1e-9:
-            found.append(10 * math.log10(apart / power + 1e-20))
+        if np.square(centred).mean() > 1e-9:
+            sides = zip(np.split(centred, 2), np.split(around.astype(np.float64), 2), strict=True)
+            apart, power = np.sum([_apart(expected, heard) for expected, heard in sides], axis=0)
+            found.append(10 * math.log10(apart / max(power, 1e-20) + 1e-20))
     return found
+
+
+def _apart(expected: npt.NDArray[np.float64], heard: npt.NDArray[np.float64]) -> tuple[float, float]:
+    """Energy of what is not `expected` at any level, and of what is."""
+    energy = float(expected @ expected)
+    level = float(expected @ heard) / energy if energy > 0 else 0.0
+    return float(np.square(heard - level * expected).sum()), level**2 * energy

@@ -25,6 +25,7 @@ from codec.snac import device_of
 from pipeline.ahead import Ahead, chained_ahead, thread_count
 from pipeline.bandwidth import Spectrum
 from pipeline.hybrid import HALF, hybrid
+from pipeline.level import PEAK, match
 from pipeline.recordings import Opener, by_file, check_content
 from pipeline.settings import TargetsSettings
 from pipeline.sidon import INPUT_RATE, UPSAMPLING, Sidon, high_passed, load_sidon
@@ -32,7 +33,6 @@ from pipeline.windows import Grid, Joiner, Window
 from shards.contract import COARSE_48K, TARGET_RATE, TEACHERS, Row
 
 RECORDING, SIDON, HYBRID = TEACHERS
-PEAK = 0.9  # of what SIDON hears; the target is scaled back
 WINDOWS_AHEAD = 2  # of each recording that is read ahead
 PENDING_BATCHES = 8  # audio that waits for company of its own length, in batches
 LENGTH_RATIO = 1.25  # of the longest to the shortest in a batch of a model that knows masks
@@ -69,6 +69,7 @@ class Taught:
     target: Samples
     source: Samples | None = None  # the recording, where the target is not it
     restored: Samples | None = None  # SIDON's part, where the target is more than it
+    model_level_db: float = 0.0  # how much louder SIDON spoke than what it heard, before its level was matched
 
 
 class Teacher:
@@ -232,9 +233,11 @@ class Teacher:
         if used == HYBRID:
             source, restored = pieces.read(start - HALF, stop + HALF)
             mixed = hybrid(source, restored, self.settings.crossover_hz)
-            return Taught(used, gain, mixed, source[HALF:-HALF], restored[HALF:-HALF])
+            return Taught(used, gain, mixed, source[HALF:-HALF], restored[HALF:-HALF], pieces.model_level_db)
         source, restored = pieces.read(start, stop)
-        return Taught(used, gain, source) if used == RECORDING else Taught(used, gain, restored, source)
+        if used == RECORDING:
+            return Taught(used, gain, source)
+        return Taught(used, gain, restored, source, model_level_db=pieces.model_level_db)
 
 
 def whole_recording(path: Path) -> dict[str, Any]:
@@ -256,7 +259,9 @@ def whole_recording(path: Path) -> dict[str, Any]:
 
 
 class Pieces:
-    """One recording's windows as two streams that are read together: the recording and its joined restoration."""
+    """One recording's windows as two streams that are read together: the recording and its joined restoration, at the
+    recording's level.
+    """
 
     def __init__(self, group: Iterator[tuple[Read, Samples | None]]) -> None:
         self.first, output = next(group)
@@ -264,6 +269,7 @@ class Pieces:
         self._source = Held(self.first.window.start * UPSAMPLING)
         self._restored = Held(self.first.window.first_48k)
         self._joiner = Joiner()
+        self.model_level_db = 0.0  # of the window that came last, as `level.match` says it
 
     def read(self, a: int, b: int) -> tuple[Samples, Samples]:
         """Samples [a, b) of the recording and of its restoration, which is zero where there is none.
@@ -280,7 +286,9 @@ class Pieces:
             assert item.source is not None
             self._source.append(item.source)
             if output is not None:
-                self._restored.append(self._joiner.add(item.window, output))
+                own = slice(item.window.left * UPSAMPLING, item.window.left * UPSAMPLING + len(item.source))
+                factor, self.model_level_db = match(item.source, output[own], item.gain)
+                self._restored.append(self._joiner.add(item.window, output * np.float32(factor)))
         return self._source.read(a, b), self._restored.read(a, b) if is_restored else np.zeros(0, np.float32)
 
 

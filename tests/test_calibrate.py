@@ -17,6 +17,7 @@ from demo.voice import synthesize
 from pipeline.calibrate import FILE, calibrate, check, coherence, words
 from pipeline.codes import shard_codes
 from pipeline.settings import CalibrateSettings
+from pipeline.sidon import Sidon
 from pipeline.targets import shard_targets
 from pipeline.teachers import Pieces, Teacher
 from shards.contract import TARGET_RATE
@@ -171,6 +172,33 @@ def test_coherence_tells_a_copy_from_a_resynthesis() -> None:
     spread = {name: [value] * 3 for name, value in copy.items()}
     assert "teacher=sidon and L1 suit" in words(spread)
     assert "teacher=hybrid" in words({name: [value] * 3 for name, value in resynthesis.items()})
+
+
+@pytest.mark.parametrize(
+    ("moved", "in_place"),
+    [(lambda voice: -voice, (-1.01, -0.99)), (lambda voice: np.roll(voice, 24), (-0.5, 0.79))],
+    ids=["turned over", "half a millisecond late"],
+)
+def test_l1_is_not_said_to_suit_waveforms_out_of_place(
+    moved: Callable[[Samples], Samples], in_place: tuple[float, float]
+) -> None:
+    voice = synthesize(0, 0, 3.0)
+    found = coherence(voice, moved(voice))
+    assert found["coherence_0_1_khz"] > 0.95
+    assert in_place[0] < found["in_place"] < in_place[1]
+    assert "not in place" in words({name: [value] * 3 for name, value in found.items()})
+
+
+@pytest.mark.parametrize("gain_db", [-9.0, 9.0])
+def test_a_model_that_speaks_at_another_level_stops_the_run(
+    gain_db: float, settings: Callable[..., CalibrateSettings], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Though its targets would be brought to their recordings' level."""
+    restore = Sidon.restore
+    louder = np.float32(10 ** (gain_db / 20))
+    monkeypatch.setattr(Sidon, "restore", lambda self, windows: [louder * found for found in restore(self, windows)])
+    with pytest.raises(UserError, match=rf"speaks {gain_db:.1f} dB louder than what it hears|typically -3.0 dB above"):
+        shard_targets(settings())
 
 
 def assert_same_without_a_model(

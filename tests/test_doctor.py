@@ -166,10 +166,12 @@ def test_forms_that_disagree_fail(models: Path, audio: Path, monkeypatch: pytest
         init(self, *given)  # type: ignore[arg-type]
         right = self.decode
 
-        def louder(hidden_BTC: torch.Tensor, frames: list[int]) -> torch.Tensor:
-            return 1.01 * right(hidden_BTC, frames)
+        def rougher(hidden_BTC: torch.Tensor, frames: list[int]) -> torch.Tensor:
+            wav = right(hidden_BTC, frames).clone()
+            wav[:, ::2] *= 1.02
+            return wav
 
-        self.decode = louder
+        self.decode = rougher
 
     monkeypatch.setattr(NativeStandin, "__init__", other)
     code, checks, _ = examined(models, audio)

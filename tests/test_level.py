@@ -1,0 +1,74 @@
+"""Targets have the level of their recording everywhere in it, though the model does not hear levels."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import soundfile
+import torch
+
+from codec.audio import Samples
+from pipeline.level import LEAST_DB, MOST_DB, PEAK, match
+from pipeline.sidon import Sidon, TorchScript
+from pipeline.teachers import Teacher
+from tests.helpers import restored, targets_settings
+from tests.sidon_standin import build, random_pattern, recording
+
+
+@pytest.fixture(scope="module")
+def sidon(tmp_path_factory: pytest.TempPathFactory) -> Sidon:
+    """A stand-in that speaks at 0.9 of full scale, however loud what it hears is."""
+    folder = tmp_path_factory.mktemp("level") / "sidon"
+    pins, cpu = build(folder), torch.device("cpu")
+    return Sidon(TorchScript(str(folder), pins, cpu), cpu)
+
+
+@pytest.fixture
+def teacher(sidon: Sidon, tmp_path: Path) -> Teacher:
+    return Teacher(targets_settings(tmp_path, "teacher=sidon", "window_seconds=4", "overlap_seconds=0.5"), sidon)
+
+
+def levels_db(found: Samples, expected: Samples) -> npt.NDArray[np.float64]:
+    """Of each second, found against expected."""
+    seconds = len(expected) // 48_000
+    rms = [np.sqrt(np.square(x[: seconds * 48_000].reshape(seconds, -1)).mean(axis=1)) for x in (found, expected)]
+    levels: npt.NDArray[np.float64] = 20 * np.log10(rms[0] / rms[1])
+    return levels
+
+
+@pytest.mark.parametrize("quieter_db", [5.0, 20.0])
+def test_a_speaker_who_turns_away_stays_as_quiet(quieter_db: float, teacher: Teacher, tmp_path: Path) -> None:
+    pattern, quieter = random_pattern(12.0, 0), 10 ** (-quieter_db / 20)
+    from_6_s = np.arange(12 * 48_000) >= 6 * 48_000  # where a window begins
+    whole = recording(pattern, 48_000, 0.5) * np.where(from_6_s, quieter, 1).astype(np.float32)
+    soundfile.write(tmp_path / "a.wav", whole, 48_000, "FLOAT")
+    assert np.abs(levels_db(restored(tmp_path / "a.wav", teacher), whole)).max() < 0.2
+
+
+def test_a_click_does_not_make_the_others_louder(teacher: Teacher, tmp_path: Path) -> None:
+    whole = recording(random_pattern(9.0, 1), 48_000, 0.25)
+    clicking = whole.copy()
+    clicking[48_000 * 4 + 7] = 0.9
+    soundfile.write(tmp_path / "a.wav", clicking, 48_000, "FLOAT")
+    assert np.abs(levels_db(restored(tmp_path / "a.wav", teacher), whole)).max() < 0.2
+
+
+@pytest.mark.parametrize("spoken_db", [-25.0, -3.0, 0.0, 12.0, 50.0])
+def test_what_is_corrected_is_bounded(spoken_db: float) -> None:
+    """Towards louder above all: what is left of noise must not be brought up to it."""
+    heard = recording(random_pattern(3.0, 2), 48_000, 0.5)
+    gain = PEAK / float(np.abs(heard).max())
+    factor, found_db = match(heard, (heard * 10 ** (spoken_db / 20)).astype(np.float32), gain)
+    assert found_db == pytest.approx(spoken_db, abs=0.01)
+    assert 20 * np.log10(factor) == pytest.approx(min(max(-spoken_db, LEAST_DB), MOST_DB), abs=0.01)
+
+
+def test_noise_that_was_removed_stays_removed() -> None:
+    noise = (0.01 * np.random.default_rng(0).standard_normal(3 * 48_000)).astype(np.float32)
+    factor, _ = match(noise, (1e-4 * noise).astype(np.float32), PEAK / float(np.abs(noise).max()))
+    assert factor <= 10 ** (MOST_DB / 20)
+    assert match(np.zeros(48_000, np.float32), noise[:48_000], 1.0) == (0.0, 0.0)
+    assert match(noise[:100], noise[:100], 1.0)[1] == 0.0
