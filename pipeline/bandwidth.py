@@ -1,10 +1,13 @@
 """Where the spectrum of speech falls away, measured; what a header promises plays no part.
 
 Each band of 500 Hz, in steps of 125 Hz, is judged by the level that it exceeds in 5 % of the frames: vowels show what
-low bands hold, fricatives what high ones do. The bandwidth is the lowest of three answers:
+low bands hold, fricatives what high ones do. What stands out over less than PEAK_HZ, such as the whistle of a screen or
+a power supply, is cut off down to what lies beside it, and what targets cannot hold, above 24 kHz, is not looked at.
+The bandwidth is the lowest of three answers:
 
-- a cliff: from 3 kHz on, the levels fall by CLIFF_DB within 1 kHz and never come back. Speech and the noise of rooms
-  and microphones decline by a few decibels per kHz; resamplers and lossy codecs cut.
+- a cliff: the levels fall by CLIFF_DB within CLIFF_HZ and never come back. Noise of rooms and microphones declines by a
+  few decibels per kHz; resamplers and lossy codecs cut. Vowels that sink into noise fall by 15 to 25 dB too, so from
+  LOWEST_HZ to VOWELS_HZ it takes VOWELS_CLIFF_DB; what was sampled at 8 kHz falls by more, or into nothing.
 - nothing: from there on every band lies EMPTY_DB below the loudest one, or where dithered 16-bit rounding lies.
 - a mirror: the fine structure above half of a common rate, or below that rate, is that of the recording's low bands,
   reflected. Upsampling without a proper filter (by repetition, by straight lines) leaves such images, not a cliff.
@@ -18,17 +21,20 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+from numpy.lib.stride_tricks import sliding_window_view
 
 from codec.audio import Samples
+from shards.contract import TARGET_RATE
 
 Spectra = npt.NDArray[Any]
 Bins = npt.NDArray[np.int64]
 
 N_FFT = 2048
 BAND_HZ, STEP_HZ, STEPS_OF_BAND = 500.0, 125.0, 4
-CLIFF_DB, CLIFF_HZ = 15.0, 1000.0
+PEAK_HZ = 1250.0  # of levels in bands, which widen a tone to 600 Hz, one that wavers to more
+CLIFF_DB, CLIFF_HZ = 15.0, 750.0
 EMPTY_DB, ROUNDING_DB = 80.0, -106.0  # below the loudest band; re full scale, in 500 Hz
-LOWEST_HZ = 3000.0  # below it vowels fall as steeply
+LOWEST_HZ, VOWELS_HZ, VOWELS_CLIFF_DB = 3000.0, 7000.0, 30.0  # below 3 kHz vowels fall as steeply as that
 LOUD_SHARE = 0.05  # of the frames: those in which a band is at its loudest
 FLOOR_DB, LEVELS = -160, 200  # of the histograms of levels, in steps of 1 dB
 MIRROR_RATES = (8_000, 11_025, 12_000, 16_000, 22_050, 24_000, 32_000)  # that recordings are upsampled from
@@ -43,8 +49,8 @@ class Spectrum:
     """What the bandwidth of a recording needs, gathered block by block in constant memory."""
 
     def __init__(self, rate: int) -> None:
-        self.rate = rate
-        bands = int((rate / 2 - BAND_HZ) / STEP_HZ) + 1
+        self._top = min(rate, TARGET_RATE) / 2
+        bands = int((self._top - BAND_HZ) / STEP_HZ) + 1
         edges = np.arange(bands + STEPS_OF_BAND) * STEP_HZ
         self._edges = np.round(edges * N_FFT / rate).astype(int)  # of the steps: neighbours share them, four are a band
         self._counts = np.zeros((bands, LEVELS), np.int64)  # frames of each level, per band
@@ -74,7 +80,7 @@ class Spectrum:
             return None
         above = self._counts[:, ::-1].cumsum(axis=1) >= max(LOUD_SHARE * frames, 1)
         loud_db = (LEVELS - 1 - above.argmax(axis=1) + FLOOR_DB).astype(np.float64)
-        return min([_fall(loud_db, self.rate / 2), *(old / 2 for old in self._mirrors.seen())])
+        return min([_fall(loud_db, self._top), *(old / 2 for old in self._mirrors.seen())])
 
 
 class Mirrors:
@@ -156,19 +162,31 @@ def bandwidth_hz(samples: Samples, rate: int) -> float | None:
     return spectrum.bandwidth_hz()
 
 
-def _fall(level_db: Spectra, nyquist: float) -> float:
-    """Where the first cliff without return lies, or the emptiness above the last band that holds anything."""
+def _fall(loud_db: Spectra, top: float) -> float:
+    """Where the first cliff without return lies, or the emptiness above the last band that holds anything; Hz."""
+    level_db = _without_peaks(loud_db)
     edges: Spectra = np.arange(len(level_db), dtype=np.float64) * STEP_HZ
     highest_from = np.maximum.accumulate(level_db[::-1])[::-1]  # the loudest band at this edge or above
-    holds = level_db > max(level_db.max() - EMPTY_DB, ROUNDING_DB)
+    holds = level_db > max(loud_db.max() - EMPTY_DB, ROUNDING_DB)
     last_held = edges[np.flatnonzero(holds)[-1]] if holds.any() else 0.0
-    found = [float(last_held + BAND_HZ) if last_held + BAND_HZ + STEP_HZ < nyquist else nyquist]
+    found = [float(last_held + BAND_HZ) if last_held + BAND_HZ + STEP_HZ < top else top]
     reach = round(CLIFF_HZ / STEP_HZ)
-    drop = level_db[:-reach] - highest_from[reach:]
-    cliffs = np.flatnonzero((drop > CLIFF_DB) & (edges[:-reach] + BAND_HZ >= LOWEST_HZ))
+    begins = edges[:-reach] + BAND_HZ
+    is_deep = level_db[:-reach] - highest_from[reach:] > np.where(begins < VOWELS_HZ, VOWELS_CLIFF_DB, CLIFF_DB)
+    cliffs = np.flatnonzero(is_deep & (begins >= LOWEST_HZ))
     if len(cliffs):
         found.append(_steepest(level_db, edges, int(cliffs[0]), reach))
     return min(found)
+
+
+def _without_peaks(level_db: Spectra) -> Spectra:
+    """Each band's level, at most what some stretch of PEAK_HZ around it keeps throughout (a morphological opening):
+    plateaus, cliffs and slopes stay as they are.
+    """
+    width = round(PEAK_HZ / STEP_HZ)
+    kept = sliding_window_view(level_db, width).min(axis=1)
+    opened: Spectra = sliding_window_view(np.pad(kept, width - 1, constant_values=-np.inf), width).max(axis=1)
+    return opened
 
 
 def _steepest(level_db: Spectra, edges: Spectra, first: int, reach: int) -> float:

@@ -88,9 +88,50 @@ def test_an_upsampled_voice_ends_where_it_did(old: int, how: Callable[[Samples, 
 
 @pytest.mark.parametrize("cutoff", [4_000, 7_000, 11_000, 16_000, 19_000])
 def test_a_low_pass_is_found(cutoff: int) -> None:
-    taps = scipy.signal.firwin(801, cutoff, fs=48_000)
-    found = bandwidth_hz(scipy.signal.lfilter(taps, 1, synthesize(1, 0, 3.0)).astype(np.float32), 48_000)
+    found = bandwidth_hz(lowpassed(synthesize(1, 0, 3.0), cutoff), 48_000)
     assert found == pytest.approx(cutoff, abs=600)
+
+
+def tone(hertz: float, level_db: float, samples: int, rate: int = 48_000) -> Samples:
+    """A sine, dB re full scale."""
+    return (10 ** (level_db / 20) * np.sin(2 * np.pi * hertz / rate * np.arange(samples))).astype(np.float32)
+
+
+def lowpassed(samples: Samples, cutoff: float, rate: int = 48_000) -> Samples:
+    return scipy.signal.lfilter(scipy.signal.firwin(801, cutoff, fs=rate), 1, samples).astype(np.float32)
+
+
+@pytest.mark.parametrize(("hertz", "level_db"), [(15_625, -60), (20_500, -60), (22_000, -70), (23_900, -60)])
+def test_a_tone_is_no_speech(hertz: float, level_db: float) -> None:
+    voice = lowpassed(synthesize(1, 0, 3.0), 12_000)
+    assert bandwidth_hz(voice + tone(hertz, level_db, len(voice)), 48_000) == pytest.approx(12_000, abs=600)
+
+
+def test_of_ultrasound_nothing_is_heard() -> None:
+    full = resample(torch.from_numpy(synthesize(1, 0, 3.0)), 48_000, 96_000).numpy()
+    noise = np.random.default_rng(0).standard_normal(len(full)).astype(np.float32)
+    ultrasound = lowpassed(noise, 8000, 96_000) * tone(38_000, -50, len(full), 96_000)
+    assert bandwidth_hz(lowpassed(full, 12_000, 96_000) + ultrasound, 96_000) == pytest.approx(12_000, abs=600)
+    found = bandwidth_hz(full + ultrasound, 96_000)
+    assert found is not None
+    assert 20_000 <= found <= 24_000
+
+
+SINKING_DB = {0: -10, 2000: -25, 3400: -28, 4400: -49, 9000: -70, 24_000: -70}  # vowels, then noise of a room
+
+
+def test_vowels_that_sink_into_noise_are_no_cliff() -> None:
+    noise = np.random.default_rng(0).standard_normal(3 * 48_000)
+    shape = scipy.signal.firwin2(801, list(SINKING_DB), [10 ** (db / 20) for db in SINKING_DB.values()], fs=48_000)
+    found = bandwidth_hz(scipy.signal.lfilter(shape, 1, noise).astype(np.float32), 48_000)
+    assert found is not None
+    assert found >= 20_000
+
+
+def test_a_telephone_in_noise_is_found() -> None:
+    voice = upsampled(synthesize(0, 1, 3.0), 48_000, 8000, sharp_sinc)
+    noise = np.random.default_rng(0).standard_normal(len(voice)).astype(np.float32)
+    assert bandwidth_hz(voice + np.float32(1e-4) * noise, 48_000) == pytest.approx(4000, abs=500)
 
 
 def test_blocks_say_what_the_whole_says() -> None:
@@ -107,7 +148,9 @@ def test_silence_and_scraps_have_none(samples: Samples) -> None:
 
 
 def test_no_real_recording_is_taken_for_more_than_it_was(real_speech: Path) -> None:
-    """Full-band recordings, brought down to six rates and up again in seven ways: none reaches 20 kHz."""
+    """Full-band recordings, brought down to six rates and up again in seven ways, and a whistle put on them: none
+    reaches 20 kHz.
+    """
     tried = 0
     for samples, rate in some_recordings(real_speech, 24, 1.2, min_rate=44_100):
         own = bandwidth_hz(samples[: 4 * rate], rate)
@@ -115,8 +158,10 @@ def test_no_real_recording_is_taken_for_more_than_it_was(real_speech: Path) -> N
             continue
         for number, old in enumerate(RATES):
             how = RESAMPLERS[(tried + number) % len(RESAMPLERS)]
-            found = bandwidth_hz(upsampled(samples[: 4 * rate], rate, old, how), 48_000)
-            assert found is not None
-            assert found < min(1.25 * old / 2, 20_000), (old, how.__name__)
+            plain = upsampled(samples[: 4 * rate], rate, old, how)
+            for changed in (plain, plain + tone(20_500, -60, len(plain))):
+                found = bandwidth_hz(changed, 48_000)
+                assert found is not None
+                assert found < min(1.25 * old / 2, 20_000), (old, how.__name__)
         tried += 1
     assert tried >= 8
