@@ -20,6 +20,7 @@ from codec.held import Held
 KERNEL_WIDTH = 64  # zero crossings on each side; with ROLLOFF and BETA, resampy's "kaiser_best"
 ROLLOFF = 0.9475937167399596
 BETA = 14.769656459379492
+PASSED = 0.98 * ROLLOFF  # of the lower rate's half: up to there it takes off less than 1 dB, at ROLLOFF 6 dB
 MAX_KERNEL_ELEMENTS = 1 << 25
 MIN_FILTERS = 32  # output channels of a convolution
 
@@ -57,6 +58,11 @@ class Resampler:
             self._held.append(next(self._blocks))
             self._held.drop_before(a)
         return self._held.read(a, b)
+
+
+def passed_hz(old: int, new: int) -> float:
+    """Up to where a recording at one rate keeps its level at the other."""
+    return old / 2 if old == new else PASSED * min(old, new) / 2
 
 
 def _kernel_width(old: int, new: int) -> int:

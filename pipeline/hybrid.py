@@ -20,6 +20,7 @@ from shards.contract import TARGET_RATE
 
 HALF = 384  # samples that the filters reach to each side (8 ms)
 BETA = 8.0  # of the Kaiser window: 80 dB outside a transition of 500 Hz
+TRANSITION_HZ = 100.0  # above the crossover, where the recording is 30 dB down: up to there it must reach
 MATCHED_OCTAVES = 0.5  # below the crossover, where both have content: there the levels are made equal
 
 

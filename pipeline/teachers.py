@@ -20,11 +20,11 @@ from tqdm import tqdm
 
 from codec.audio import AudioError, Recording, Samples, output_length, probe
 from codec.held import Held
-from codec.resample import Resampler
+from codec.resample import Resampler, passed_hz
 from codec.snac import device_of
 from pipeline.ahead import Ahead, chained_ahead, thread_count
-from pipeline.bandwidth import Spectrum
-from pipeline.hybrid import HALF, hybrid
+from pipeline.bandwidth import BAND_HZ, Spectrum
+from pipeline.hybrid import HALF, TRANSITION_HZ, hybrid
 from pipeline.level import PEAK, match
 from pipeline.recordings import Opener, by_file, check_content
 from pipeline.settings import TargetsSettings
@@ -45,6 +45,12 @@ class Survey:
 
     gain: float = 1.0
     bandwidth_hz: float | None = None
+    passed_hz: float = 0.0  # up to where its level outlasts resampling
+
+    @property
+    def full_to_hz(self) -> float:
+        """Up to where it has its full level at 48 kHz: where a band measures a cliff it has already fallen."""
+        return min((self.bandwidth_hz or 0.0) - BAND_HZ, self.passed_hz)
 
 
 @dataclass(frozen=True)
@@ -134,15 +140,18 @@ class Teacher:
             peak = max(peak, float(np.abs(block).max()))
             if spectrum:
                 spectrum.add(block)
-        return Survey(PEAK / peak if peak > 0 else 1.0, spectrum.bandwidth_hz() if spectrum else None)
+        return Survey(
+            PEAK / peak if peak > 0 else 1.0,
+            spectrum.bandwidth_hz() if spectrum else None,
+            passed_hz(recording.header.rate, TARGET_RATE),
+        )
 
     def chosen(self, survey: Survey) -> str:
         """Which teacher a recording gets."""
-        reach = survey.bandwidth_hz or 0.0
         if self.settings.teacher == "auto":
-            return RECORDING if reach >= self.settings.min_bandwidth_hz else SIDON
+            return RECORDING if (survey.bandwidth_hz or 0.0) >= self.settings.min_bandwidth_hz else SIDON
         if self.settings.teacher == HYBRID:
-            return HYBRID if reach >= self.settings.crossover_hz else SIDON
+            return HYBRID if survey.full_to_hz >= self.settings.crossover_hz + TRANSITION_HZ else SIDON
         return self.settings.teacher
 
     def _read_file(self, jobs: list[tuple[int, list[Row]]]) -> Iterator[Read]:

@@ -10,11 +10,12 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import scipy.signal
 import soundfile
 import torch
 from torchaudio.functional import resample
 
-from codec.audio import Samples
+from codec.audio import Recording, Samples, probe
 from demo.voice import synthesize
 from pipeline.codes import shard_codes
 from pipeline.settings import TargetsSettings
@@ -136,6 +137,46 @@ def test_hybrid_mixes_where_the_recording_reaches_the_crossover(
                 for x in (whole[first : first + meta["n_samples"]], sample["target"][: meta["n_samples"]])
             )
             assert np.square(np.abs(low - target)).sum() < 1e-4 * np.square(np.abs(low)).sum()
+
+
+class Hissing(Upsampling):
+    """Restores white noise to white noise of full band and as much in each hertz."""
+
+    def restore(self, windows: Sequence[Samples]) -> list[Samples]:
+        random = np.random.default_rng(0)
+        made = [random.standard_normal(3 * (len(window) - 2 * PADDING)) for window in windows]
+        return [(3**0.5 * window.std() * noise).astype("f4") for window, noise in zip(windows, made, strict=True)]
+
+
+HISS = 0.1
+
+
+@pytest.mark.parametrize(
+    ("rate", "used"), [(22_050, "sidon"), (24_000, "hybrid"), (32_000, "hybrid"), (44_100, "hybrid")]
+)
+def test_no_hole_at_the_crossover(tmp_path: Path, rate: int, used: str) -> None:
+    """White noise, which reaches half of its rate, but resampled not quite."""
+    noise = np.random.default_rng(1).standard_normal(3 * rate)
+    path = write(tmp_path / "a.wav", (HISS * np.sqrt(rate / TARGET_RATE) * noise).astype(np.float32), rate)
+    teacher = Teacher(targets_settings(tmp_path, "teacher=hybrid", "crossover_hz=11000"), Hissing())  # type: ignore[arg-type]
+    survey = teacher.survey(Recording(path, probe(path)))
+    assert teacher.chosen(survey) == used
+    target = restored(path, teacher)
+    if used == "sidon":
+        return
+    hertz, power = scipy.signal.welch(target / np.float32(HISS), TARGET_RATE, nperseg=512)
+    level_db = 10 * np.log10(power * TARGET_RATE / 2)
+    assert level_db[(hertz > 9500) & (hertz < 12_500)].min() > -4.5  # −3 where both halve: their phases differ
+
+
+def test_what_falls_just_below_the_crossover_does_not_reach_it(tmp_path: Path) -> None:
+    """Bands of 500 Hz see something for a while beyond a cliff."""
+    teacher = Teacher(targets_settings(tmp_path, "teacher=hybrid", "crossover_hz=11000"), Hissing())  # type: ignore[arg-type]
+    noise = np.random.default_rng(1).standard_normal(3 * TARGET_RATE)
+    for cutoff, used in ((10_700, "sidon"), (11_800, "hybrid")):
+        low = HISS * scipy.signal.lfilter(scipy.signal.firwin(801, cutoff, fs=TARGET_RATE), 1, noise)
+        path = write(tmp_path / "a.wav", low.astype(np.float32))
+        assert teacher.chosen(teacher.survey(Recording(path, probe(path)))) == used
 
 
 def test_batches_and_threads_change_nothing(coded: Path, tmp_path: Path, sidon: Upsampling) -> None:
