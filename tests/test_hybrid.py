@@ -7,6 +7,7 @@ import numpy.typing as npt
 import pytest
 import scipy.signal
 
+from codec.audio import Samples
 from demo.voice import synthesize
 from pipeline.hybrid import HALF, hybrid, lowpass
 
@@ -48,11 +49,42 @@ def test_each_side_of_the_crossover_comes_from_its_source() -> None:
         assert np.corrcoef(wanted, found)[0, 1] > 0.9999
 
 
-@pytest.mark.parametrize("gain_db", [-9.0, 4.0])
+@pytest.mark.parametrize("gain_db", [-5.0, 4.0])
 def test_levels_meet_at_the_crossover(gain_db: float) -> None:
     voice = synthesize(1, 0, 2.0)
     mixed = hybrid(voice, voice * np.float32(10 ** (gain_db / 20)), CROSSOVER)
     assert np.allclose(mixed, voice[HALF:-HALF], atol=1e-5)
+
+
+@pytest.mark.parametrize("gain_db", [-20.0, 20.0])
+def test_sidon_is_raised_or_lowered_by_6_db_at_most(gain_db: float) -> None:
+    voice = synthesize(1, 0, 2.0)
+    restored = voice * np.float32(10 ** (gain_db / 20))
+    change_db = high_band_db(hybrid(voice, restored, CROSSOVER)) - high_band_db(restored[HALF:-HALF])
+    assert change_db == pytest.approx(-np.sign(gain_db) * 6, abs=0.1)
+
+
+@pytest.mark.parametrize("snr_db", [30, 20, 10])
+def test_noise_of_the_recording_does_not_raise_sidon(snr_db: int) -> None:
+    """SIDON's part keeps its level: noise is no speech."""
+    for speaker in range(3):
+        voice = synthesize(speaker, 0, 3.0)
+        noise = np.random.default_rng(speaker).standard_normal(len(voice)).astype(np.float32)
+        noisy = voice + np.float32(voice.std() * 10 ** (-snr_db / 20)) * noise
+        change_db = high_band_db(hybrid(noisy, voice, CROSSOVER)) - high_band_db(voice[HALF:-HALF])
+        assert abs(change_db) < 0.5
+
+
+def test_in_pauses_sidon_keeps_its_level() -> None:
+    noise = np.random.default_rng(0).standard_normal((2, 100_000)).astype(np.float32)
+    restored = np.float32(1e-5) * noise[1]
+    mixed = hybrid(np.float32(1e-3) * noise[0], restored, CROSSOVER)
+    assert high_band_db(mixed) == pytest.approx(high_band_db(restored[HALF:-HALF]), abs=0.5)
+
+
+def high_band_db(samples: Samples) -> float:
+    """Energy from 13 kHz on, where only SIDON's part is."""
+    return float(10 * np.log10(np.square(np.abs(np.fft.rfft(samples)[len(samples) * 13 // 48 :])).sum()))
 
 
 def test_silence_stays_silent() -> None:
