@@ -33,7 +33,10 @@ COMPRESSION = 0.25
 SMOOTHING_STEPS = 25
 BLOCK_STEPS = 128  # whose spectra are computed at once, so that they stay in a core's cache
 SPEECH_RANGE_DB = 35.0
-SILENCE_DB, HEARD_DB = -70.0, -64.0  # RMS below which one is silent, above which the other should not be
+SPEECH_FLOOR_DB = -70.0  # RMS of a frame: below it, nobody speaks in a recording of usual level
+SILENCE_DB = -96.0  # RMS from 100 Hz to 8 kHz: 5 dB above dithered 16-bit rounding
+HEARD_DB, QUIET_SPEECH_DB = -64.0, -90.0  # above which anything, and what rises and falls as speech does, is compared
+SPEECH_SWING_DB = 6.0  # of the 50 ms envelopes, from what 10 % do not reach to what 5 % exceed; noise has 1 dB
 
 
 def compare(source: Samples, target: Samples) -> dict[str, float | None]:
@@ -41,11 +44,12 @@ def compare(source: Samples, target: Samples) -> dict[str, float | None]:
 
     Lag is the shift at which the bands' envelopes correlate best, positive when the target is late. Level is RMS from
     100 Hz to 8 kHz. Correlation is Pearson's, of the 50 ms RMS envelopes in that band; 0 where only one is silent.
-    Where both are silent there is nothing to compare: all None.
+    Where both are silent, or hold only quiet noise, there is nothing to compare: all None.
     """
     a_CT, b_CT = _band_powers(source), _band_powers(target)
     level_a, level_b = (10 * math.log10(max(float(power_CT[0].mean()), 1e-20)) for power_CT in (a_CT, b_CT))
-    if max(level_a, level_b) < HEARD_DB:
+    louder_T = (a_CT if level_a > level_b else b_CT)[0]
+    if max(level_a, level_b) < (QUIET_SPEECH_DB if _swing_db(louder_T) > SPEECH_SWING_DB else HEARD_DB):
         return {"lag_samples": None, "level_difference_db": None, "correlation": None}
     if min(level_a, level_b) < SILENCE_DB:
         return {"lag_samples": None, "level_difference_db": level_b - level_a, "correlation": 0.0}
@@ -58,12 +62,12 @@ def compare(source: Samples, target: Samples) -> dict[str, float | None]:
 
 
 def speech_share(samples: Samples) -> float:
-    """Share of frames of 20 ms above SILENCE_DB and within SPEECH_RANGE_DB of what 5 % of them exceed."""
+    """Share of frames of 20 ms above SPEECH_FLOOR_DB and within SPEECH_RANGE_DB of what 5 % of them exceed."""
     frames = samples[: len(samples) // N_FFT * N_FFT].reshape(-1, N_FFT)
     if not len(frames):
         return 0.0
     level_db = 10 * np.log10(np.square(frames, dtype=np.float64).mean(axis=1) + 1e-20)
-    return float((level_db > max(np.percentile(level_db, 95) - SPEECH_RANGE_DB, SILENCE_DB)).mean())
+    return float((level_db > max(np.percentile(level_db, 95) - SPEECH_RANGE_DB, SPEECH_FLOOR_DB)).mean())
 
 
 def check_alignment(sidecars: Sequence[Location], max_median_lag: float) -> None:
@@ -110,6 +114,12 @@ def _window_and_bands() -> tuple[Tensor, Tensor]:
 def _smooth(power_T: Tensor) -> Tensor:
     kernel = torch.full((1, 1, SMOOTHING_STEPS), 1 / SMOOTHING_STEPS)
     return torch.nn.functional.conv1d(power_T[None, None], kernel, padding=SMOOTHING_STEPS // 2)[0, 0]
+
+
+def _swing_db(power_T: Tensor) -> float:
+    """Between loud and quiet of the 50 ms envelope."""
+    quiet, loud = np.percentile(_smooth(power_T).numpy(), [10, 95])
+    return 10 * math.log10(max(float(loud), 1e-20) / max(float(quiet), 1e-20))
 
 
 def _envelopes(power_CT: Tensor) -> Tensor:

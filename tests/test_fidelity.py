@@ -7,9 +7,12 @@ import pytest
 
 from benchmarks.judging import resynthesised
 from codec.audio import Samples
+from configs.loader import load_settings
 from demo.voice import synthesize
 from pipeline.fidelity import compare
-from shards.contract import TARGET_RATE
+from pipeline.judging import judge
+from pipeline.settings import TargetsSettings
+from shards.contract import REJECTED, TARGET_RATE
 
 
 @pytest.fixture(scope="module")
@@ -63,3 +66,28 @@ def test_one_silence_says_nothing_of_the_other(silent: str) -> None:
     found = compare(*((silence, voice) if silent == "source" else (voice, silence)))
     assert found["correlation"] == 0.0
     assert found["lag_samples"] is None
+
+
+def at_level(samples: Samples, level_db: float, seed: int) -> Samples:
+    """Of that RMS, dB re full scale, as 16-bit with dither."""
+    dither = np.random.default_rng(seed).triangular(-1, 0, 1, len(samples))
+    gain = 32_768 * 10 ** (level_db / 20) / np.sqrt(np.square(samples, dtype=np.float64).mean())
+    return (np.round(gain * samples + dither) / 32_768).astype(np.float32)
+
+
+@pytest.mark.parametrize("level_db", [-66.0, -80.0])
+def test_quiet_speech_is_judged(pairs: list[tuple[Samples, Samples]], level_db: float) -> None:
+    limits = load_settings(TargetsSettings, "shard_targets.json", [])
+    quiet = [tuple(at_level(samples, level_db, n) for samples in pair) for n, pair in enumerate(pairs)]
+    for n, (source, own) in enumerate(quiet):
+        assert "status" not in judge(own, source, limits)
+        assert judge(quiet[n - 1][1], source, limits)["status"] == REJECTED
+
+
+def test_quiet_noise_is_nothing_to_compare() -> None:
+    """Neither rounding, nor a pause that SIDON made quieter."""
+    noise = np.random.default_rng(0).standard_normal((2, 4 * TARGET_RATE)).astype(np.float32)
+    rounding = at_level(noise[0], -200, 0), at_level(noise[1], -200, 1)
+    pause = at_level(noise[0], -75, 0), at_level(noise[1], -90, 1)
+    for pair in (rounding, pause):
+        assert set(compare(*pair).values()) == {None}
