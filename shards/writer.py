@@ -133,7 +133,10 @@ def standing(path: Location, fingerprint: Mapping[str, Any]) -> pq.FileMetaData 
         return None
     changed = differences(fingerprint_of(path, told_by(path, footer)), fingerprint)
     if changed:
-        raise ShardError(f"{path} was made by another run ({changed}): use another folder or delete it")
+        raise ShardError(
+            f"{path} was made by another run ({changed}): go on as that run did, or in a second work folder over the "
+            f"same plan (docs/scale.md); who deletes {path.parent.parent} has all of it made anew"
+        )
     return footer
 
 

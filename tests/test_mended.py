@@ -21,7 +21,7 @@ from pipeline.recordings import content_crc32
 from pipeline.settings import CodesSettings
 from pipeline.targets import shard_targets
 from pipeline.teachers import Teacher
-from shards.contract import FAILED, OK, REJECTED, TOO_SHORT
+from shards.contract import FAILED, OK, PLAN_NAME, REJECTED, TOO_SHORT
 from shards.errors import ShardError
 from tests.command_helpers import in_process, refused, rows_of, stamps, targets_words
 from tests.helpers import ROOT, codes_settings, forget_contents, speechlike, targets_settings
@@ -105,6 +105,27 @@ def test_codes_that_do_not_know_their_file_are_taken(audio: Path, work: Path) ->
     forget_contents(work)
     shard_targets(targets_settings(work))
     assert set.union(*statuses(work / "shards").values()) == {OK}
+
+
+def test_other_limits_go_into_a_second_folder_over_plan_and_codes(audio: Path, work: Path, tmp_path: Path) -> None:
+    """As docs/scale.md says; the first folder stays as it is, and says so when it is asked for them."""
+    shard_codes(planned(audio, work))
+    shard_targets(targets_settings(work))
+    second, stricter = tmp_path / "second", "min_correlation=0.95"
+    second.mkdir()
+    shutil.copy(work / PLAN_NAME, second)
+    (second / "codes").symlink_to(work / "codes")
+    before = stamps(work)
+    refused(targets_words(work, stricter), "go on as that run did, or in a second work folder over the same plan")
+    assert in_process(targets_words(second, stricter)).exit_code == 0
+    assert in_process(["verify", f"shards={second / 'shards'}"]).exit_code == 0
+    assert rows_of(second / "shards") == rows_of(work / "shards"), "each is its own target and keeps any limit"
+    assert stamps(work) == before
+
+    (second / "codes").unlink()
+    shard_codes(planned(audio, second))
+    for path in work.glob("codes/*/*.parquet"):
+        assert (second / path.relative_to(work)).read_bytes() == path.read_bytes()
 
 
 def test_a_second_try_keeps_what_succeeded(audio: Path, work: Path, tmp_path: Path) -> None:
