@@ -26,7 +26,7 @@ from pipeline.execute import holding, run
 from pipeline.plan import make_plan
 from pipeline.recordings import Opener, by_file, content_crc32
 from pipeline.settings import CodesSettings
-from pipeline.stage import Advance, Stage
+from pipeline.stage import Advance, Stage, made_with
 from shards.contract import (
     COARSE_24K,
     CODEC_RATE,
@@ -43,6 +43,9 @@ from shards.writer import write_table
 
 Tokens = npt.NDArray[np.int16]
 Read = tuple[str, Window, npt.NDArray[np.float32]]  # of the recording with this id
+# Raise it when the same recordings and settings give other codes than before: read, resampled, encoded or cut anew.
+CODES_VERSION = 1
+
 PENDING_BATCHES = 4  # audio that waits for company of its own length, in batches
 WINDOWS_AHEAD = 4  # of each recording that is read ahead
 
@@ -83,7 +86,8 @@ class CodesStage(Stage):
         return self.settings.work / "codes"
 
     def fingerprint(self, number: int) -> dict[str, Any]:
-        return {"plan_rows": self.plan.rows_sha256[number], **self._provenance}
+        rows = self.plan.rows_sha256[number]
+        return {"plan_rows": rows, "codes_version": CODES_VERSION, **self._provenance}
 
     def make(self, number: int, advance: Advance) -> None:
         planned, kept = self.plan.rows(number), self.kept(number)
@@ -93,7 +97,8 @@ class CodesStage(Stage):
         if kept and self.holds(number, dict(enumerate(rows))):
             return
         table = pa.Table.from_pylist(rows, schema=CODES_SCHEMA)
-        write_table(self.table(number), table, {"fingerprint": self.fingerprint(number)})
+        about = {"fingerprint": self.fingerprint(number), "made_with": made_with()}
+        write_table(self.table(number), table, about)
 
 
 def encode_shard(

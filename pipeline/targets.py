@@ -28,7 +28,7 @@ from pipeline.fidelity import check_alignment
 from pipeline.judging import judge
 from pipeline.plan import Plan
 from pipeline.settings import JudgeSettings, TargetsSettings
-from pipeline.stage import Advance, Stage
+from pipeline.stage import Advance, Stage, made_with
 from pipeline.teachers import RECORDING, Taught, Teacher
 from shards.contract import (
     COARSE_48K,
@@ -51,6 +51,10 @@ from shards.index import compact, forget
 from shards.reader import split_members
 from shards.storage import Location
 from shards.writer import ShardWriter, fingerprint_of, may_hold, naming, read_footer, read_table, told_by
+
+# Raise it when the same recordings, codes and settings give other shards than before: read, resampled, restored, judged
+# or compressed anew. What is read and resampled otherwise gives other codes too: CODES_VERSION.
+TARGETS_VERSION = 1
 
 FINISHED_AHEAD = 4  # segments that wait to be written, per thread
 
@@ -116,7 +120,11 @@ class TargetsStage(Stage):
 
     def fingerprint(self, number: int) -> dict[str, Any]:
         codes = _codes_fingerprint(self.settings.work, self.plan, number)
-        made = {"format_version": FORMAT_VERSION, "target_bits": self.settings.target_bits}
+        made = {
+            "format_version": FORMAT_VERSION,
+            "targets_version": TARGETS_VERSION,
+            "target_bits": self.settings.target_bits,
+        }
         limits = self.settings.model_dump(include=set(JudgeSettings.model_fields))
         return {**made, **codes, **self.known.provenance, "limits": limits}
 
@@ -152,7 +160,7 @@ class TargetsStage(Stage):
                 return
             fresh = iter(made)
         standing = self._standing(number, kept, codes)
-        with ShardWriter(self.folder / split, shard, made_from) as writer:
+        with ShardWriter(self.folder / split, shard, made_from, {"made_with": made_with()}) as writer:
             for place in range(len(planned)):
                 row, members = next(standing if place in kept else fresh)
                 writer.add(row, members) if members else writer.add_row(row)

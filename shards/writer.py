@@ -145,13 +145,16 @@ class ShardWriter:
 
     The sidecar takes its name last: a shard is done when its sidecar stands. Before the tar takes its own, the sidecar
     is whole under a name with AHEAD: where a shard is made again, a kill between the two leaves `finish` its work.
+    Its schema metadata holds `about` too.
     """
 
-    def __init__(self, folder: Location, shard: int, fingerprint: Mapping[str, Any]) -> None:
+    def __init__(
+        self, folder: Location, shard: int, fingerprint: Mapping[str, Any], about: Mapping[str, Any] | None = None
+    ) -> None:
         self.tar_path = folder / f"{shard:06d}.tar"
         self.sidecar_path = folder / f"{shard:06d}.parquet"
         self._ahead = self.sidecar_path.with_name(self.sidecar_path.name + AHEAD)
-        self._fingerprint = fingerprint
+        self._about = {"fingerprint": fingerprint, **(about or {})}
         self._rows: list[dict[str, Any]] = []
 
     def __enter__(self) -> ShardWriter:
@@ -190,7 +193,7 @@ class ShardWriter:
                     "format_version": FORMAT_VERSION,
                     "tar_bytes": self._temporary.stat().st_size,
                     "tar_sha256": file_sha256(self._temporary),
-                    "fingerprint": self._fingerprint,
+                    **self._about,
                 }
                 write_table(self._ahead, pa.Table.from_pylist(self._rows, schema=SIDECAR_SCHEMA), metadata)
         except BaseException:

@@ -344,3 +344,6 @@ def test_readme_has_the_entries_of_real_fingerprints(work: Path) -> None:
     assert sidecar.keys() == entries.keys() - sidon_only
     assert codes.keys() == sidecar.keys() - in_shards_only
     assert index == {name: value for name, value in sidecar.items() if name != "plan_rows"}
+    versions = {name: meaning for name, meaning in entries.items() if name.endswith("_version")}
+    assert versions.keys() == {"codes_version", "format_version", "targets_version"}
+    assert all(meaning.startswith(str(sidecar[name])) for name, meaning in versions.items())

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from shards.files import exclusive
+from shards.writer import read_metadata
 from tests.command_helpers import (
     assert_one_line,
     codes_words,
@@ -46,6 +47,30 @@ def test_shards_of_other_settings_are_refused_and_left_alone(recordings: Path, c
     refused(codes_words(recordings, copy, other_snac(tmp_path)), "snac_sha256 is {'config.json': ")
     refused(targets_words(copy, "target_bits=24"), "made by another run (target_bits is 16, now 24)")
     assert stamps(copy) == before
+
+
+@pytest.mark.parametrize("stage", ["codes", "targets"])
+def test_shards_of_another_version_of_the_program_are_refused(
+    stage: str, recordings: Path, copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = codes_words(recordings, copy) if stage == "codes" else targets_words(copy)
+    before = stamps(copy)
+    monkeypatch.setattr(f"pipeline.{stage}.{stage.upper()}_VERSION", 99)
+    refused(words, f"made by another run ({stage}_version is 1, now 99): go on as that run did, or in a second work")
+    assert stamps(copy) == before
+
+
+def test_another_release_of_a_library_is_told_and_not_refused(
+    copy: Path, recordings: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, *others = sorted(copy.glob("shards/train/*.parquet"))
+    then = read_metadata(one)["made_with"]
+    one.unlink()
+    monkeypatch.setattr("soundfile.__libsndfile_version__", "99.0")
+    assert in_process(codes_words(recordings, copy)).exit_code == 0
+    assert in_process(targets_words(copy)).exit_code == 0
+    assert read_metadata(one)["made_with"] == {**then, "libsndfile": "99.0"}
+    assert {str(read_metadata(other)["made_with"]) for other in others} == {str(then)}
 
 
 @pytest.mark.parametrize(
