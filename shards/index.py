@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 import tempfile
+import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -30,7 +31,7 @@ from shards.contract import (
 )
 from shards.errors import ShardError
 from shards.files import file_sha256, replacing, sha256_of
-from shards.storage import Fetched, Location
+from shards.storage import Fetched, Location, Url
 from shards.writer import (
     check_columns,
     encode_metadata,
@@ -51,7 +52,7 @@ def compact(folder: Location, shards: Sequence[tuple[str, int]], about: Mapping[
     """All sidecars of `shards`, in that order, into `folder/index.parquet`; each read once, READ_AT_ONCE at a time.
 
     Its schema metadata holds what their fingerprints have in common, and `about`. SHA256SUMS, last,
-    names tars, sidecars and index.
+    names tars, sidecars and index. Raises ShardError for a remote tar that is not its sidecar's.
     """
     path = folder / INDEX_NAME
     fingerprint = sidecar_metadata(read_sidecar(folder, *shards[0]))["fingerprint"]
@@ -63,18 +64,40 @@ def compact(folder: Location, shards: Sequence[tuple[str, int]], about: Mapping[
         with ThreadPoolExecutor(READ_AT_ONCE) as pool:
             for start in range(0, len(shards), READ_AT_ONCE):
                 some = shards[start : start + READ_AT_ONCE]
-                for (split, shard), sidecar in zip(
-                    some, pool.map(lambda place: read_sidecar(folder, *place), some), strict=True
-                ):
+                for (split, shard), (sidecar, table) in zip(some, pool.map(of_shard, some), strict=True):
                     sums[f"{split}/{shard:06d}.tar"] = sidecar_metadata(sidecar)["tar_sha256"]
                     sums[f"{split}/{shard:06d}.parquet"] = file_sha256(sidecar)
-                    yield index_rows(sidecar, split, shard)
+                    yield table
+
+    def of_shard(place: tuple[str, int]) -> tuple[Fetched, pa.Table]:
+        sidecar, tar = read_sidecar(folder, *place), tar_path(folder, *place)
+        table = index_rows(sidecar, *place)
+        if isinstance(tar, Url):
+            check_end(tar, table, sidecar_metadata(sidecar)["tar_bytes"])
+        return sidecar, table
 
     with replacing(path) as temporary:
         write_index(temporary, schema, rows())
         digest = file_sha256(temporary)
     write_sums(folder, {INDEX_NAME: digest, **sums})
     return path
+
+
+def check_end(tar: Url, rows: pa.Table, tar_bytes: int) -> None:
+    """Raises ShardError where the tar's last sample is not the sidecar's: without locks, one of two runs that make a
+    shard at once may be the last with the tar, the other with the sidecar. One request; what lies before that sample
+    has the same length where it has the same place, and `just verify` reads it all.
+    """
+    samples = rows.select(["offset", "length", "crc32"]).filter(pc.field("offset").is_valid())
+    if not len(samples):
+        return
+    last = samples.slice(len(samples) - 1).to_pylist()[0]
+    end = tar.read_bytes(last["offset"] - tar_bytes)
+    if zlib.crc32(end[: last["length"]]) != last["crc32"]:
+        raise ShardError(
+            f"{tar}: its last sample is not its sidecar's, as where two runs made it at once: delete the tar, and the "
+            "same command makes its shard anew"
+        )
 
 
 def forget(folder: Location) -> None:

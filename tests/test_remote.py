@@ -198,7 +198,9 @@ def test_what_is_done_is_not_made_again_and_leftovers_go(
 
 
 def test_what_is_done_costs_few_requests(door: Door, work: Path) -> None:
-    """At the start the ends of codes and sidecars, and a tar's size; then sidecars for counts, lags and the index."""
+    """At the start the ends of codes and sidecars, and a tar's size; then sidecars for counts, lags and the
+    index, for which the last sample of each tar is compared.
+    """
     mine = Url("s3://corpus/work_done")
     for path in work.rglob("*.*"):
         if path.is_file() and not path.name.startswith(".lock"):
@@ -215,8 +217,25 @@ def test_what_is_done_costs_few_requests(door: Door, work: Path) -> None:
         ("GET", "codes", ".parquet"): shards,
         ("GET", "shards", ".parquet"): 4 * shards + 1,
         ("HEAD", "shards", ".tar"): shards,
+        ("GET", "shards", ".tar"): shards,
     }
     same(mine, work)
+
+
+def test_a_tar_of_another_run_is_found_before_the_index_is_written(door: Door, work: Path, tmp_path: Path) -> None:
+    """Of two runs that made the shard at once, one was the last with the tar and the other with the sidecar."""
+    mine, name = uploaded(work, Url("s3://corpus/work_raced")), "shards/train/000001.tar"
+    (mine / "shards" / SUMS_NAME).unlink()
+    theirs = bytearray((work / name).read_bytes())
+    theirs[len(theirs) - theirs[::-1].index(b"}") - 1] = ord(" ")  # in the json of the last sample
+    (tmp_path / "theirs").write_bytes(theirs)
+    upload(tmp_path / "theirs", mine / name)
+    refused(targets_words(mine), "000001.tar: its last sample is not its sidecar's")  # type: ignore[arg-type]
+    assert not (mine / "shards" / SUMS_NAME).exists()
+    (mine / name).unlink()
+    shard_targets(targets_settings(mine))  # type: ignore[arg-type]
+    assert (mine / name).read_bytes() == (work / name).read_bytes()
+    check_index(mine / "shards", ShardCache(tmp_path / "cache", 1 << 30))
 
 
 def test_an_index_is_fetched_once_and_anew_when_it_changed(door: Door, work: Path, tmp_path: Path) -> None:
