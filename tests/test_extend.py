@@ -12,10 +12,12 @@ import soundfile
 from pipeline.codes import shard_codes
 from pipeline.plan import Plan
 from pipeline.targets import shard_targets
-from shards.contract import PLAN_NAME
+from shards.contract import INDEX_NAME, PLAN_NAME, SPLITS, SUMS_NAME
+from shards.errors import UserError
 from shards.index import load
 from tests.command_helpers import codes_words, in_process, refused, stamps, targets_words
 from tests.helpers import codes_settings, speechlike, targets_settings
+from tests.training_helpers import assert_same_state, small_training
 
 
 @pytest.fixture
@@ -63,6 +65,25 @@ def test_new_shards_follow_those_that_stand(extended: tuple[Path, Path]) -> None
     assert len(extended_index) == len(index) + len(new)
     assert load(work / "shards", "train").counts
     assert in_process(["verify", f"shards={work / 'shards'}"]).exit_code == 0
+
+
+def test_a_training_goes_on_with_the_index_that_was_kept(extended: tuple[Path, Path], tmp_path: Path) -> None:
+    """In a folder of its own, with links to the shards, as docs/scale.md says."""
+    (audio, work), kept = extended, tmp_path / "work" / "shards-before"
+    whole = small_training(work, tmp_path / "whole", max_steps=4)
+    small_training(work, tmp_path / "stopped", max_steps=2)
+    kept.mkdir()
+    for name in (INDEX_NAME, SUMS_NAME):
+        shutil.copy(work / "shards" / name, kept)
+    for split in SPLITS:
+        (kept / split).symlink_to(Path("..", "shards", split))
+    for words in (codes_words(audio, work, "extend=true"), targets_words(work)):
+        assert in_process(words).exit_code == 0
+    with pytest.raises(UserError, match=r"samples is \w{64}, now \w{64}"):
+        small_training(work, tmp_path / "stopped", max_steps=4)
+    resumed = small_training(work, tmp_path / "stopped", max_steps=4, shards=str(kept))
+    resumed["validations_since_best"] = whole["validations_since_best"]  # the stop was validated too
+    assert_same_state(resumed, whole)
 
 
 def test_what_could_not_be_read_goes_into_new_shards_once_it_can(extended: tuple[Path, Path], tmp_path: Path) -> None:
