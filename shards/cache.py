@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import IO
 
 from shards.errors import UserError
-from shards.storage import Location, Url
+from shards.storage import Location, Url, is_full
 
 KEPT = "*-" + 16 * "[0-9a-f]"  # how names begin of what is kept
 
@@ -71,26 +71,46 @@ class ShardCache:
                     self._fetch(shard, path)
 
     def _fetch(self, shard: Url, path: Path) -> None:
-        self._make_room(shard.stat().st_size)
-        shard.fetch(path)
+        size = shard.stat().st_size
+        self._make_room(size)
+        while True:
+            try:
+                shard.fetch(path)
+                return
+            except OSError as error:
+                if not is_full(error):
+                    raise
+                if not self._give_up(size):
+                    raise UserError(
+                        f"cache={self.folder}: {error.strerror} for the {size / 2**30:.2f} GiB of {shard}, beside "
+                        f"{self._held() / 2**30:.2f} GiB of shards that are read at once: make room, or name a cache= "
+                        "on another disk, and a cache_gib= that fits it"
+                    ) from error
 
     def _make_room(self, size: int) -> None:
         """Raises UserError when the shards that are needed at once take more than the limit."""
         self._drop_leftovers()
-        kept = {self._path(shard) for shard in self.wanted}
-        files = sorted(self._files())
-        total = size + sum(bytes_ for _, bytes_, _ in files)
-        for _, bytes_, path in files:
-            if total <= self.limit_bytes:
-                return
-            if path not in kept:
-                path.unlink(missing_ok=True)
-                total -= bytes_
+        total = size + self._held()
+        total -= self._give_up(total - self.limit_bytes)
         if total > self.limit_bytes:
             raise UserError(
                 f"the shards that are read at once take {total / 2**30:.2f} GiB, cache_gib allows "
                 f"{self.limit_bytes / 2**30:.2f}: allow more, or take fewer window_shards"
             )
+
+    def _give_up(self, needed: int) -> int:
+        """Removes what was read least recently and is not wanted, so many bytes of it or more; says how many."""
+        kept, freed = {self._path(shard) for shard in self.wanted}, 0
+        for _, bytes_, path in sorted(self._files()):
+            if freed >= needed:
+                break
+            if path not in kept:
+                path.unlink(missing_ok=True)
+                freed += bytes_
+        return freed
+
+    def _held(self) -> int:
+        return sum(bytes_ for _, bytes_, _ in self._files())
 
     def _drop_leftovers(self) -> None:
         """What killed processes had fetched of a shard."""

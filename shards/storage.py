@@ -149,9 +149,14 @@ class Url:
         """The whole object into the file `path`, which appears when it is complete."""
         from shards.files import replacing
 
-        with replacing(path) as temporary:
-            self._patiently(lambda files, name: files.get_file(name, str(temporary)))
-            self._check_size(temporary.stat().st_size, self.stat().st_size, f"fetched to {path}")
+        try:
+            with replacing(path) as temporary:
+                self._patiently(lambda files, name: files.get_file(name, str(temporary)))
+                self._check_size(temporary.stat().st_size, self.stat().st_size, f"fetched to {path}")
+        except OSError as error:
+            if is_full(error):
+                error.filename = str(path)
+            raise
 
     @contextmanager
     def replacing(self) -> Iterator[Path]:
@@ -184,6 +189,8 @@ class Url:
                 except FileNotFoundError as error:
                     raise FileNotFoundError(errno.ENOENT, "no such object", self.text) from error
                 except Exception as error:  # each filesystem raises its own kinds
+                    if is_full(error):
+                        raise
                     failing_since = min(failing_since, time.monotonic())
                     seconds = time.monotonic() - failing_since
                     reason = " ".join(str(error).split()) or type(error).__name__
@@ -199,6 +206,11 @@ class Url:
 
 
 _one_says_so = threading.Lock()  # held by the thread that has said that it waits
+
+
+def is_full(error: Exception) -> bool:
+    """Whether a disk of this machine has no room, or none for this user."""
+    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
 def _is_outage(error: Exception) -> bool:

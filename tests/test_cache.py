@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import multiprocessing
+import os
 import shutil
 from pathlib import Path
 
 import pytest
+from fsspec.implementations.local import LocalFileSystem
 
 from shards.cache import ShardCache
 from shards.errors import ShardError, UserError
@@ -82,6 +85,37 @@ def test_the_least_recently_read_goes_and_what_is_wanted_stays(tmp_path: Path) -
     with pytest.raises(UserError, match=r"cache_gib allows .*: allow more, or take fewer window_shards"):
         read(cache, d)
     assert held(cache) == ["a", "b", "c"]
+
+
+@pytest.mark.parametrize("error", [errno.ENOSPC, errno.EDQUOT])
+def test_on_a_full_disk_what_is_not_wanted_makes_room(
+    error: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The disk holds two shards, and the limit is far above it."""
+    cache, tried = ShardCache(tmp_path / "cache", MANY), list[str]()
+    get_file = LocalFileSystem.get_file
+
+    def on_a_small_disk(self: LocalFileSystem, name: str, path: str) -> None:
+        tried.append(Path(name).stem)
+        if len(held(cache)) == 2:
+            raise OSError(error, os.strerror(error))
+        get_file(self, name, path)
+
+    monkeypatch.setattr(LocalFileSystem, "get_file", on_a_small_disk)
+    a, b, c, d = (shard_of(tmp_path / "far", name) for name in "abcd")
+    for shard in (a, b):
+        read(cache, shard)
+    os.utime(cache._path(b), (0, 0))
+    assert read(cache, c) == b"c" * 1000
+    assert held(cache) == ["a", "c"]
+    cache.wanted = (a, c)
+    expected = (
+        rf"cache={cache.folder}: {os.strerror(error)} for the 0.00 GiB of .*d\.tar.* name a cache= on another disk"
+    )
+    with pytest.raises(UserError, match=expected):
+        read(cache, d)
+    assert held(cache) == ["a", "c"]
+    assert tried == ["a", "b", "c", "c", "d"], "trying again frees no disk"
 
 
 def test_what_a_killed_process_had_fetched_goes(tmp_path: Path) -> None:
