@@ -4,6 +4,7 @@ set positional-arguments
 set no-exit-message
 
 python := ".venv/bin/python"
+sync := "uv pip sync --python " + python
 resolve := "uv pip compile --universal --python-version 3.11 --no-emit-index-url --group dev pyproject.toml " \
     + "--custom-compile-command 'just pins' --quiet"
 
@@ -137,12 +138,16 @@ pins:
 
 # .venv holds exactly requirements.lock, or requirements-all.lock once `just extras` has run
 _env:
-    @lock=$(cat .venv/.lock 2>/dev/null || echo requirements.lock); cmp -s "$lock" .venv/.installed || just _install "$lock"
+    @cmp -s "$(cat .venv/.lock 2>/dev/null || echo requirements.lock)" .venv/.installed || just _install
 
-# the stamp is written last
-_install lock:
+# one at a time, so the default is read when it is this one's turn
+_install *lock:
+    @mkdir -p .venv && flock .venv/.installing just _sync {{ lock }}
+
+# what is there already, or in uv's cache, needs no network; the stamp is written last
+_sync lock=`cat .venv/.lock 2>/dev/null || echo requirements.lock`:
     @echo "installing {{ lock }} into .venv" >&2
-    @test -x {{ python }} || uv venv --quiet .venv
-    @rm -f .venv/.installed && echo {{ lock }} > .venv/.lock
-    @uv pip sync --python {{ python }} {{ lock }} >&2
-    @cp {{ lock }} .venv/.installed
+    @test -x {{ python }} || uv venv --quiet --allow-existing .venv
+    @rm -f .venv/.installed
+    @{{ sync }} --offline {{ lock }} >/dev/null 2>&1 || {{ sync }} {{ lock }} >&2
+    @echo {{ lock }} > .venv/.lock && cp {{ lock }} .venv/.installed
