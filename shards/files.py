@@ -6,13 +6,15 @@ import errno
 import fcntl
 import hashlib
 import os
+import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from datetime import datetime
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import IO
 
-from shards.errors import UserError
+from shards.errors import UserError, printable
 from shards.storage import Fetched, Location, Url
 
 OF_ONE_FILE = {  # errors that say something of one file; others, such as EIO, ESTALE or EMFILE, of the system
@@ -84,22 +86,48 @@ def new_folder(out: Path) -> Iterator[Path]:
 def exclusive(folder: Path, name: str = ".lock", *, shared: bool = False, waiting: str = "") -> Iterator[None]:
     """Holds `folder` for this process, or with others that hold it `shared`.
 
-    Where another process stands in the way: raises UserError, or says `waiting` and waits for it to end.
+    Where another process stands in the way: raises UserError, or says `waiting` and waits for it to end. The file says
+    who holds it alone.
     """
     folder.mkdir(parents=True, exist_ok=True)
     how = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
-    with (folder / name).open("w") as lock:
+    with (folder / name).open("a+b") as lock:
         try:
             fcntl.flock(lock, how | fcntl.LOCK_NB)
         except BlockingIOError:
+            who = _holder(lock)
             if not waiting:
                 raise UserError(
-                    f"{folder}: another process is writing here; wait for it or choose another folder"
+                    f"{folder}: another process is writing here{who}; wait for it or choose another folder"
                 ) from None
-            print(f"{waiting}: waiting for it", flush=True)
+            print(f"{waiting}{who}: waiting for it", flush=True)
             fcntl.flock(lock, how)
+        except OSError as error:
+            raise UserError(
+                f"{folder} cannot be locked ({error.strerror}), and two runs could write here at once: mount its "
+                "file system with flock (Lustre: -o flock), or choose a folder on another"
+            ) from error
+        _sign(lock, b"" if shared else _myself())  # of several, whoever signs last may be the first to go
         os.register_at_fork(after_in_child=lock.close)  # else a killed process's workers hold the folder on
         yield
+        _sign(lock, b"")
+
+
+def _myself() -> bytes:
+    return f"process {os.getpid()} on {socket.gethostname()} since {datetime.now():%Y-%m-%d %H:%M}".encode()
+
+
+def _sign(lock: IO[bytes], who: bytes) -> None:
+    with suppress(OSError):  # on a full disk the lock holds all the same
+        lock.truncate(0)
+        os.write(lock.fileno(), who)
+
+
+def _holder(lock: IO[bytes]) -> str:
+    """` (process 123 on HOST since 2030-01-31 12:34)`, or nothing."""
+    lock.seek(0)
+    who = lock.read(200).decode(errors="replace")
+    return f" ({printable(who)})" if who else ""
 
 
 def reason_of_one(path: object, error: OSError) -> str:

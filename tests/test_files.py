@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import re
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +15,7 @@ from typing import Any
 import pytest
 
 from shards.errors import UserError
-from shards.files import replacing
+from shards.files import exclusive, replacing
 from tests.helpers import ROOT
 
 
@@ -85,7 +87,7 @@ def test_who_opened_the_name_before_it_was_taken_does_not_write(
     assert [(file.name, file.read_text()) for file in tmp_path.iterdir()] == [("file", "first")]
 
 
-def test_a_file_system_without_locks_will_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_system_without_locks_will_do_for_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def none(lock: Any, how: int) -> None:
         raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
 
@@ -93,3 +95,28 @@ def test_a_file_system_without_locks_will_do(tmp_path: Path, monkeypatch: pytest
     with replacing(tmp_path / "file") as temporary:
         temporary.write_text("whole")
     assert [(file.name, file.read_text()) for file in tmp_path.iterdir()] == [("file", "whole")]
+
+
+@pytest.mark.parametrize("error", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
+def test_a_folder_that_cannot_be_locked_is_named(error: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def none(lock: Any, how: int) -> None:
+        raise OSError(error, os.strerror(error))
+
+    monkeypatch.setattr(fcntl, "flock", none)
+    expected = rf"{tmp_path} cannot be locked \({os.strerror(error)}\).* choose a folder on another"
+    with pytest.raises(UserError, match=expected), exclusive(tmp_path):
+        pass
+
+
+def test_who_holds_a_folder_alone_is_said(tmp_path: Path) -> None:
+    """Each time it is asked; of several that share it none is, nor who held it before."""
+    mine = (
+        rf"writing here \(process {os.getpid()} on {re.escape(socket.gethostname())} since 2\d{{3}}-.*\); wait for it"
+    )
+    with exclusive(tmp_path):
+        for _ in range(2):
+            with pytest.raises(UserError, match=mine), exclusive(tmp_path):
+                pass
+    refused = pytest.raises(UserError, match="writing here; wait for it")
+    with exclusive(tmp_path, shared=True), exclusive(tmp_path, shared=True), refused, exclusive(tmp_path):
+        pass
