@@ -33,6 +33,7 @@ from tests.training_helpers import (
 )
 from trainer import checkpoint
 from trainer.distributed import Process
+from trainer.learner import Learner
 from trainer.loop import Trainer, train
 
 
@@ -147,9 +148,13 @@ def test_processes_begin_at_one_step(work: Path, finished: Path, monkeypatch: py
             trainer._check_that_all_begin_here()
 
 
-def test_a_run_is_not_overwritten_unasked(work: Path, finished: Path, tmp_path: Path) -> None:
+def test_a_run_is_not_overwritten_unasked(
+    work: Path, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Nor one that ended after its first validation and before its first checkpoint."""
-    shutil.copytree(finished, tmp_path / "run", ignore=shutil.ignore_patterns("step_*.pt"))
+    monkeypatch.setattr(Learner, "step", lambda *_: sys.exit())
+    with pytest.raises(SystemExit):
+        small_training(work, tmp_path / "run")
     for run in (finished, tmp_path / "run"):
         with pytest.raises(UserError, match="holds checkpoints: resume=auto goes on from them"):
             Trainer(train_settings(work, run, resume="never"), CPU)

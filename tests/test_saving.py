@@ -126,6 +126,48 @@ def test_the_best_few_are_kept(work: Path, tmp_path: Path, monkeypatch: pytest.M
     assert best["validation"]["loss"] == 1
 
 
+def test_the_best_of_later_steps_is_kept_where_training_goes_back(
+    work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As docs/training.md advises where weights burst."""
+    scripted([9, 5, 1, 2], monkeypatch)
+    run, often = tmp_path / "run", {"eval_every": 1, "checkpoint_every": 1, "max_steps": 2}
+    small_training(work, run, **often)
+    best = checkpoint.folder(run) / checkpoint.BEST
+    whole = checkpoint.load(best)
+    checkpoint.remove(checkpoint.step_path(run, 2))
+    for _ in range(2):  # the second time it stands
+        assert Trainer(train_settings(work, run, **often), CPU).step == 1
+        (former,) = checkpoint.folder(run).glob("former_best_000000002_*.pt")
+    assert checkpoint.load(best)["validation"]["loss"] == 1, "until there is another"
+    assert f"goes on from step 1; best.pt, of step 2, stays as {former.name}" in (run / "training.log").read_text()
+    small_training(work, run, **often, learning_rate=1e-5)
+    assert checkpoint.load(best)["validation"]["loss"] == 2
+    assert_same_state(checkpoint.load(former), whole)
+    assert json.loads(former.with_suffix(".json").read_text())["validation"]["loss"] == 1
+
+
+def test_a_best_without_checkpoints_is_not_trained_over(work: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    small_training(work, run, eval_every=1, checkpoint_every=99, max_steps=2, best_metric="lsd")
+    assert steps_kept(run) == [1, 2], "no best.pt of a later step without a checkpoint"
+    best, lines = checkpoint.folder(run) / checkpoint.BEST, as_logged(run)
+    step = checkpoint.load(best)["step"]
+    assert step > 0
+    for path in checkpoint.folder(run).glob("step_*"):
+        path.unlink()
+    assert status._state(run) == f"not running here, no checkpoint to go on from, best.pt is of step {step}"
+    code, output = call("train", *train_words(work, run))
+    assert code == 1
+    assert f"{best} is of step {step}, but there is no checkpoint to go on from: take another run=" in output
+    assert output.count("\n") == 1
+    assert as_logged(run) == lines
+    begun = Trainer(train_settings(work, tmp_path / "other", init_from=str(best)), CPU)
+    assert largest_difference(begun.learner.decoder.state_dict(), checkpoint.load(best)["decoder"]) == 0
+    best.unlink()
+    assert Trainer(train_settings(work, run), CPU).step == 0
+
+
 def test_patience(work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two validations without a new best, of which one came before an interruption."""
     scripted([9, 3, 4, 5, 6, 1], monkeypatch)
@@ -205,7 +247,7 @@ def test_a_shard_that_changes_under_way_stops_before_the_step_and_is_named(
     with pytest.raises(ShardError) as caught:
         begun.run()
     assert str(caught.value).startswith(f"{tar}: {row['key']}: ")
-    assert (begun.step, steps_kept(run)) == (2, [2])
+    assert (begun.step, steps_kept(run)) == (2, [1, 2])
     tar.write_bytes(good)
     mended = small_training(tmp_path, run, max_steps=3, eval_every=1)
     assert_same_state(mended, small_training(work, tmp_path / "whole", max_steps=3, eval_every=1))

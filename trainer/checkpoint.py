@@ -17,7 +17,7 @@ from snac.layers import Decoder
 
 from codec.snac import GEOMETRY, load_snac, load_verified
 from shards.errors import UserError, first_line
-from shards.files import replacing
+from shards.files import file_sha256, replacing
 from shards.writer import differences
 from trainer.decoder import RATES_48K
 from trainer.log import as_json
@@ -91,6 +91,18 @@ def step_path(run: Path, step: int) -> Path:
 
 def best_path(run: Path, step: int) -> Path:
     return folder(run) / f"best_{step:09d}.pt"
+
+
+def keep_former_best(run: Path, state: Mapping[str, Any]) -> Path:
+    """A copy of best.pt, which holds `state`, under a name that no later best takes.
+
+    A copy, because best.pt stays the best there is until training finds another.
+    """
+    best = folder(run) / BEST
+    path = best.with_name(f"former_best_{state['step']:09d}_{file_sha256(best)[:8]}.pt")
+    if not path.exists():
+        save_described(path, state)
+    return path
 
 
 def prune(run: Path, keep: int) -> None:

@@ -101,6 +101,8 @@ class Trainer:
                 temporary.write_text(json.dumps({"total_steps": self.total_steps}) + "\n")
         self.boards = Boards(settings, self.corpus, self.snac, self.step) if process.is_first else None
         self.log = RunLog(settings.run, self.step, self.total_steps, process.is_first, self.boards)
+        if process.is_first and state is not None:
+            self._keep_former_best()
 
     def run(self) -> bool:
         """Whether training came to its end; False when a signal asked it to leave."""
@@ -125,11 +127,12 @@ class Trainer:
                 means = self._train_step(batch)
                 self._report(means, waited, time.monotonic() - started)
                 last = self.step == self.total_steps
-                if self.step % self.settings.eval_every == 0 or last:
+                validates = self.step % self.settings.eval_every == 0 or last
+                if validates:
                     self._validate()
                     early = not last and self._out_of_patience()
                 left, save = self._agree(asked)
-                if save or left or last or early or self.step % self.settings.checkpoint_every == 0:
+                if save or left or last or early or self._checkpoint_is_due(validates):
                     self._save()
                 if left or early:
                     break
@@ -208,6 +211,19 @@ class Trainer:
             checkpoint.prune_best(
                 settings.run, settings.keep_best, settings.best_metric, settings.best_metric in HIGHER_IS_BETTER
             )
+
+    def _keep_former_best(self) -> None:
+        """Where the newest checkpoints were deleted, best.pt is of a later step than training goes on from."""
+        best = checkpoint.folder(self.settings.run) / checkpoint.BEST
+        if best.exists() and (state := checkpoint.load(best))["step"] > self.step:
+            former = checkpoint.keep_former_best(self.settings.run, state)
+            self._say(f"goes on from step {self.step}; best.pt, of step {state['step']}, stays as {former.name}")
+
+    def _checkpoint_is_due(self, validated: bool) -> bool:
+        """Also beside the first best.pt, which should not stand without a checkpoint to go on from."""
+        return self.step % self.settings.checkpoint_every == 0 or (
+            validated and checkpoint.newest(self.settings.run) is None
+        )
 
     def _out_of_patience(self) -> bool:
         return self.settings.patience is not None and self.validations_since_best >= self.settings.patience
@@ -299,6 +315,11 @@ class Trainer:
         if self.settings.resume == "never":
             raise UserError(f"{run} holds checkpoints: resume=auto goes on from them, run= names another")
         state = checkpoint.load(path)
+        if not newest and state["step"] > 0:
+            raise UserError(
+                f"{path} is of step {state['step']}, but there is no checkpoint to go on from: take another run=, with "
+                f"init_from={path} to begin with its decoder; or delete it, and training begins anew here"
+            )
         if newest and "optimizer" not in state:
             raise UserError(f"{path} holds no optimizer: it is no checkpoint to resume from")
         then = {name: value for name, value in state["settings"].items() if name not in FREE_TO_CHANGE}

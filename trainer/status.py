@@ -51,6 +51,8 @@ def _state(run: Path) -> str:
         return "running"
     newest = max((run / "checkpoints").glob("step_*.pt"), default=None)
     if newest is None:
+        if step := _read(run / "checkpoints" / "best.json").get("step"):
+            return f"not running here, no checkpoint to go on from, best.pt is of step {step}"
         return "not running here, the same command begins anew"
     step, found = int(newest.stem.removeprefix("step_")), _read(newest.with_suffix(".json"))
     if step >= _read(run / "progress.json").get("total_steps", math.inf):
