@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -30,11 +31,13 @@ assert not any("gloo" in name for name in threads), f"one that ends with Python 
 """
 
 
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+
+
 def processes(number: int, *program: str, words: list[str]) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={number}", *program]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     ended = subprocess.run(
-        [*command, "train", *words], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+        [*command, "train", *words], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, check=False
     )
     assert ended.returncode == 0, ended.stderr[:3000]
 
@@ -72,6 +75,26 @@ def test_two_processes_are_one_to_rounding(steps_before: int, work: Path, tmp_pa
     assert largest_difference(*(state["adversary"]["discriminators"] for state in (together, expected))) < 1e-9
     assert together["balancer"]["sums"] == pytest.approx(expected["balancer"]["sums"], rel=1e-9)
     assert_same_metrics(tmp_path / "two", tmp_path / "one", relative=1e-9)
+
+
+def test_machines_with_other_settings_are_refused(work: Path, tmp_path: Path) -> None:
+    """Two of one process each, started by hand, with folders of their own."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "2"}
+
+    def start(rank: int, **changes: Any) -> subprocess.Popen[str]:
+        words = train_words(work, tmp_path / str(rank), **{**SETTINGS, **changes})
+        return subprocess.Popen(
+            [sys.executable, "-m", "trainer", "train", *words], cwd=ROOT, stderr=subprocess.PIPE, text=True,
+            env={**ENVIRONMENT, **where, "RANK": str(rank), "LOCAL_RANK": "0"},
+        )  # fmt: skip
+
+    for process in [start(0), start(1, eval_every=2, seed=1)]:
+        errors = process.communicate(timeout=120)[1]
+        assert process.returncode == 1
+        assert "error: the processes of this training differ in weights, seed, eval_every; this one" in errors
+    assert not any(tmp_path.glob("*/settings.json"))
 
 
 @pytest.mark.parametrize(

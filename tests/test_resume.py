@@ -8,13 +8,12 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from shards.errors import UserError
 from shards.files import exclusive
@@ -129,23 +128,46 @@ def test_what_only_steps_depend_on_may_change(work: Path, finished: Path) -> Non
 
 @dataclass(frozen=True)
 class OneOfTwo(Process):
-    """The other has read the checkpoint of step `other`."""
+    """The other has these numbers."""
 
-    other: int
+    others: list[int]
 
-    def sum(self, values: Tensor) -> Tensor:
-        return values + torch.tensor([self.other, self.other**2])
+    def all_have(self, numbers: list[int]) -> list[bool]:
+        return [a == b for a, b in zip(numbers, self.others, strict=True)]
 
 
-def test_processes_begin_at_one_step(work: Path, finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Process, "wait", lambda process: None)
+@dataclass(frozen=True)
+class Noting(Process):
+    noted: list[int] = field(default_factory=list)
+
+    def all_have(self, numbers: list[int]) -> list[bool]:
+        self.noted.extend(numbers)
+        return [True] * len(numbers)
+
+
+def test_processes_begin_alike(work: Path, finished: Path, tmp_path: Path) -> None:
+    """Against a machine that found an older checkpoint or other weights, or that was given other settings."""
+    shutil.copytree(finished, tmp_path / "run")
     trainer = Trainer(train_settings(work, finished), CPU)
-    trainer.process = OneOfTwo(0, 2, torch.device("cpu"), 6)
-    trainer._check_that_all_begin_here()
-    for other in (0, 3, 7):
-        trainer.process = OneOfTwo(0, 2, torch.device("cpu"), other)
-        with pytest.raises(UserError, match="processes go on from different steps, this one from 6"):
+    checkpoint.step_path(tmp_path / "run", 6).unlink()
+
+    def compared(difference: str, run: Path = finished, weight: float = 0, **changes: Any) -> None:
+        other = Trainer(train_settings(work, run, **changes), CPU)
+        with torch.no_grad():
+            other.learner.decoder.model[0].bias[0] += weight
+        other.process = Noting(0, 2, torch.device("cpu"))
+        other._check_that_all_begin_here()
+        trainer.process = OneOfTwo(0, 2, torch.device("cpu"), other.process.noted)
+        if not difference:
+            return trainer._check_that_all_begin_here()
+        with pytest.raises(UserError, match=f"of this training differ in {difference}; this one goes on from step 6"):
             trainer._check_that_all_begin_here()
+
+    compared("")
+    compared("", num_workers=2, micro_batch=1, eval_batch_size=1)
+    compared("step, weights", run=tmp_path / "run")
+    compared("weights", weight=1e-3)
+    compared("last step, max_steps, learning_rate", learning_rate=1e-5, max_steps=7)
 
 
 def test_a_run_is_not_overwritten_unasked(

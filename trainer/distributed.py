@@ -45,9 +45,15 @@ class Process:
             for gradient, summed in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
                 gradient.copy_(summed.view_as(gradient))
 
-    def wait(self) -> None:
-        if self.world_size > 1:
-            dist.barrier()
+    def all_have(self, numbers: list[int]) -> list[bool]:
+        """For each of `numbers`, 64 bits at most, whether it is the same on all processes."""
+        if self.world_size == 1:
+            return [True] * len(numbers)
+        ours = torch.tensor(numbers, device=self.device)
+        found = [torch.empty_like(ours) for _ in range(self.world_size)]
+        dist.all_gather(found, ours)
+        same: list[bool] = (torch.stack(found) == ours).all(dim=0).tolist()
+        return same
 
 
 def launch(gpus: str) -> None:

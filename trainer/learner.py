@@ -6,6 +6,7 @@ processes. The discriminators step first; then the decoder, against the discrimi
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -109,6 +110,14 @@ class Learner:
             self.adversary.load_state_dict(state["adversary"])
         if self.balancer:
             self.balancer.load_state_dict(state["balancer"])
+
+    def weights_sha256(self) -> bytes:
+        """Of the decoder and the discriminators."""
+        digest = hashlib.sha256()
+        for part in (self.decoder, self.adversary.discriminators) if self.adversary else (self.decoder,):
+            for tensor in part.state_dict().values():
+                digest.update(tensor.cpu().contiguous().numpy())
+        return digest.digest()
 
     def _optimize(
         self,

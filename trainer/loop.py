@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import resource
@@ -32,11 +33,14 @@ from trainer.schedule import rate_factor, segment_text
 from trainer.settings import TrainSettings
 from trainer.validation import HIGHER_IS_BETTER, validate
 
+OF_A_MACHINE = {  # settings that may differ between the processes of a training
+    "shards", "cache", "cache_gib", "run", "pretrained_model", "init_from", "gpu", "micro_batch", "compile",
+    "num_workers", "eval_batch_size", "wandb",
+}  # fmt: skip
 OF_STEPS = {"learning_rate", "gradient_clip", "discriminator_learning_rate", "discriminator_clip", "precision"}
 FREE_TO_CHANGE = {  # settings that may differ between a run and its resumption
-    "shards", "cache", "cache_gib", "run", "pretrained_model", "gpu", "micro_batch", "compile",
-    "num_workers", "num_epochs", "max_steps", "eval_batch_size", "patience", "checkpoint_every", "checkpoint_minutes",
-    "keep_last", "keep_best", "log_every", "eval_clips", "wandb", "resume", *OF_STEPS,
+    *OF_A_MACHINE - {"init_from"}, *OF_STEPS, "num_epochs", "max_steps", "patience", "checkpoint_every",
+    "checkpoint_minutes", "keep_last", "keep_best", "log_every", "eval_clips", "resume",
 }  # fmt: skip
 PHASES_AGREE_DB = 0.0  # SI-SDR: there, the amplitude that is best for a squared error is 3 dB below the target's
 TERMINATED = 143  # exit code of a process that SIGTERM ended, and here Ctrl-C too
@@ -292,13 +296,21 @@ class Trainer:
         self.log.say(text)
 
     def _check_that_all_begin_here(self) -> None:
-        """Raises UserError where processes on several machines found different checkpoints."""
-        steps = torch.tensor([self.step, self.step**2], dtype=torch.float64, device=self.process.device)
-        total, squares = self.process.sum(steps).tolist()
-        if total**2 != squares * self.process.world_size:
+        """Raises UserError where processes on several machines would train different things as if they were one."""
+        begins_with = {
+            "step": self.step,
+            "last step": self.total_steps,
+            "samples": self.corpus.provenance["samples_sha256"],
+            "weights": self.learner.weights_sha256().hex(),
+            **self.settings.model_dump(mode="json", exclude=OF_A_MACHINE),
+        }
+        same = self.process.all_have(list(map(number_of, begins_with.values())))
+        different = [name for name, is_same in zip(begins_with, same, strict=True) if not is_same]
+        if different:
             raise UserError(
-                f"processes go on from different steps, this one from {self.step}: is run={self.settings.run} one "
-                "folder for all machines, and do they all see its newest checkpoint?"
+                f"the processes of this training differ in {', '.join(different)}; this one goes on from step "
+                f"{self.step} of {self.total_steps}: start all with the same settings; run={self.settings.run} should "
+                "be one folder for all machines, and all should see its newest checkpoint"
             )
 
     def _last_save(self) -> str:
@@ -340,6 +352,11 @@ class Trainer:
         except (RuntimeError, KeyError, ValueError, TypeError, AttributeError) as error:
             path, reason = checkpoint.newest(self.settings.run), " ".join(str(error).split())[:200]
             raise UserError(f"{path} is not a checkpoint of this training ({reason}): name another run=") from error
+
+
+def number_of(value: Any) -> int:
+    """Another one, of 64 bits, for another value."""
+    return int.from_bytes(hashlib.sha256(json.dumps(value).encode()).digest()[:8], "big", signed=True)
 
 
 def peak_memory_gib(device: torch.device) -> float:
