@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import os
+import re
+import signal
 import socket
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +19,8 @@ import torch
 from shards.errors import UserError
 from tests.helpers import ROOT
 from tests.training_helpers import ADVERSARIAL, largest_difference, last_state, metrics, train_words
-from trainer import distributed
+from trainer import checkpoint, distributed
+from trainer.status import is_running
 
 SETTINGS = {"batch_size": 3, "micro_batch": 1, "eval_samples": 3}  # ranks take one crop and two
 DOUBLE_PRECISION = """
@@ -95,6 +100,50 @@ def test_machines_with_other_settings_are_refused(work: Path, tmp_path: Path) ->
         assert process.returncode == 1
         assert "error: the processes of this training differ in weights, seed, eval_every; this one" in errors
     assert not any(tmp_path.glob("*/settings.json"))
+
+
+LAUNCHER = """
+import sys
+from trainer import distributed
+
+distributed.device_of = lambda gpu: None
+distributed.launch("0,1")
+"""
+
+
+def test_signals_to_several_processes(work: Path, tmp_path: Path) -> None:
+    """SIGUSR1 to the process that the log names saves, to torchrun does nothing; when torchrun dies, they leave."""
+    run = tmp_path / "run"
+    words = train_words(work, run, **SETTINGS, max_steps=100_000, checkpoint_every=100_000, eval_every=100_000)
+    with subprocess.Popen(
+        [sys.executable, "-c", LAUNCHER, "train", *words], cwd=ROOT, env=ENVIRONMENT,
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    ) as torchrun:  # fmt: skip
+
+        def wait_for(what: Callable[[], Any]) -> None:
+            until = time.monotonic() + 120
+            while not what():
+                assert torchrun.poll() in (None, -signal.SIGKILL)
+                assert time.monotonic() < until
+                time.sleep(0.02)
+
+        def steps_logged() -> int:
+            return len((run / "metrics.jsonl").read_text().splitlines()) if (run / "metrics.jsonl").exists() else 0
+
+        wait_for(lambda: steps_logged() > 1)
+        torchrun.send_signal(signal.SIGUSR1)
+        logged = steps_logged()
+        wait_for(lambda: steps_logged() > logged + 1)
+        assert torchrun.poll() is None
+        assert checkpoint.newest(run) is None
+        (first,) = map(int, re.findall(r"on cpu, process (\d+)", (run / "training.log").read_text()))
+        os.kill(first, signal.SIGUSR1)
+        wait_for(lambda: checkpoint.newest(run))
+        saved = checkpoint.newest_step(run)
+        torchrun.kill()
+        wait_for(lambda: not is_running(run))
+    assert checkpoint.newest_step(run) > saved
+    assert f"asked to leave: saved step {checkpoint.newest_step(run)}" in (run / "training.log").read_text()
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
+import signal
 import sys
 from dataclasses import dataclass
 
@@ -14,6 +16,8 @@ from torch.nn.utils import parameters_to_vector
 
 from codec.snac import device_of, visible
 from shards.errors import UserError
+
+PR_SET_PDEATHSIG = 1  # of Linux's prctl.h
 
 
 @dataclass(frozen=True)
@@ -67,6 +71,7 @@ def launch(gpus: str) -> None:
     for gpu in numbers:
         device_of(int(gpu))
     chosen = ",".join(map(visible, numbers))
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # which would kill torchrun; its processes ask for it again
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={len(numbers)}"]
     os.execve(
         sys.executable, [*torchrun, "-m", "trainer", *sys.argv[1:]], {**os.environ, "CUDA_VISIBLE_DEVICES": chosen}
@@ -81,11 +86,17 @@ def start(gpu: str | int) -> Process:
     """Joins torchrun's group, or stands alone. `gpu` numbers count only without torchrun."""
     if not under_torchrun():
         return Process(0, 1, device_of(gpu))
+    _save_and_leave_with_parent()
     device = device_of("cpu" if gpu == "cpu" else int(os.environ["LOCAL_RANK"]))
     if device.type == "cuda":
         torch.cuda.set_device(device)
     dist.init_process_group("gloo" if device.type == "cpu" else "nccl")
     return Process(dist.get_rank(), dist.get_world_size(), device)
+
+
+def _save_and_leave_with_parent() -> None:
+    """SIGTERM for this process when torchrun is gone, which else would leave it running."""
+    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def stop() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 import resource
 import sys
 import time
@@ -289,7 +290,7 @@ class Trainer:
         return (
             f"{training} training and {validation} validation segments, codes by {self.weights.describe()}, "
             f"targets by {self.corpus.provenance['teacher']}; steps {self.step} … {self.total_steps} of "
-            f"{segment_text(self.stream.stages)} on {self.process.device}"
+            f"{segment_text(self.stream.stages)} on {self.process.device}, process {os.getpid()}"
         )
 
     def _say(self, text: str) -> None:
