@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -24,6 +25,7 @@ from tests.training_helpers import (
     as_logged,
     assert_same_state,
     call,
+    largest_difference,
     last_state,
     logged_steps,
     small_training,
@@ -93,7 +95,6 @@ def test_noise_is_resumed_too(work: Path, tmp_path: Path) -> None:
     ("change", "difference"),
     [
         ({"seed": 1}, "seed is 0, now 1"),
-        ({"init_from": "elsewhere"}, "init_from is None, now elsewhere"),
         ({"batch_size": 3}, "batch_size is 2, now 3"),
         ({"window_shards": 1}, "window_shards is 2, now 1"),
         ({"n_ffts": [64, 128]}, "n_ffts is [64, 256], now [64, 128]"),
@@ -124,6 +125,41 @@ def test_other_data_is_refused_and_moved_data_is_not(work: Path, finished: Path,
 def test_what_only_steps_depend_on_may_change(work: Path, finished: Path) -> None:
     """So that a training which ended in a gradient that is not finite can go on."""
     assert Trainer(train_settings(work, finished, learning_rate=1e-5, gradient_clip=0.1), CPU).step == 6
+
+
+def test_validation_may_change_and_what_was_best_stays(work: Path, finished: Path, tmp_path: Path) -> None:
+    """It draws on nothing that training draws on; another judge's first verdict is not compared with the last one's."""
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    checkpoint.remove(checkpoint.step_path(run, 6))
+    best = checkpoint.load(checkpoint.folder(run) / checkpoint.BEST)
+    resumed = small_training(work, run, eval_every=1, eval_samples=1, best_metric="lsd")
+    assert largest_difference(resumed["decoder"], last_state(finished)["decoder"]) == 0
+    assert logged_steps(run, "validation") == [0, 3, 5, 6]
+    new = checkpoint.load(checkpoint.folder(run) / checkpoint.BEST)
+    assert new["step"] in (5, 6)
+    assert resumed["best"] == new["validation"]["lsd"]
+    (former,) = checkpoint.folder(run).glob("former_best_*.pt")
+    assert_same_state(checkpoint.load(former), best)
+
+
+def test_where_a_run_began_is_read_once_and_remembered(work: Path, finished: Path, tmp_path: Path) -> None:
+    begun = stopped_after(work, tmp_path / "run", 1, init_from=str(finished))
+    assert small_training(work, begun, max_steps=2, init_from=str(tmp_path / "moved"))["step"] == 2
+    assert last_state(begun)["settings"]["init_from"] == str(finished)
+    assert json.loads((begun / "settings.json").read_text()) == last_state(begun)["settings"]
+
+
+def test_a_setting_that_a_checkpoint_does_not_know(work: Path, finished: Path, tmp_path: Path) -> None:
+    """It was written before there was such a setting: its default is what the training did."""
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    state = last_state(run)
+    del state["settings"]["balance_losses"], state["settings"]["patience"]
+    checkpoint.save(checkpoint.step_path(run, 6), state)
+    assert Trainer(train_settings(work, run, patience=7), CPU).step == 6
+    with pytest.raises(UserError, match="balance_losses, which the checkpoint does not know, is now True; take"):
+        Trainer(train_settings(work, run, balance_losses=True), CPU)
 
 
 @dataclass(frozen=True)

@@ -10,12 +10,14 @@ import resource
 import sys
 import time
 from contextlib import closing, nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from codec.memory import keep_freed_memory
 from codec.snac import load_snac
+from configs.loader import load_settings
 from shards.contract import COARSE_48K, TARGET_RATE, coarse_tokens
 from shards.errors import SettingsError, UserError
 from shards.files import exclusive, replacing
@@ -39,8 +41,9 @@ OF_A_MACHINE = {  # settings that may differ between the processes of a training
     "num_workers", "eval_batch_size", "wandb",
 }  # fmt: skip
 OF_STEPS = {"learning_rate", "gradient_clip", "discriminator_learning_rate", "discriminator_clip", "precision"}
+OF_JUDGING = {"eval_samples", "best_metric"}  # after whose change no new best is compared with the one before
 FREE_TO_CHANGE = {  # settings that may differ between a run and its resumption
-    *OF_A_MACHINE - {"init_from"}, *OF_STEPS, "num_epochs", "max_steps", "patience", "checkpoint_every",
+    *OF_A_MACHINE, *OF_STEPS, *OF_JUDGING, "num_epochs", "max_steps", "eval_every", "patience", "checkpoint_every",
     "checkpoint_minutes", "keep_last", "keep_best", "log_every", "eval_clips", "resume",
 }  # fmt: skip
 PHASES_AGREE_DB = 0.0  # SI-SDR: there, the amplitude that is best for a squared error is 3 dB below the target's
@@ -84,6 +87,10 @@ class Trainer:
         self.begins_from = "begins from the warm start"
 
         state = self._checkpoint()
+        if state is not None:  # what is written down of it stays true
+            begun_from = state["settings"].get("init_from")
+            began = {"init_from": None if begun_from is None else Path(begun_from)}
+            settings = self.settings = settings.model_copy(update=began)
         decoder = warm_start(self.snac, settings.noise, settings.seed)
         if settings.init_from is not None and state is None:
             source = checkpoint.load_codec(settings.init_from, settings.pretrained_model)
@@ -218,9 +225,13 @@ class Trainer:
             )
 
     def _keep_former_best(self) -> None:
-        """Where the newest checkpoints were deleted, best.pt is of a later step than training goes on from."""
+        """What is best.pt where its successor is not compared with it.
+
+        It is of a later step than training goes on from, where the newest checkpoints were deleted; or it was judged
+        otherwise than will be now.
+        """
         best = checkpoint.folder(self.settings.run) / checkpoint.BEST
-        if best.exists() and (state := checkpoint.load(best))["step"] > self.step:
+        if best.exists() and ((state := checkpoint.load(best))["step"] > self.step or math.isinf(self.best)):
             former = checkpoint.keep_former_best(self.settings.run, state)
             self._say(f"goes on from step {self.step}; best.pt, of step {state['step']}, stays as {former.name}")
 
@@ -335,24 +346,35 @@ class Trainer:
             )
         if newest and "optimizer" not in state:
             raise UserError(f"{path} holds no optimizer: it is no checkpoint to resume from")
-        then = {name: value for name, value in state["settings"].items() if name not in FREE_TO_CHANGE}
-        now = self.settings.model_dump(mode="json", exclude=FREE_TO_CHANGE)
-        samples = self.corpus.provenance["samples_sha256"]
-        changed = differences({**then, "samples": state["data"].get("samples_sha256")}, {**now, "samples": samples})
-        if changed:
+        then = {**state["settings"], "samples": state["data"].get("samples_sha256")}
+        now = {**self.settings.model_dump(mode="json"), "samples": self.corpus.provenance["samples_sha256"]}
+        if changed := changes(then, now):
             raise UserError(f"{path} cannot be resumed with other settings or data: {changed}; take another run=")
         return state if newest else None  # it ended before its first checkpoint: the same training begins anew
 
     def _resume(self, state: dict[str, Any]) -> None:
         try:
             self.learner.load_state_dict(state)
-            self.step, self.best = state["step"], state["best"]
-            self.validations_since_best = state["validations_since_best"]
+            self.step = state["step"]
+            if all(state["settings"].get(name) == getattr(self.settings, name) for name in OF_JUDGING):
+                self.best, self.validations_since_best = state["best"], state["validations_since_best"]
         except torch.OutOfMemoryError:
             raise
         except (RuntimeError, KeyError, ValueError, TypeError, AttributeError) as error:
             path, reason = checkpoint.newest(self.settings.run), " ".join(str(error).split())[:200]
             raise UserError(f"{path} is not a checkpoint of this training ({reason}): name another run=") from error
+
+
+def changes(then: dict[str, Any], now: dict[str, Any]) -> str:
+    """What keeps a checkpoint of the settings `then` from going on with those of `now`; empty when nothing does.
+
+    One that was written before there was a setting goes on where that has its default.
+    """
+    defaults = load_settings(TrainSettings, "decoder_48khz.json", []).model_dump(mode="json")
+    known = {name: value for name, value in then.items() if name not in FREE_TO_CHANGE}
+    new = [name for name in now if name not in then and name not in FREE_TO_CHANGE and now[name] != defaults[name]]
+    unknown = [f"{name}, which the checkpoint does not know, is now {now[name]}" for name in new]
+    return "; ".join(filter(None, [differences(known, {name: now.get(name) for name in known}), *unknown]))
 
 
 def number_of(value: Any) -> int:
