@@ -16,7 +16,9 @@ from typing import Any
 import pytest
 import torch
 
+from shards import storage
 from shards.errors import UserError
+from shards.reader import READ_ATTEMPTS
 from tests.helpers import ROOT
 from tests.training_helpers import ADVERSARIAL, largest_difference, last_state, metrics, train_words
 from trainer import checkpoint, distributed
@@ -100,6 +102,17 @@ def test_machines_with_other_settings_are_refused(work: Path, tmp_path: Path) ->
         assert process.returncode == 1
         assert "error: the processes of this training differ in weights, seed, eval_every; this one" in errors
     assert not any(tmp_path.glob("*/settings.json"))
+
+
+def test_processes_wait_for_one_that_waits_for_storage(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: dict[str, Any] = {}
+    monkeypatch.setattr("torch.distributed.init_process_group", lambda _, **options: given.update(options))
+    monkeypatch.setattr("torch.distributed.get_rank", lambda: 0)
+    monkeypatch.setattr("torch.distributed.get_world_size", lambda: 1)
+    monkeypatch.setattr(distributed, "_save_and_leave_with_parent", lambda: None)
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    distributed.start("cpu")
+    assert given["timeout"].total_seconds() > READ_ATTEMPTS * storage.PATIENCE_SECONDS
 
 
 LAUNCHER = """

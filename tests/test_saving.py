@@ -20,6 +20,7 @@ from pipeline.codes import shard_codes
 from pipeline.targets import shard_targets
 from shards.contract import PLAN_NAME
 from shards.errors import ShardError, UserError
+from shards.storage import StorageError
 from shards.writer import read_table
 from tests.helpers import TINY_SNAC, codes_settings, targets_settings
 from tests.training_helpers import (
@@ -251,6 +252,45 @@ def test_a_shard_that_changes_under_way_stops_before_the_step_and_is_named(
     tar.write_bytes(good)
     mended = small_training(tmp_path, run, max_steps=3, eval_every=1)
     assert_same_state(mended, small_training(work, tmp_path / "whole", max_steps=3, eval_every=1))
+
+
+@pytest.mark.parametrize("error", [ShardError, StorageError])
+@pytest.mark.parametrize("where", ["a batch", "a validation"])
+def test_data_that_cannot_be_read_costs_no_step(
+    where: str, error: Any, work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The batch after step 3, or the validation there."""
+    run, training = tmp_path / "run", {"checkpoint_every": 99, "eval_every": 3, "max_steps": 5}
+
+    def fail(*_: Any) -> Any:
+        raise error("it is away")
+
+    if where == "a batch":
+        at_step(2, lambda: monkeypatch.setattr("shards.stream.read_sample", fail), monkeypatch)
+    else:
+        at_step(2, lambda: monkeypatch.setattr("trainer.loop.validate", fail), monkeypatch)
+    with pytest.raises(error, match="it is away"):
+        small_training(work, run, **training)
+    assert steps_kept(run) == [3]
+    monkeypatch.undo()
+    whole = tmp_path / "whole"
+    assert_same_state(small_training(work, run, **training), small_training(work, whole, **training))
+    assert as_logged(run) == as_logged(whole)
+
+
+def test_data_that_cannot_be_read_is_said_where_nothing_can_be_saved(
+    work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def fail(*_: Any) -> Any:
+        monkeypatch.setattr(checkpoint, "save", full)
+        raise ShardError("it is away")
+
+    at_step(2, lambda: monkeypatch.setattr("shards.stream.read_sample", fail), monkeypatch)
+    with pytest.raises(ShardError, match="it is away"):
+        small_training(work, tmp_path / "run", checkpoint_every=99, eval_every=99)
 
 
 def test_a_loss_that_is_not_finite_stops_before_either_optimizer(

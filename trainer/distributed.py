@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -15,8 +16,11 @@ from torch import Tensor, nn
 from torch.nn.utils import parameters_to_vector
 
 from codec.snac import device_of, visible
+from shards import storage
 from shards.errors import UserError
+from shards.reader import READ_ATTEMPTS
 
+PATIENCE_SECONDS = (READ_ATTEMPTS + 1) * storage.PATIENCE_SECONDS  # with a process that waits for storage
 PR_SET_PDEATHSIG = 1  # of Linux's prctl.h
 
 
@@ -90,7 +94,7 @@ def start(gpu: str | int) -> Process:
     device = device_of("cpu" if gpu == "cpu" else int(os.environ["LOCAL_RANK"]))
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    dist.init_process_group("gloo" if device.type == "cpu" else "nccl")
+    dist.init_process_group("gloo" if device.type == "cpu" else "nccl", timeout=timedelta(seconds=PATIENCE_SECONDS))
     return Process(dist.get_rank(), dist.get_world_size(), device)
 
 

@@ -9,7 +9,8 @@ import os
 import resource
 import sys
 import time
-from contextlib import closing, nullcontext
+from collections.abc import Iterable
+from contextlib import closing, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,10 @@ from codec.memory import keep_freed_memory
 from codec.snac import load_snac
 from configs.loader import load_settings
 from shards.contract import COARSE_48K, TARGET_RATE, coarse_tokens
-from shards.errors import SettingsError, UserError
+from shards.errors import SettingsError, ShardError, UserError
 from shards.files import exclusive, replacing
 from shards.index import check_index
+from shards.storage import StorageError
 from shards.writer import differences
 from trainer import checkpoint, distributed
 from trainer.boards import Boards
@@ -82,6 +84,7 @@ class Trainer:
             self.phase1_steps = self.stream.steps(settings.phase1_epochs) if settings.phase1_epochs else 0
         self.alone_steps = settings.discriminator_start if settings.is_adversarial else 0
         self.step, self.validations_since_best = 0, 0
+        self.validated_step: int | None = None
         self.best = math.inf
         self.saved_at = time.monotonic()
         self.begins_from = "begins from the warm start"
@@ -123,6 +126,8 @@ class Trainer:
             self._say(self.begins_from)
             self._warn_of_voices()
             self._warn_of_phases(self._validate())
+        elif self._validation_is_due():  # its crops could not be read in an earlier run
+            self._validate()
         if self._out_of_patience():  # it ended in an earlier run
             self._finish(left=False, early=True)
             return True
@@ -131,26 +136,34 @@ class Trainer:
             self.corpus.training, self.stream, steps, self.settings.num_workers, self.process.rank,
             self.process.world_size,
         )  # fmt: skip
-        left = early = False
         with requests() as asked, closing(batches):
-            started = time.monotonic()
-            for batch in batches:
-                waited = time.monotonic() - started
-                means = self._train_step(batch)
-                self._report(means, waited, time.monotonic() - started)
-                last = self.step == self.total_steps
-                validates = self.step % self.settings.eval_every == 0 or last
-                if validates:
-                    self._validate()
-                    early = not last and self._out_of_patience()
-                left, save = self._agree(asked)
-                if save or left or last or early or self._checkpoint_is_due(validates):
-                    self._save()
-                if left or early:
-                    break
-                started = time.monotonic()
+            try:
+                left, early = self._train(batches, asked)
+            except (ShardError, StorageError):  # between two steps: the weights are whole
+                self._save_what_is_not()
+                raise
         self._finish(left, early)
         return not left
+
+    def _train(self, batches: Iterable[Batch], asked: Requests) -> tuple[bool, bool]:
+        """Whether it ended because it was asked to leave, and whether for want of a new best."""
+        left = early = False
+        started = time.monotonic()
+        for batch in batches:
+            waited = time.monotonic() - started
+            means = self._train_step(batch)
+            self._report(means, waited, time.monotonic() - started)
+            last, validates = self.step == self.total_steps, self._validation_is_due()
+            if validates:
+                self._validate()
+                early = not last and self._out_of_patience()
+            left, save = self._agree(asked)
+            if save or left or last or early or self._checkpoint_is_due(validates):
+                self._save()
+            if left or early:
+                break
+            started = time.monotonic()
+        return left, early
 
     def _train_step(self, batch: Batch) -> dict[str, float]:
         settings, phase = self.settings, 1 if self.step < self.phase1_steps else 2
@@ -188,11 +201,16 @@ class Trainer:
                 "will pull the level down; docs/training.md says what to choose instead"
             )
 
+    def _validation_is_due(self) -> bool:
+        due = self.step % self.settings.eval_every == 0 or self.step == self.total_steps
+        return due and self.step != self.validated_step
+
     def _validate(self) -> dict[str, float]:
         """Scores fixed crops of unseen groups; keeps the running mean of weights that does best as best.pt."""
         settings, learner = self.settings, self.learner
         length = coarse_tokens(settings.segment_length)
         means = validate(learner.averaged, self.corpus.validation, length, settings, self.process)
+        self.validated_step = self.step
         self.log.metrics("validation", self.step, means)
         self._say(f"step {self.step}: validation " + ", ".join(f"{name} {mean:.4f}" for name, mean in means.items()))
         if self.boards:
@@ -260,11 +278,19 @@ class Trainer:
             checkpoint.save_described(checkpoint.step_path(self.settings.run, self.step), state)
             checkpoint.prune(self.settings.run, self.settings.keep_last)
 
+    def _save_what_is_not(self) -> None:
+        """Without the other processes, who wait for this one. What ended training is said, whether or not this goes."""
+        with suppress(OSError, UserError):
+            if self.process.is_first and self.step > checkpoint.newest_step(self.settings.run):
+                self._save()
+                self._say(f"saved step {self.step}, as data cannot be read; resume=auto goes on from here")
+
     def _state(self) -> dict[str, Any]:
         return {
             "step": self.step,
             "best": self.best,
             "validations_since_best": self.validations_since_best,
+            "validated_step": self.validated_step,
             "settings": self.settings.model_dump(mode="json"),
             "data": self.corpus.provenance,
             "snac": self.settings.pretrained_model,
@@ -358,6 +384,7 @@ class Trainer:
             self.step = state["step"]
             if all(state["settings"].get(name) == getattr(self.settings, name) for name in OF_JUDGING):
                 self.best, self.validations_since_best = state["best"], state["validations_since_best"]
+                self.validated_step = state.get("validated_step", self.step)  # without one, it was validated
         except torch.OutOfMemoryError:
             raise
         except (RuntimeError, KeyError, ValueError, TypeError, AttributeError) as error:
