@@ -127,14 +127,15 @@ def judge(out: Path, shards: Path, names: list[str]) -> None:
 
 
 def by_system(rows: list[dict[str, Any]], steps: dict[str, int]) -> list[dict[str, Any]]:
-    """A row for each system, with `mean [low, high]` of each metric: 95 % of bootstrapped means lie there."""
+    """A row for each system, with `mean [low, high]` of each metric; `mean` where voices are too few."""
     table: dict[str, dict[str, Any]] = {}
     for row in rows:
         system = table.setdefault(row["system"], {"system": row["system"], "steps": steps.get(row["system"])})
         if row["mean"] is not None:
             digits = 1 if row["metric"].endswith("db") else 2
-            mean, low, high = (f"{row[name]:.{digits}f}" for name in ("mean", "low", "high"))
-            system[row["metric"]] = f"{mean} [{low}, {high}]"
+            system[row["metric"]] = f"{row['mean']:.{digits}f}"
+            if row["low"] is not None:
+                system[row["metric"]] += f" [{row['low']:.{digits}f}, {row['high']:.{digits}f}]"
     return list(table.values())
 
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from benchmarks import tables
+from benchmarks.quality import by_system
 
 
 def test_documents_show_the_committed_results() -> None:
@@ -25,3 +27,14 @@ def test_a_table_is_filled_from_its_result(tmp_path: Path, monkeypatch: pytest.M
     assert tables.filled(text) == text.replace("old\n", expected)
     with pytest.raises(KeyError, match="z"):
         tables.filled(text.replace("y=y", "z=z"))
+
+
+def test_recipes_are_shown_with_their_intervals_where_there_are_any() -> None:
+    rows: list[dict[str, Any]] = [
+        {"system": "mel", "metric": "lsd", "mean": 1.234, "low": 1.2, "high": 1.3},
+        {"system": "mel", "metric": "level_db", "mean": -1.84, "low": None, "high": None},
+        {"system": "mel", "metric": "visqol", "mean": None, "low": None, "high": None},
+    ]
+    assert by_system(rows, {"mel": 500}) == [
+        {"system": "mel", "steps": 500, "lsd": "1.23 [1.20, 1.30]", "level_db": "-1.8"}
+    ]

@@ -30,7 +30,7 @@ from trainer import checkpoint, clips
 from trainer.decoder import warm_start
 from trainer.scores import METRICS, columns_of, schema
 from trainer.settings import MetricName
-from trainer.summary import interval, summarise
+from trainer.summary import MIN_GROUPS, interval, summarise
 from trainer.systems import Stock, decode_clip, decoded_systems
 
 QUICK = ["metrics=lsd,level,bandwidth", "num_workers=0", "gpu=cpu", f"pretrained_model={TINY_SNAC}"]
@@ -93,40 +93,82 @@ def test_differences_are_taken_clip_by_clip(judged: Path) -> None:
     )
     assert (row["pairs"], row["clips"]) == (len(paired), len(paired))
     assert row["difference"] == pytest.approx(paired.mean())
-    assert row["difference_low"] <= row["difference"] <= row["difference_high"]
+    assert (row["groups"], row["pair_groups"]) == (1, 1)
+    assert (row["low"], row["difference_low"], row["difference_high"]) == (None, None, None)
     stock = [row for row in rows_of(judged, "summary.parquet") if row["system"] == "stock"]
     assert {row["difference"] for row in stock} == {None}
 
 
 def test_a_system_may_lack_a_clip_and_a_metric_a_value() -> None:
     """Pairs are clips that both have, whatever their order."""
-    rows = [{"clip": clip, "system": "stock", "status": OK, "level_db": float(clip)} for clip in "123"]
-    rows += [{"clip": "3", "system": "other", "status": OK, "level_db": 13.0}]
-    rows += [{"clip": "2", "system": "other", "status": OK, "level_db": None}]
-    rows += [{"clip": "1", "system": "other", "status": OK, "level_db": 10.0}]
-    rows += [{"clip": "4", "status": FAILED, "reason": "broken"}]
+    own, paired = dict.fromkeys("1234567", 1.0), {"7": 13.0, "6": None} | dict.fromkeys("54321", 3.0)
+    rows = [
+        {"clip": clip, "group": f"voice {clip}", "system": system, "status": OK, "level_db": level}
+        for system, levels in (("stock", own), ("other", paired))
+        for clip, level in levels.items()
+    ]
+    rows += [{"clip": "8", "status": FAILED, "reason": "broken"}]
     stock, other = summarise(pa.Table.from_pylist(rows, schema(["level"])), "stock", 100, 0).to_pylist()
-    assert (stock["clips"], stock["mean"], stock["pairs"]) == (3, 2.0, None)
-    assert (other["clips"], other["mean"], other["pairs"], other["difference"]) == (2, 11.5, 2, 9.5)
-    assert (other["difference_low"], other["difference_high"]) == (9.0, 10.0)
+    assert (stock["clips"], stock["groups"], stock["mean"]) == (7, 7, 1)
+    assert (stock["pairs"], stock["pair_groups"], stock["difference"]) == (None, None, None)
+    assert (other["clips"], other["groups"], other["pairs"], other["pair_groups"]) == (6, 6, 6, 6)
+    assert (other["mean"], other["difference"]) == pytest.approx((28 / 6, 22 / 6))
+    assert 2 <= other["difference_low"] < other["difference"] < other["difference_high"] <= 12
 
 
-def test_intervals_are_scipys() -> None:
-    values = np.random.default_rng(0).exponential(size=60)
-    mean, low, high = interval(values, 4000, 0)
+def test_intervals_of_voices_with_one_clip_each_are_those_of_clips() -> None:
+    values, voices = np.random.default_rng(0).exponential(size=60), np.arange(60)
+    random = np.random.Generator(np.random.Philox(0))
+    means = [values[random.integers(60, size=60)].mean() for _ in range(4000)]
+    found = interval(values, voices, 4000, 0)
+    assert found == (values.mean(), *np.percentile(means, [2.5, 97.5]))
     theirs = scipy.stats.bootstrap((values,), np.mean, n_resamples=4000, method="percentile", random_state=1)
-    assert mean == values.mean()
-    assert (low, high) == pytest.approx(tuple(theirs.confidence_interval), abs=0.02)
-    assert interval(values, 4000, 0) == (mean, low, high)
-    assert interval(values[:1], 100, 0) == (values[0], None, None)
-    assert interval(values[:0], 100, 0) == (None, None, None)
+    assert found[1:] == pytest.approx(tuple(theirs.confidence_interval), abs=0.02)
+    assert interval(values, voices, 4000, 0) == found
+
+
+def test_intervals_are_of_voices() -> None:
+    """Twelve clips of each voice are nearly one clip: SciPy's interval of the voices' means, and not of clips."""
+    random = np.random.default_rng(0)
+    of_voices, voices = random.standard_normal(20), np.repeat(np.arange(20), 12)
+    values = of_voices[voices] + 0.1 * random.standard_normal(len(voices))
+    means = values.reshape(20, 12).mean(axis=1)
+    low, high = np.array(interval(values, voices, 4000, 0), dtype=float)[1:]
+    theirs = scipy.stats.bootstrap((means,), np.mean, n_resamples=4000, method="percentile", random_state=1)
+    assert (low, high) == pytest.approx(tuple(theirs.confidence_interval), abs=0.05)
+    of_clips = np.array(interval(values, np.arange(len(values)), 4000, 0), dtype=float)[1:]
+    assert high - low > 2.5 * np.ptp(of_clips)
+
+
+def test_a_voice_is_drawn_with_all_its_clips() -> None:
+    """However many it has: 1 … 7 clips, against a loop that puts clips together."""
+    voices = np.repeat(np.arange(7), np.arange(1, 8))
+    values = np.random.default_rng(0).standard_normal(len(voices))
+    random = np.random.Generator(np.random.Philox(5))
+    means = [
+        np.concatenate([values[voices == voice] for voice in random.integers(7, size=7)]).mean() for _ in range(200)
+    ]
+    assert interval(values, voices, 200, 5) == pytest.approx((values.mean(), *np.percentile(means, [2.5, 97.5])))
+
+
+def test_few_voices_have_no_interval() -> None:
+    values, voices = np.arange(40.0), np.arange(40) % MIN_GROUPS
+    assert None not in interval(values, voices, 100, 0)
+    assert interval(values, np.minimum(voices, MIN_GROUPS - 2), 100, 0) == (19.5, None, None)
+    assert interval(values[:0], voices[:0], 100, 0) == (None, None, None)
 
 
 def test_the_same_on_two_processes(judged: Path, work: Path, model: Path, tmp_path: Path) -> None:
     words = [f"shards={work / 'shards'}", f"models={model}", "seed=5", *QUICK[:1], *QUICK[2:]]
     code, output = call("eval", *words, f"out={tmp_path / 'two'}", "num_workers=2")
     assert code == 0, output
-    assert output.splitlines()[0].endswith("targets by recording")
+    first, *_, last = output.splitlines()
+    assert first.startswith(f"{len({row['clip'] for row in rows_of(judged)})} clips of 1 voice (group), ")
+    assert first.endswith("targets by recording")
+    few = (
+        "mean over clips; no intervals and no *: they take 5 voices, and these clips are of 1 voice (group). Undefined"
+    )
+    assert last.startswith(few)
     for name in ("clips.parquet", "summary.parquet"):
         assert rows_of(tmp_path / "two", name) == rows_of(judged, name)
 

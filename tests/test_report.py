@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import soundfile
 from PIL import Image
@@ -160,6 +161,28 @@ def test_curves_targets_and_provenance_are_there(page: str) -> None:
     for section in ("listen", "blind", "figures", "training", "targets", "provenance"):
         assert f'<section id="{section}"' in page
         assert f'href="#{section}"' in page
+
+
+def test_the_page_says_of_how_many_voices_it_is(page: str, evil_page: str, tmp_path: Path) -> None:
+    assert "clips of 1 voice (group)," in page
+    assert "Means over clips; no intervals and no *: they take 5 voices, and these clips are of 1 voice" in page
+    assert f"{len(EVIL_KEYS)} clips of 2 voices (groups)," in evil_page, "one name begins a folder"
+    for number in range(5):
+        path = tmp_path / "audio" / f"voice_{number}" / "a.wav"
+        path.parent.mkdir(parents=True)
+        soundfile.write(path, speechlike(0.5, 48_000, number), 48_000)
+    several = evaluate_and_report([f"audio={tmp_path / 'audio'}"], tmp_path).read_text()
+    assert "5 clips of 5 voices (groups)," in several
+    assert "Means over clips with 95 % bootstrap intervals over voices (1000 resamples)." in several
+    assert '<b class="star" title' in several
+
+
+def test_an_evaluation_of_another_version_is_refused(work: Path, tmp_path: Path) -> None:
+    evaluate_and_report([f"shards={work / 'shards'}"], tmp_path)
+    path = tmp_path / "eval" / "summary.parquet"
+    pq.write_table(pq.read_table(path).drop_columns("groups"), path)
+    code, output = call("report", f"eval={tmp_path / 'eval'}")
+    assert (code, output) == (1, f"error: {path} is of another version of `just eval`: run it again\n")
 
 
 def test_versions_are_matched_in_level_and_none_clips() -> None:

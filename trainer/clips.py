@@ -135,7 +135,8 @@ def _plan_rows(plan: Location) -> dict[str, dict[str, Any]]:
 class RecordingClips:
     """The recordings of a folder, whole, each its own target. Raises UserError for a folder that holds none.
 
-    A recording's key is its path below the folder without the suffix.
+    A recording's key is its path below the folder without the suffix. Its group is the folder in which it lies: nothing
+    else says whose voice it is, and to take each file for a voice of its own would make intervals too narrow.
     """
 
     teacher = "recording"

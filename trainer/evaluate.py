@@ -24,7 +24,7 @@ from trainer.clips import Clip, Clips, Entry, RecordingClips, ShardClips
 from trainer.pool import ordered
 from trainer.scores import check_installed, schema, score
 from trainer.settings import EvalSettings
-from trainer.summary import lines, summarise
+from trainer.summary import lines, summarise, voice_text, why_no_intervals
 from trainer.systems import (
     OURS,
     SOURCE,
@@ -183,9 +183,10 @@ def _provenance(
 def _print(settings: EvalSettings, table: pa.Table, summary: pa.Table, provenance: Mapping[str, Any]) -> None:
     rows = table.to_pylist()
     used = {row["clip"]: row["seconds"] for row in rows if row["status"] == OK}
+    groups = len({row["group"] for row in rows if row["status"] == OK})
     click.echo(
-        f"{len(used)} clips, {sum(used.values()):.1f} s: {provenance['title']}; codes by {provenance['snac']}, "
-        f"targets by {provenance['teacher']}"
+        f"{len(used)} clips of {voice_text(groups)}, {sum(used.values()):.1f} s: {provenance['title']}; codes by "
+        f"{provenance['snac']}, targets by {provenance['teacher']}"
     )
     for row in rows:
         if row["status"] != OK:
@@ -193,7 +194,6 @@ def _print(settings: EvalSettings, table: pa.Table, summary: pa.Table, provenanc
     systems = dict.fromkeys(summary["system"].to_pylist())
     for line in lines(summary, [(name, label(name, provenance["teacher"])) for name in systems]):
         click.echo(line)
-    click.echo(
-        f"mean over clips [95 % interval]; * differs from {settings.baseline} clip by clip. "
-        f"Undefined values have their reasons in {settings.out / CLIPS}"
-    )
+    why = why_no_intervals(groups)
+    how = f"; {why}" if why else f" [95 % interval over voices]; * differs from {settings.baseline} clip by clip"
+    click.echo(f"mean over clips{how}. Undefined values have their reasons in {settings.out / CLIPS}")

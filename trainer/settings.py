@@ -237,7 +237,9 @@ class EvalSettings(Settings):
     shards: Place | None = Field(
         default=None, description="folder or URL with index.parquet: its validation split is judged"
     )
-    audio: Local | None = Field(default=None, description="or a folder of recordings, each its own target")
+    audio: Local | None = Field(
+        default=None, description="or a folder of recordings, each its own target; those in one folder are one voice"
+    )
     models: Named = Field(
         default={}, description="runs, checkpoints (.pt) or exported directories: a,b or models.NAME=PATH"
     )
@@ -254,7 +256,7 @@ class EvalSettings(Settings):
     samples: int = Field(ge=1, description="clips, at most; which ones is a function of seed")
     max_seconds: float = Field(gt=0, le=600, description="recordings that last longer are not judged")
     baseline: str = Field(description="system from which paired differences are taken")
-    bootstrap: int = Field(ge=100, le=1_000_000, description="resamples of the 95 % intervals")
+    bootstrap: int = Field(ge=100, le=1_000_000, description="resamples of voices for the 95 % intervals")
     keep_audio: int = Field(ge=0, description="clips whose audio is kept, for `just report` and other systems")
     gpu: Gpu = Field(description="number of the GPU, or cpu")
     num_workers: int = Field(ge=0, le=256, description="processes that measure (0: none beside this one)")

@@ -1,8 +1,8 @@
-"""Means over clips with bootstrap intervals, for each system and metric, and paired against a baseline."""
+"""Means over clips with bootstrap intervals over voices, for each system and metric, and paired against a baseline."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,37 +14,51 @@ from shards.contract import OK
 from trainer.scores import COLUMNS
 
 Floats = npt.NDArray[np.float64]
+Ints = npt.NDArray[np.int64]
 
 COVERAGE = 95.0  # percent
+MIN_GROUPS = 5  # of an interval: fewer voices do not say how much voices differ
 SCHEMA = pa.schema(
     [
         ("system", pa.string()),
         ("metric", pa.string()),
         ("clips", pa.int32()),  # in which the metric is defined
+        ("groups", pa.int32()),  # voices of these clips
         ("mean", pa.float64()),
-        ("low", pa.float64()),  # the 95 % interval; null for fewer than two clips
+        ("low", pa.float64()),  # the 95 % interval; null for fewer than MIN_GROUPS groups
         ("high", pa.float64()),
         ("pairs", pa.int32()),  # clips in which it is defined for the baseline too
+        ("pair_groups", pa.int32()),
         ("difference", pa.float64()),  # from the baseline, clip by clip; null for the baseline itself
         ("difference_low", pa.float64()),
         ("difference_high", pa.float64()),
     ]
 )
+OWN = ("clips", "groups", "mean", "low", "high")
+PAIRED = ("pairs", "pair_groups", "difference", "difference_low", "difference_high")
 
 
-def interval(values: Floats, resamples: int, seed: int) -> tuple[float | None, float | None, float | None]:
-    """Mean and its 95 % interval: percentiles of the means of `resamples` draws of as many clips with replacement.
+def interval(
+    values: Floats, groups: Ints, resamples: int, seed: int
+) -> tuple[float | None, float | None, float | None]:
+    """Mean and its 95 % interval: percentiles of the means of `resamples` draws of as many groups with replacement.
 
-    The draws depend on the seed and the number of clips only. No values: no mean; one value: no interval.
+    `groups` says whose each value is. Clips of one voice resemble each other, so that drawing clips would make the
+    interval too narrow: voices are drawn, each with all its clips. Of few voices it stays somewhat narrow: where they
+    are normal, it holds the true mean in 83 % of cases with 5, in 90 % with 10 and in 93 % with 30. The draws depend on
+    the seed and the number of groups only. No values: no mean; fewer than MIN_GROUPS groups: no interval.
     """
     if not len(values):
         return None, None, None
     mean = float(values.mean())
-    if len(values) == 1:
+    _, places = np.unique(groups, return_inverse=True)
+    sums, counts = np.bincount(places, weights=values), np.bincount(places)
+    if len(sums) < MIN_GROUPS:
         return mean, None, None
     random = np.random.Generator(np.random.Philox(seed))
-    draws = (values[random.integers(len(values), size=len(values))].mean() for _ in range(resamples))
-    low, high = np.percentile(list(draws), [50 - COVERAGE / 2, 50 + COVERAGE / 2])
+    draws = (random.integers(len(sums), size=len(sums)) for _ in range(resamples))
+    means = [sums[drawn].sum() / counts[drawn].sum() for drawn in draws]
+    low, high = np.percentile(means, [50 - COVERAGE / 2, 50 + COVERAGE / 2])
     return mean, float(low), float(high)
 
 
@@ -53,22 +67,32 @@ def summarise(clips: pa.Table, baseline: str, resamples: int, seed: int) -> pa.T
     usable = clips.filter(pc.field("status") == OK)
     systems = list(dict.fromkeys(usable["system"].to_pylist()))
     metrics = [name for name in clips.column_names if name in COLUMNS]
-    places = {clip: place for place, clip in enumerate(dict.fromkeys(usable["clip"].to_pylist()))}
+    voices = dict(zip(usable["clip"].to_pylist(), usable["group"].to_pylist(), strict=True))
+    places, groups = {clip: place for place, clip in enumerate(voices)}, _numbered(voices.values())
     values = {system: _values(usable.filter(pc.field("system") == system), metrics, places) for system in systems}
     rows = []
     for system in systems:
         for metric in metrics:
             own, other = values[system][metric], values[baseline][metric]
-            mean, low, high = interval(own[np.isfinite(own)], resamples, seed)
-            row = {"system": system, "metric": metric, "clips": int(np.isfinite(own).sum())}
-            row |= {"mean": mean, "low": low, "high": high}
+            row: dict[str, Any] = {"system": system, "metric": metric}
+            row |= dict(zip(OWN, _estimate(own, groups, resamples, seed), strict=True))
             if system != baseline:
-                paired = own - other
-                paired = paired[np.isfinite(paired)]
-                names = ("difference", "difference_low", "difference_high")
-                row |= {"pairs": len(paired), **dict(zip(names, interval(paired, resamples, seed), strict=True))}
+                row |= dict(zip(PAIRED, _estimate(own - other, groups, resamples, seed), strict=True))
             rows.append(row)
     return pa.Table.from_pylist(rows, schema=SCHEMA)
+
+
+def _numbered(names: Iterable[str]) -> Ints:
+    """Equal names have equal numbers, which rise in the order of their first."""
+    numbers: dict[str, int] = {}
+    return np.array([numbers.setdefault(name, len(numbers)) for name in names], dtype=np.int64)
+
+
+def _estimate(values: Floats, groups: Ints, resamples: int, seed: int) -> tuple[float | None, ...]:
+    """How many clips have a value, of how many groups, and `interval` of these values."""
+    defined = np.isfinite(values)
+    values, groups = values[defined], groups[defined]
+    return (len(values), len(np.unique(groups)), *interval(values, groups, resamples, seed))
 
 
 def _values(rows: pa.Table, metrics: Sequence[str], places: Mapping[str, int]) -> dict[str, Floats]:
@@ -115,6 +139,17 @@ def cell(row: Mapping[str, Any]) -> str:
     if row["low"] is not None:
         text += f" [{fixed(row['low'], digits)}, {fixed(row['high'], digits)}]"
     return text + ("*" if differs(row) else " ")
+
+
+def voice_text(number: int) -> str:
+    return f"{number} {'voice (group)' if number == 1 else 'voices (groups)'}"
+
+
+def why_no_intervals(number: int) -> str | None:
+    """Where clips are of so many voices; None where there are intervals."""
+    if number >= MIN_GROUPS:
+        return None
+    return f"no intervals and no *: they take {MIN_GROUPS} voices, and these clips are of {voice_text(number)}"
 
 
 def fixed(value: float, digits: int) -> str:

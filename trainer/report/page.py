@@ -19,7 +19,7 @@ from trainer.report.charts import Chart
 from trainer.report.listening import CEILING_DB, FLOOR_DB, HEIGHT, WIDTH, Listening
 from trainer.report.reading import Evaluation, Targets
 from trainer.scores import COLUMNS, METRICS
-from trainer.summary import differs, fixed, title
+from trainer.summary import differs, fixed, title, voice_text, why_no_intervals
 
 FOLDER = Path(__file__).parent
 STYLES = ("page.css", "controls.css", "players.css", "tables.css", "narrow.css")
@@ -48,6 +48,7 @@ def render(
         lstrip_blocks=True,
     )
     style, scripts = ("\n".join((FOLDER / name).read_text() for name in names) for names in (STYLES, SCRIPTS))
+    groups = _first_rows(evaluation, "group")
     script = f'(() => {{\n"use strict";\n{scripts}}})();\n'
     return environment.get_template("page.html.jinja").render(
         about=evaluation.about,
@@ -55,7 +56,9 @@ def render(
         failed=evaluation.failed,
         seconds=sum(_first_rows(evaluation, "seconds").values()),
         clip_count=len(_first_rows(evaluation, "seconds")),
-        groups=_first_rows(evaluation, "group"),
+        groups=groups,
+        voices=voice_text(len(set(groups.values()))),
+        why_no_intervals=why_no_intervals(len(set(groups.values()))),
         systems=evaluation.systems,
         heard=heard,
         picture={"width": WIDTH, "height": HEIGHT, "floor_db": FLOOR_DB, "ceiling_db": CEILING_DB},

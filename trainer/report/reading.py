@@ -16,6 +16,7 @@ from shards.storage import Location
 from shards.writer import read_metadata, read_table
 from trainer.evaluate import AUDIO, CLIPS, SUMMARY
 from trainer.report.charts import Chart, histograms, training_curves
+from trainer.summary import SCHEMA
 from trainer.systems import SOURCE, TARGET, label
 
 ABOUT = {"title", "snac", "teacher", "settings", "models", "versions"}
@@ -63,14 +64,17 @@ def read_evaluation(folder: Path) -> Evaluation:
     if not (folder / CLIPS).exists() or not (folder / SUMMARY).exists():
         raise UserError(f"eval={folder}: expected {CLIPS} and {SUMMARY}, as `just eval` writes them")
     table, about = read_table(folder / CLIPS), read_metadata(folder / CLIPS)
+    summary = read_table(folder / SUMMARY)
     missing = ABOUT - about.keys()
     if missing:
         raise UserError(f"{folder / CLIPS} does not say its {', '.join(sorted(missing))}: run `just eval` again")
+    if summary.column_names != SCHEMA.names:
+        raise UserError(f"{folder / SUMMARY} is of another version of `just eval`: run it again")
     return Evaluation(
         folder=folder,
         clips=table.filter(pc.field("status") == OK),
         failed=table.filter(pc.field("status") != OK).to_pylist(),
-        summary=read_table(folder / SUMMARY),
+        summary=summary,
         about=about,
     )
 
