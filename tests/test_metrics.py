@@ -12,6 +12,7 @@ from codec.audio import Samples
 from demo.voice import synthesize
 from shards.contract import TARGET_RATE
 from trainer import metrics, signals
+from trainer.scores import score
 from trainer.signals import Undefined
 
 Floats = npt.NDArray[np.float64]
@@ -156,9 +157,38 @@ def test_the_high_bands_share_is_welchs(pair: tuple[Samples, Samples]) -> None:
     frequency, power = scipy.signal.welch(pair[0], TARGET_RATE, nperseg=2048, noverlap=1536, detrend=False)
     power[1:-1] /= 2  # one bin, not two
     expected = 10 * np.log10(power[frequency >= 12_000].sum() / power.sum())
-    assert signals.high_band_db(pair[0]) == pytest.approx(expected, abs=0.05)
+    assert signals.high_band_db(pair[0])[1] == pytest.approx(expected, abs=0.05)
     sine = np.sin(2 * np.pi * 1000 / TARGET_RATE * np.arange(TARGET_RATE)).astype(np.float32)
-    assert signals.high_band_db(sine) < -100
+    assert max(signals.high_band_db(sine)) < -100
+
+
+@pytest.mark.parametrize("below_db", [-18.5, 0.0, 6.0])
+@pytest.mark.parametrize("above_db", [-7.9, 0.0, 3.0])
+def test_the_high_bands_level_is_the_planted_one_whatever_lies_below(below_db: float, above_db: float) -> None:
+    """And the error of its share is that less the level's: of a weak voice, a weak high band is a large share."""
+    spectrum = np.fft.rfft(synthesize(1, 0, 2.0))
+    high = np.fft.rfftfreq(96_000, 1 / TARGET_RATE) >= 12_000
+    voice, changed = (
+        np.fft.irfft(spectrum * np.where(high, 10 ** (above / 20), 10 ** (below / 20))).astype(np.float32)
+        for below, above in ((0, 0), (below_db, above_db))
+    )
+    found = score(changed, voice, ["high_band"])
+    assert found["high_band_level_db"] == pytest.approx(above_db, abs=0.3)
+    level_db = signals.level_db(changed, voice)
+    assert found["high_band_share_error_db"] == pytest.approx(above_db - level_db, abs=0.3)
+
+
+def test_the_high_bands_level_has_a_floor() -> None:
+    """Both energies are at least −120 dB re a full-scale sine."""
+    time = np.arange(TARGET_RATE) / TARGET_RATE
+    high, faint = (
+        (amplitude * np.sin(2 * np.pi * hz * time)).astype(np.float32)
+        for amplitude, hz in ((0.5, 16_500), (0.003, 1500))
+    )
+    tone = 10 * np.log10(0.25 * 1.5)  # a Hann window spreads a sine's power of 1 to three bins: 1 + 1/4 + 1/4
+    assert signals.high_band_db(high)[0] == pytest.approx(tone, abs=0.01)
+    assert score(faint, high, ["high_band"])["high_band_level_db"] == pytest.approx(-120 - tone, abs=0.01)
+    assert score(high, faint, ["high_band"])["high_band_level_db"] == pytest.approx(120 + tone, abs=0.01)
 
 
 def test_silence_says_nothing() -> None:

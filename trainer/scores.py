@@ -47,8 +47,9 @@ COLUMNS = {
     "lag_samples": Column("Lag of the waveform", "zero", 2, "samples"),
     "envelope_lag_samples": Column("Lag of envelopes", "zero", 1, "samples"),
     "bandwidth_hz": Column("Bandwidth", "target", 0, "Hz"),
-    "high_band_db": Column("Energy above 12 kHz", "target", 2, "dB"),
-    "high_band_error_db": Column("Energy above 12 kHz, error", "zero", 2, "dB"),
+    "high_band_level_db": Column("Level from 12 kHz", "zero", 2, "dB"),
+    "high_band_share_db": Column("Share of energy from 12 kHz", "target", 2, "dB"),
+    "high_band_share_error_db": Column("Share of energy from 12 kHz, error", "zero", 2, "dB"),
     "visqol": Column("ViSQOL, audio", "more", 2),
     "pesq_wb": Column("PESQ-WB", "more", 2),
     "stoi": Column("STOI", "more"),
@@ -69,9 +70,16 @@ def _lsd_reached(wav_N: torch.Tensor, reference_N: torch.Tensor) -> float:
 
 
 def _high_band(wav: Samples, reference: Samples) -> dict[str, float]:
-    """Energy from 12 kHz on over all energy, dB, at least −120; and that of the output less that of the reference."""
-    own = signals.high_band_db(wav)
-    return {"high_band_db": own, "high_band_error_db": own - signals.high_band_db(reference)}
+    """Level: energy from 12 kHz on over the reference's, dB, both at least −120 dB re a full-scale sine. Share: of all
+    energy, dB, at least −120; its error is that share less the reference's, which is also too large where the output
+    is too quiet below 12 kHz."""
+    energy, share = signals.high_band_db(wav)
+    energy_there, share_there = signals.high_band_db(reference)
+    return {
+        "high_band_level_db": energy - energy_there,
+        "high_band_share_db": share,
+        "high_band_share_error_db": share - share_there,
+    }
 
 
 def _of_pair(name: str, score: Callable[[Samples, Samples], float], *packages: str) -> Metric:
@@ -104,7 +112,9 @@ METRICS: dict[str, Metric] = {
         lambda wav, reference: {"bandwidth_hz": signals.bandwidth_hz(wav)},
         _words(signals.bandwidth_hz),
     ),
-    "high_band": Metric(("high_band_db", "high_band_error_db"), _high_band, _words(_high_band)),
+    "high_band": Metric(
+        ("high_band_level_db", "high_band_share_db", "high_band_share_error_db"), _high_band, _words(_high_band)
+    ),
     "visqol": _of_pair("visqol", perceptual.visqol, "visqol"),
     "pesq": _of_pair("pesq_wb", perceptual.pesq_wb, "pesq"),
     "stoi": _of_pair("stoi", perceptual.stoi, "pystoi"),

@@ -120,11 +120,12 @@ def low_band_si_sdr_db(wav: Samples, reference: Samples) -> float:
     return 10 * float(np.log10(max(signal, 1e-20) / max(noise, 1e-10 * signal, 1e-20)))
 
 
-def high_band_db(wav: Samples) -> float:
-    """Energy from 12 kHz on over all energy, dB; at least −120."""
+def high_band_db(wav: Samples) -> tuple[float, float]:
+    """Energy from 12 kHz on, dB re a full-scale sine, and its share of all energy, dB; each at least −120."""
     power = mean_power(wav)
-    high = power[FREQUENCIES_HZ >= SPLIT_HZ].sum() / power.sum()
-    return 10 * float(np.log10(max(high, RATIO_FLOOR)))
+    high, whole = power[FREQUENCIES_HZ >= SPLIT_HZ].sum(), power.sum()
+    energy, share = (10 * float(np.log10(max(ratio, RATIO_FLOOR))) for ratio in (high, high / whole))
+    return energy, share
 
 
 def bandwidth_hz(wav: Samples) -> float:

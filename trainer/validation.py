@@ -28,7 +28,8 @@ DISTANCES = {  # name in logs → name in `just eval`
     "mel_distance": "mel",
     "si_sdr_lf_db": "si_sdr_lf_db",
     "level_db": "level_db",
-    "high_band_error_db": "high_band_error_db",
+    "high_band_level_db": "high_band_level_db",
+    "high_band_share_error_db": "high_band_share_error_db",
 }
 HIGHER_IS_BETTER = {"si_sdr_lf_db"}
 
