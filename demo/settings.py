@@ -15,4 +15,4 @@ class DemoSettings(Settings):
 
     audio: Local | None = Field(default=None, description="folder of your own recordings (null: a voice made by code)")
     out: Local = Field(description="folder for everything the demo makes")
-    max_steps: int = Field(ge=1, description="training steps")
+    max_steps: int = Field(ge=40, description="training steps; in the first 40 only the new layers learn")

@@ -47,7 +47,10 @@ def finished(work: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def stopped_after(work: Path, run: Path, step: int, **changes: Any) -> Path:
-    small_training(work, run, max_steps=step, **changes)
+    """As a training that was asked to leave, but for the validation of its last step."""
+    training = Trainer(train_settings(work, run, **changes), CPU)
+    training.total_steps = step
+    assert training.run()
     return run
 
 
@@ -76,9 +79,9 @@ def test_what_was_logged_after_the_checkpoint_is_logged_once(work: Path, finishe
     assert_same_state(small_training(work, run), last_state(finished))
     assert as_logged(run) == as_logged(finished)
     shutil.rmtree(checkpoint.folder(run))
-    small_training(work, run, max_steps=1)
-    assert logged_steps(run, "validation") == [0, 1]
-    assert logged_steps(run, "train") == [1]
+    small_training(work, run, max_steps=2)
+    assert logged_steps(run, "validation") == [0, 2]
+    assert logged_steps(run, "train") == [1, 2]
 
 
 def test_noise_is_resumed_too(work: Path, tmp_path: Path) -> None:

@@ -361,12 +361,12 @@ def test_a_run_begins_from_no_decoder_of_other_tokens(work: Path, untrained: Pat
     export, run = tmp_path / "export", tmp_path / "run"
     code, output = call("export", f"model={untrained}", f"out={export}")
     assert code == 0, output
-    code, output = call("train", *train_words(work, run, init_from=str(export), max_steps=1))
+    code, output = call("train", *train_words(work, run, init_from=str(export), max_steps=2))
     assert code == 0, output
     weights = torch.load(export / "pytorch_model.bin", weights_only=True)
     weights["quantizer.quantizers.1.codebook.weight"] += 0.1
     torch.save(weights, export / "pytorch_model.bin")
-    code, output = call("train", *train_words(work, tmp_path / "other", init_from=str(export), max_steps=1))
+    code, output = call("train", *train_words(work, tmp_path / "other", init_from=str(export), max_steps=2))
     assert code == 1
     assert f"init_from={export} speaks the tokens of" in output
 
@@ -380,7 +380,7 @@ def test_voices_that_train_here_and_validate_there_are_said(work: Path, recordin
     shard_codes(codes_settings(tmp_path / "list.csv", tmp_path / "work"))
     shard_targets(targets_settings(tmp_path / "work"))
     folders = [str(work / "shards"), str(tmp_path / "work" / "shards")]
-    small_training(work, tmp_path / "run", shards=folders, max_steps=1)
+    small_training(work, tmp_path / "run", shards=folders, max_steps=2)
     said = (tmp_path / "run" / "training.log").read_text()
     assert "warning: 4 groups such as 'speaker_0' train in one folder and validate in another" in said
 

@@ -68,6 +68,39 @@ def test_phase_1_moves_the_new_layers_only(work: Path, tmp_path: Path) -> None:
     assert {line["phase"] for line in metrics(tmp_path / "run") if line["kind"] == "train"} == {1}
 
 
+@pytest.mark.parametrize(
+    ("changes", "given", "tenth"),
+    [
+        ({"phase1_steps": 21, "max_steps": 20}, "21 of 20 steps (phase1_steps=21, max_steps=20)", "phase1_steps=2"),
+        ({"phase1_steps": 2000, "num_epochs": 2}, "(phase1_steps=2000, num_epochs=2)", "phase1_steps="),
+        ({"phase1_epochs": 4, "num_epochs": 2}, "(phase1_epochs=4, num_epochs=2)", "phase1_epochs=0.2"),
+    ],
+)
+def test_a_phase_1_longer_than_training_is_refused(
+    changes: dict[str, Any], given: str, tenth: str, work: Path, tmp_path: Path
+) -> None:
+    code, output = call("train", *train_words(work, tmp_path / "run", **{"max_steps": None, **changes}))
+    assert code == 2
+    assert output.startswith("error: phase 1 would take ")
+    assert f"{given}, and only the new layers would learn: take {tenth}" in output
+    assert len(output.splitlines()) == 1
+    assert [path.name for path in (tmp_path / "run").iterdir()] == [".lock"]
+
+
+def test_a_run_that_goes_on_may_end_in_phase_1(work: Path, tmp_path: Path) -> None:
+    small_training(work, tmp_path / "run", phase1_steps=2, max_steps=2)
+    assert small_training(work, tmp_path / "run", phase1_steps=2, max_steps=1)["step"] == 2
+
+
+@pytest.mark.parametrize(("max_steps", "warned"), [(2, False), (3, True), (5, True), (6, False)])
+def test_a_phase_2_that_only_warms_up_is_said(max_steps: int, warned: bool, work: Path, tmp_path: Path) -> None:
+    """Of training that ends with phase 1 it is not: then only the new layers are wanted."""
+    training = Trainer(train_settings(work, tmp_path / "run", phase1_steps=2, warmup_steps=3, max_steps=max_steps), CPU)
+    training.run()
+    said = f"warning: {max_steps - 2} steps are left for the whole decoder, no more than warmup_steps=3: its rate still"
+    assert (said in (tmp_path / "run" / "training.log").read_text()) == warned
+
+
 def test_every_parameter_is_in_the_optimizer(work: Path, tmp_path: Path) -> None:
     training = Trainer(train_settings(work, tmp_path / "run"), CPU)
     held = [id(parameter) for group in training.learner.optimizer.param_groups for parameter in group["params"]]

@@ -153,7 +153,7 @@ def test_weights_and_biases_gets_the_same_scalars(work: Path, tmp_path: Path, mo
     assert fake.finished
     small_training(work, tmp_path / "a", wandb="voices", max_steps=3)
     assert fake.given["id"] == id, "a run that goes on"
-    small_training(work, tmp_path / "elsewhere" / "a", wandb="voices", max_steps=1)
+    small_training(work, tmp_path / "elsewhere" / "a", wandb="voices", max_steps=2)
     assert fake.given["id"] != id, "another folder of that name"
 
 
@@ -166,7 +166,7 @@ def test_without_wandb_it_says_how_to_have_it(tmp_path: Path, monkeypatch: pytes
 @pytest.mark.parametrize(("l1_weight", "warned"), [(1, True), (0, False)])
 def test_l1_is_warned_of_where_waveforms_differ(l1_weight: float, warned: bool, work: Path, tmp_path: Path) -> None:
     """The stand-in's waveforms have little in common with the voice's."""
-    small_training(work, tmp_path / "run", max_steps=1, l1_weight=l1_weight)
+    small_training(work, tmp_path / "run", max_steps=2, l1_weight=l1_weight)
     first, *_ = [line for line in metrics(tmp_path / "run") if line["kind"] == "validation"]
     assert first["si_sdr_lf_db"] < 0
     assert ("L1 will pull the level down" in (tmp_path / "run" / "training.log").read_text()) == warned

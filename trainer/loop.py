@@ -90,7 +90,9 @@ class Trainer:
         self.begins_from = "begins from the warm start"
 
         state = self._checkpoint()
-        if state is not None:  # what is written down of it stays true
+        if state is None:  # a run that goes on may end sooner than was planned
+            self._check_phase_1()
+        else:  # what is written down of it stays true
             begun_from = state["settings"].get("init_from")
             began = {"init_from": None if begun_from is None else Path(begun_from)}
             settings = self.settings = settings.model_copy(update=began)
@@ -125,6 +127,7 @@ class Trainer:
         if self.step == 0:
             self._say(self.begins_from)
             self._warn_of_voices()
+            self._warn_of_warmup()
             self._warn_of_phases(self._validate())
         elif self._validation_is_due():  # its crops could not be read in an earlier run
             self._validate()
@@ -184,6 +187,29 @@ class Trainer:
             ) from error
         self.step += 1
         return {**means, "phase": phase, "learning_rate": settings.learning_rate * factor}
+
+    def _check_phase_1(self) -> None:
+        """Raises SettingsError where it takes more than all steps; one that takes all of them is meant so."""
+        settings, total = self.settings, self.total_steps
+        if self.phase1_steps <= total:
+            return
+        given, tenth = f"phase1_steps={self.phase1_steps}", f"phase1_steps={total // 10}"
+        if settings.phase1_epochs is not None:
+            given = f"phase1_epochs={settings.phase1_epochs:g}"
+            tenth = f"phase1_epochs={settings.phase1_epochs * total / self.phase1_steps / 10:.2g}"
+        length = f"max_steps={total}" if settings.max_steps else f"num_epochs={settings.num_epochs:g}"
+        raise SettingsError(
+            f"phase 1 would take {self.phase1_steps} of {total} steps ({given}, {length}), and only the new layers "
+            f"would learn: take {tenth}, a tenth, or max_steps= above {self.phase1_steps}"
+        )
+
+    def _warn_of_warmup(self) -> None:
+        left, warmup = self.total_steps - self.phase1_steps, self.settings.warmup_steps
+        if 0 < left <= warmup:
+            self._say(
+                f"warning: {left} steps are left for the whole decoder, no more than warmup_steps={warmup}: its rate "
+                "still rises when training ends; take more steps, or a shorter phase 1 or warm-up"
+            )
 
     def _warn_of_voices(self) -> None:
         if found := self.corpus.in_both:

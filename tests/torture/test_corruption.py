@@ -31,8 +31,8 @@ def test_every_damage_is_noticed(pattern: str, work: Path, tmp_path: Path, times
 
 def test_every_damage_to_a_checkpoint_is_noticed(work: Path, tmp_path: Path, times: int, tally: Tally) -> None:
     """All but that to bytes that no record is made of: then the state that is read is the same."""
-    small_training(work, tmp_path / "run", max_steps=1)
-    path = checkpoint.step_path(tmp_path / "run", 1)
+    small_training(work, tmp_path / "run", max_steps=2)
+    path = checkpoint.step_path(tmp_path / "run", 2)
     whole = checkpoint.load(path)
 
     def notices(path: Path) -> bool:
