@@ -59,21 +59,13 @@ INPUTS = {"recordings": many, "length": long}
 
 def commands(audio: Path, work: Path) -> dict[str, list[str]]:
     where = [f"work={work}", "gpu=cpu"]
-    codec, small = f"pretrained_model={SNAC}", ["batch_size=4", "segment_length=0.5", "max_steps=5", "phase1_steps=2"]
+    codec, shards = f"pretrained_model={SNAC}", f"shards={work / 'shards'}"
+    small = ["batch_size=4", "segment_length=0.5", "max_steps=5", "phase1_steps=2", "eval_samples=8"]
     return {
         "shard-codes": ["pipeline", "shard-codes", f"audio={audio}", codec, "validation_fraction=0.3", *where],
         "shard-targets": ["pipeline", "shard-targets", "teacher=recording", *where],
-        "verify": ["pipeline", "verify", f"shards={work / 'shards'}"],
-        "train": [
-            "trainer",
-            "train",
-            f"shards={work / 'shards'}",
-            f"run={work / 'run'}",
-            codec,
-            "gpu=cpu",
-            "eval_samples=8",
-            *small,
-        ],
+        "verify": ["pipeline", "verify", shards],
+        "train": ["trainer", "train", shards, f"run={work / 'run'}", codec, "gpu=cpu", *small],
     }
 
 
