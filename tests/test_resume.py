@@ -36,6 +36,7 @@ from trainer import checkpoint
 from trainer.distributed import Process
 from trainer.learner import Learner
 from trainer.loop import Trainer, train
+from trainer.resuming import check_that_all_begin_alike
 
 
 @pytest.fixture(scope="module")
@@ -194,13 +195,13 @@ def test_processes_begin_alike(work: Path, finished: Path, tmp_path: Path) -> No
         other = Trainer(train_settings(work, run, **changes), CPU)
         with torch.no_grad():
             other.learner.decoder.model[0].bias[0] += weight
-        other.process = Noting(0, 2, torch.device("cpu"))
-        other._check_that_all_begin_here()
-        trainer.process = OneOfTwo(0, 2, torch.device("cpu"), other.process.noted)
+        noting = Noting(0, 2, torch.device("cpu"))
+        check_that_all_begin_alike(noting, other.settings, other.begins_with())
+        process = OneOfTwo(0, 2, torch.device("cpu"), noting.noted)
         if not difference:
-            return trainer._check_that_all_begin_here()
+            return check_that_all_begin_alike(process, trainer.settings, trainer.begins_with())
         with pytest.raises(UserError, match=f"of this training differ in {difference}; this one goes on from step 6"):
-            trainer._check_that_all_begin_here()
+            check_that_all_begin_alike(process, trainer.settings, trainer.begins_with())
 
     compared("")
     compared("", num_workers=2, micro_batch=1, eval_batch_size=1)

@@ -20,6 +20,7 @@ from shards.contract import COARSE_48K, TARGET_RATE
 from shards.errors import SettingsError, UserError
 from tests.helpers import TINY_SNAC, codes_settings, targets_settings
 from tests.training_helpers import (
+    ADVERSARIAL,
     CPU,
     call,
     largest_difference,
@@ -85,6 +86,16 @@ def test_a_phase_1_longer_than_training_is_refused(
     assert f"{given}, and only the new layers would learn: take {tenth}" in output
     assert len(output.splitlines()) == 1
     assert [path.name for path in (tmp_path / "run").iterdir()] == [".lock"]
+
+
+def test_discriminators_that_learn_alone_to_the_end_are_refused(work: Path, tmp_path: Path) -> None:
+    words = train_words(work, tmp_path, **{**ADVERSARIAL, "discriminator_start": 6})
+    code, output = call("train", *words)
+    assert (code, output) == (
+        2,
+        "error: the discriminators would learn alone for all of 6 steps (max_steps=6): take discriminator_start=0, a "
+        "tenth, or max_steps= above 6\n",
+    )
 
 
 def test_a_run_that_goes_on_may_end_in_phase_1(work: Path, tmp_path: Path) -> None:

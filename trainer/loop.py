@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import os
@@ -18,13 +17,11 @@ import torch
 
 from codec.memory import keep_freed_memory
 from codec.snac import load_snac
-from configs.loader import load_settings
 from shards.contract import COARSE_48K, TARGET_RATE, coarse_tokens
 from shards.errors import SettingsError, ShardError, UserError
 from shards.files import exclusive, replacing
 from shards.index import check_index
 from shards.storage import StorageError
-from shards.writer import differences
 from trainer import checkpoint, distributed
 from trainer.boards import Boards
 from trainer.corpus import cache_of, open_corpus
@@ -34,21 +31,12 @@ from trainer.distributed import Process
 from trainer.learner import Learner, NotFiniteError
 from trainer.log import RunLog
 from trainer.requests import Requests, requests
+from trainer.resuming import OF_JUDGING, check_that_all_begin_alike, newest_state
+from trainer.sanity import check_that_the_decoder_learns, warnings
 from trainer.schedule import rate_factor, segment_text
 from trainer.settings import TrainSettings
 from trainer.validation import HIGHER_IS_BETTER, validate
 
-OF_A_MACHINE = {  # settings that may differ between the processes of a training
-    "shards", "cache", "cache_gib", "run", "pretrained_model", "init_from", "gpu", "micro_batch", "compile",
-    "num_workers", "eval_batch_size", "wandb",
-}  # fmt: skip
-OF_STEPS = {"learning_rate", "gradient_clip", "discriminator_learning_rate", "discriminator_clip", "precision"}
-OF_JUDGING = {"eval_samples", "best_metric"}  # after whose change no new best is compared with the one before
-FREE_TO_CHANGE = {  # settings that may differ between a run and its resumption
-    *OF_A_MACHINE, *OF_STEPS, *OF_JUDGING, "num_epochs", "max_steps", "eval_every", "patience", "checkpoint_every",
-    "checkpoint_minutes", "keep_last", "keep_best", "log_every", "eval_clips", "resume",
-}  # fmt: skip
-PHASES_AGREE_DB = 0.0  # SI-SDR: there, the amplitude that is best for a squared error is 3 dB below the target's
 TERMINATED = 143  # exit code of a process that SIGTERM ended, and here Ctrl-C too
 
 
@@ -89,9 +77,9 @@ class Trainer:
         self.saved_at = time.monotonic()
         self.begins_from = "begins from the warm start"
 
-        state = self._checkpoint()
+        state = newest_state(settings, self.corpus.provenance["samples_sha256"])
         if state is None:  # a run that goes on may end sooner than was planned
-            self._check_phase_1()
+            check_that_the_decoder_learns(settings, self.phase1_steps, self.total_steps)
         else:  # what is written down of it stays true
             begun_from = state["settings"].get("init_from")
             began = {"init_from": None if begun_from is None else Path(begun_from)}
@@ -111,7 +99,7 @@ class Trainer:
         self.learner = Learner(CodesToLatent(self.snac), decoder, settings, process, self._say)
         if state is not None:
             self._resume(state)
-        self._check_that_all_begin_here()  # and nobody writes before everybody has read
+        check_that_all_begin_alike(process, settings, self.begins_with())  # and nobody writes before everybody has read
         if process.is_first:
             settings.write(settings.run / "settings.json")
             with replacing(settings.run / "progress.json") as temporary:  # for `just status`
@@ -126,9 +114,9 @@ class Trainer:
         self._say(self._describe())
         if self.step == 0:
             self._say(self.begins_from)
-            self._warn_of_voices()
-            self._warn_of_warmup()
-            self._warn_of_phases(self._validate())
+            agreement_db, left = self._validate()["si_sdr_lf_db"], self.total_steps - self.phase1_steps
+            for warning in warnings(self.settings, left, self.corpus.in_both, agreement_db):
+                self._say(warning)
         elif self._validation_is_due():  # its crops could not be read in an earlier run
             self._validate()
         if self._out_of_patience():  # it ended in an earlier run
@@ -187,45 +175,6 @@ class Trainer:
             ) from error
         self.step += 1
         return {**means, "phase": phase, "learning_rate": settings.learning_rate * factor}
-
-    def _check_phase_1(self) -> None:
-        """Raises SettingsError where it takes more than all steps; one that takes all of them is meant so."""
-        settings, total = self.settings, self.total_steps
-        if self.phase1_steps <= total:
-            return
-        given, tenth = f"phase1_steps={self.phase1_steps}", f"phase1_steps={total // 10}"
-        if settings.phase1_epochs is not None:
-            given = f"phase1_epochs={settings.phase1_epochs:g}"
-            tenth = f"phase1_epochs={settings.phase1_epochs * total / self.phase1_steps / 10:.2g}"
-        length = f"max_steps={total}" if settings.max_steps else f"num_epochs={settings.num_epochs:g}"
-        raise SettingsError(
-            f"phase 1 would take {self.phase1_steps} of {total} steps ({given}, {length}), and only the new layers "
-            f"would learn: take {tenth}, a tenth, or max_steps= above {self.phase1_steps}"
-        )
-
-    def _warn_of_warmup(self) -> None:
-        left, warmup = self.total_steps - self.phase1_steps, self.settings.warmup_steps
-        if 0 < left <= warmup:
-            self._say(
-                f"warning: {left} steps are left for the whole decoder, no more than warmup_steps={warmup}: its rate "
-                "still rises when training ends; take more steps, or a shorter phase 1 or warm-up"
-            )
-
-    def _warn_of_voices(self) -> None:
-        if found := self.corpus.in_both:
-            self._say(
-                f"warning: {len(found)} groups such as {found[0]!r} train in one folder and validate in another: where "
-                "they are the same speakers, validation is no judge of unseen voices; make shards with one seed"
-            )
-
-    def _warn_of_phases(self, means: dict[str, float]) -> None:
-        """The waveform that is best for L1 is weaker the less it can know of the target's phase."""
-        agreement_db = means["si_sdr_lf_db"]
-        if self.settings.l1_weight and agreement_db < PHASES_AGREE_DB:
-            self._say(
-                f"warning: below 12 kHz the waveforms of codec and targets differ (SI-SDR {agreement_db:.0f} dB): L1 "
-                "will pull the level down; docs/training.md says what to choose instead"
-            )
 
     def _validation_is_due(self) -> bool:
         due = self.step % self.settings.eval_every == 0 or self.step == self.total_steps
@@ -359,50 +308,18 @@ class Trainer:
     def _say(self, text: str) -> None:
         self.log.say(text)
 
-    def _check_that_all_begin_here(self) -> None:
-        """Raises UserError where processes on several machines would train different things as if they were one."""
-        begins_with = {
+    def begins_with(self) -> dict[str, Any]:
+        """What all processes must have in common, beside their settings."""
+        return {
             "step": self.step,
             "last step": self.total_steps,
             "samples": self.corpus.provenance["samples_sha256"],
             "weights": self.learner.weights_sha256().hex(),
-            **self.settings.model_dump(mode="json", exclude=OF_A_MACHINE),
         }
-        same = self.process.all_have(list(map(number_of, begins_with.values())))
-        different = [name for name, is_same in zip(begins_with, same, strict=True) if not is_same]
-        if different:
-            raise UserError(
-                f"the processes of this training differ in {', '.join(different)}; this one goes on from step "
-                f"{self.step} of {self.total_steps}: start all with the same settings; run={self.settings.run} should "
-                "be one folder for all machines, and all should see its newest checkpoint"
-            )
 
     def _last_save(self) -> str:
         path = checkpoint.newest(self.settings.run)
         return f"resume=auto goes on from {path}" if path else "there is no checkpoint yet"
-
-    def _checkpoint(self) -> dict[str, Any] | None:
-        """The newest checkpoint of this run, if it may and can be resumed."""
-        run = self.settings.run
-        newest, best = checkpoint.newest(run), checkpoint.folder(run) / checkpoint.BEST
-        path = newest or best
-        if not path.exists():
-            return None
-        if self.settings.resume == "never":
-            raise UserError(f"{run} holds checkpoints: resume=auto goes on from them, run= names another")
-        state = checkpoint.load(path)
-        if not newest and state["step"] > 0:
-            raise UserError(
-                f"{path} is of step {state['step']}, but there is no checkpoint to go on from: take another run=, with "
-                f"init_from={path} to begin with its decoder; or delete it, and training begins anew here"
-            )
-        if newest and "optimizer" not in state:
-            raise UserError(f"{path} holds no optimizer: it is no checkpoint to resume from")
-        then = {**state["settings"], "samples": state["data"].get("samples_sha256")}
-        now = {**self.settings.model_dump(mode="json"), "samples": self.corpus.provenance["samples_sha256"]}
-        if changed := changes(then, now):
-            raise UserError(f"{path} cannot be resumed with other settings or data: {changed}; take another run=")
-        return state if newest else None  # it ended before its first checkpoint: the same training begins anew
 
     def _resume(self, state: dict[str, Any]) -> None:
         try:
@@ -416,23 +333,6 @@ class Trainer:
         except (RuntimeError, KeyError, ValueError, TypeError, AttributeError) as error:
             path, reason = checkpoint.newest(self.settings.run), " ".join(str(error).split())[:200]
             raise UserError(f"{path} is not a checkpoint of this training ({reason}): name another run=") from error
-
-
-def changes(then: dict[str, Any], now: dict[str, Any]) -> str:
-    """What keeps a checkpoint of the settings `then` from going on with those of `now`; empty when nothing does.
-
-    One that was written before there was a setting goes on where that has its default.
-    """
-    defaults = load_settings(TrainSettings, "decoder_48khz.json", []).model_dump(mode="json")
-    known = {name: value for name, value in then.items() if name not in FREE_TO_CHANGE}
-    new = [name for name in now if name not in then and name not in FREE_TO_CHANGE and now[name] != defaults[name]]
-    unknown = [f"{name}, which the checkpoint does not know, is now {now[name]}" for name in new]
-    return "; ".join(filter(None, [differences(known, {name: now.get(name) for name in known}), *unknown]))
-
-
-def number_of(value: Any) -> int:
-    """Another one, of 64 bits, for another value."""
-    return int.from_bytes(hashlib.sha256(json.dumps(value).encode()).digest()[:8], "big", signed=True)
 
 
 def peak_memory_gib(device: torch.device) -> float:

@@ -1,0 +1,79 @@
+"""What a training goes on from, and whether all of its processes go on from the same."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Any
+
+from configs.loader import load_settings
+from shards.errors import UserError
+from shards.writer import differences
+from trainer import checkpoint
+from trainer.distributed import Process
+from trainer.settings import TrainSettings
+
+OF_A_MACHINE = {  # settings that may differ between the processes of a training
+    "shards", "cache", "cache_gib", "run", "pretrained_model", "init_from", "gpu", "micro_batch", "compile",
+    "num_workers", "eval_batch_size", "wandb",
+}  # fmt: skip
+OF_STEPS = {"learning_rate", "gradient_clip", "discriminator_learning_rate", "discriminator_clip", "precision"}
+OF_JUDGING = {"eval_samples", "best_metric"}  # after whose change no new best is compared with the one before
+FREE_TO_CHANGE = {  # settings that may differ between a run and its resumption
+    *OF_A_MACHINE, *OF_STEPS, *OF_JUDGING, "num_epochs", "max_steps", "eval_every", "patience", "checkpoint_every",
+    "checkpoint_minutes", "keep_last", "keep_best", "log_every", "eval_clips", "resume",
+}  # fmt: skip
+
+
+def newest_state(settings: TrainSettings, samples_sha256: str) -> dict[str, Any] | None:
+    """The newest checkpoint of this run, if it may and can be resumed; None where training begins."""
+    run = settings.run
+    newest, best = checkpoint.newest(run), checkpoint.folder(run) / checkpoint.BEST
+    path = newest or best
+    if not path.exists():
+        return None
+    if settings.resume == "never":
+        raise UserError(f"{run} holds checkpoints: resume=auto goes on from them, run= names another")
+    state = checkpoint.load(path)
+    if not newest and state["step"] > 0:
+        raise UserError(
+            f"{path} is of step {state['step']}, but there is no checkpoint to go on from: take another run=, with "
+            f"init_from={path} to begin with its decoder; or delete it, and training begins anew here"
+        )
+    if newest and "optimizer" not in state:
+        raise UserError(f"{path} holds no optimizer: it is no checkpoint to resume from")
+    then = {**state["settings"], "samples": state["data"].get("samples_sha256")}
+    now = {**settings.model_dump(mode="json"), "samples": samples_sha256}
+    if changed := changes(then, now):
+        raise UserError(f"{path} cannot be resumed with other settings or data: {changed}; take another run=")
+    return state if newest else None  # it ended before its first checkpoint: the same training begins anew
+
+
+def check_that_all_begin_alike(process: Process, settings: TrainSettings, begins_with: dict[str, Any]) -> None:
+    """Raises UserError where processes on several machines would train different things as if they were one."""
+    compared = {**begins_with, **settings.model_dump(mode="json", exclude=OF_A_MACHINE)}
+    same = process.all_have(list(map(number_of, compared.values())))
+    different = [name for name, is_same in zip(compared, same, strict=True) if not is_same]
+    if different:
+        raise UserError(
+            f"the processes of this training differ in {', '.join(different)}; this one goes on from step "
+            f"{begins_with['step']} of {begins_with['last step']}: start all with the same settings; "
+            f"run={settings.run} should be one folder for all machines, and all should see its newest checkpoint"
+        )
+
+
+def changes(then: dict[str, Any], now: dict[str, Any]) -> str:
+    """What keeps a checkpoint of the settings `then` from going on with those of `now`; empty when nothing does.
+
+    One that was written before there was a setting goes on where that has its default.
+    """
+    defaults = load_settings(TrainSettings, "decoder_48khz.json", []).model_dump(mode="json")
+    known = {name: value for name, value in then.items() if name not in FREE_TO_CHANGE}
+    new = [name for name in now if name not in then and name not in FREE_TO_CHANGE and now[name] != defaults[name]]
+    unknown = [f"{name}, which the checkpoint does not know, is now {now[name]}" for name in new]
+    return "; ".join(filter(None, [differences(known, {name: now.get(name) for name in known}), *unknown]))
+
+
+def number_of(value: Any) -> int:
+    """Another one, of 64 bits, for another value."""
+    return int.from_bytes(hashlib.sha256(json.dumps(value).encode()).digest()[:8], "big", signed=True)
