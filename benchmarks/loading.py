@@ -137,7 +137,7 @@ def main() -> None:
         folder = Path(temporary)
         write(folder, samples)
         tars = [path.read_bytes() for path in sorted((folder / "train").glob("*.tar"))]
-        index, shards = load(folder, "train"), VerifySettings(shards=folder, threads="auto")
+        index, shards = load(folder, "train"), VerifySettings(shards=folder, threads=1)
         stock: dict[str, tuple[str, Callable[[], object]]] = {
             "batches: plain webdataset": ("loading", partial(plain, folder, COARSE)),
             "batches of short crops: plain webdataset": ("short crops", partial(plain, folder, SHORT)),

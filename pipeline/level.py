@@ -24,11 +24,11 @@ MIN_FRAMES = 10  # fewer in which both speak say nothing
 LEAST_DB, MOST_DB = -30.0, 6.0  # of what a level may be corrected by; noise must not be brought up to speech
 
 
-def match(source: Samples, restored: Samples, gain: float) -> tuple[float, float]:
-    """Equal stretches at 48 kHz, `restored` from what was heard at `gain` and scaled back → the factor that it needs,
-    and how much louder, in dB, the model spoke than a peak of PEAK would have it.
+def match(source: Samples, restored: Samples, heard_peak: float) -> tuple[float, float]:
+    """Equal stretches at 48 kHz, `restored` from what was heard with that peak, and scaled back → the factor that it
+    needs, and how much louder, in dB, the model spoke than at a peak of PEAK.
     """
-    expected = gain * float(abs(source).max()) / PEAK  # of a model whose output peaks where what it hears does
+    expected = heard_peak / PEAK  # of a model that always speaks as if what it hears peaked there
     heard_T, spoken_T = _powers(source), _powers(restored)
     both_T = _loud(heard_T) & _loud(spoken_T)
     if expected == 0 or int(both_T.sum()) < MIN_FRAMES:

@@ -296,7 +296,9 @@ class Pieces:
             self._source.append(item.source)
             if output is not None:
                 own = slice(item.window.left * UPSAMPLING, item.window.left * UPSAMPLING + len(item.source))
-                factor, self.model_level_db = match(item.source, output[own], item.gain)
+                assert item.padded is not None
+                heard_peak = float(np.abs(item.padded).max())
+                factor, self.model_level_db = match(item.source, output[own], heard_peak)
                 self._restored.append(self._joiner.add(item.window, output * np.float32(factor)))
         return self._source.read(a, b), self._restored.read(a, b) if is_restored else np.zeros(0, np.float32)
 
