@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -159,6 +159,14 @@ def test_signals_to_several_processes(work: Path, tmp_path: Path) -> None:
     assert f"asked to leave: saved step {checkpoint.newest_step(run)}" in (run / "training.log").read_text()
 
 
+@pytest.fixture
+def signals_stay() -> Iterator[None]:
+    before = signal.getsignal(signal.SIGUSR1)
+    yield
+    signal.signal(signal.SIGUSR1, before)
+
+
+@pytest.mark.usefixtures("signals_stay")
 @pytest.mark.parametrize(
     ("granted", "gpus", "visible"), [(None, "0,1", "0,1"), ("4,5,7", "0,2", "4,7"), ("", "1,0", "1,0")]
 )
