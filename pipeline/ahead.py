@@ -5,7 +5,7 @@ from __future__ import annotations
 import queue
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Literal, TypeVar
 
@@ -96,7 +96,9 @@ def chained_ahead(sources: Iterable[Iterable[Item]], threads: int, size: int) ->
             ahead.close()
 
 
-def map_ahead(function: Callable[[Item], Result], items: Iterable[Item], threads: int, size: int) -> Iterator[Result]:
+def map_ahead(
+    function: Callable[[Item], Result], items: Iterable[Item], threads: int, size: int
+) -> Generator[Result, None, None]:
     """`map`, in order, on `threads` threads, at most `size` items ahead."""
     with ThreadPoolExecutor(threads, initializer=use_cores, initargs=(cores_each(threads),)) as pool:
         running = deque[Future[Result]]()

@@ -5,8 +5,8 @@ from __future__ import annotations
 import io
 import json
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import groupby
@@ -152,7 +152,8 @@ class TargetsStage(Stage):
         codes = read_table(codes_path(self.settings.work, split, shard)).to_pylist()
         made_from, kept = self.fingerprint(number), self.kept(number)
         again, theirs = ([row for place, row in enumerate(rows) if place not in kept] for rows in (planned, codes))
-        fresh = samples(again, theirs, self.teacher, self.settings, made_from["snac"])
+        restoring = samples(again, theirs, self.teacher, self.settings, made_from["snac"])
+        fresh: Iterator[tuple[Row, dict[str, bytes] | None]] = restoring
         if kept:
             made = list(fresh)
             places = [place for place in range(len(planned)) if place not in kept]
@@ -160,7 +161,10 @@ class TargetsStage(Stage):
                 return
             fresh = iter(made)
         standing = self._standing(number, kept, codes)
-        with ShardWriter(self.folder / split, shard, made_from, {"made_with": made_with()}) as writer:
+        with (
+            closing(restoring),
+            ShardWriter(self.folder / split, shard, made_from, {"made_with": made_with()}) as writer,
+        ):
             for place in range(len(planned)):
                 row, members = next(standing if place in kept else fresh)
                 writer.add(row, members) if members else writer.add_row(row)
@@ -204,7 +208,7 @@ def _codes_fingerprint(work: Location, plan: Plan, number: int) -> dict[str, Any
 
 def samples(
     plan_rows: list[Row], codes_rows: list[Row], teacher: Teacher, settings: TargetsSettings, snac: str
-) -> Iterator[tuple[Row, dict[str, bytes] | None]]:
+) -> Generator[tuple[Row, dict[str, bytes] | None], None, None]:
     """For every segment its sidecar row and, when it has a target, its members, in plan order."""
     if len(plan_rows) != len(codes_rows):
         raise ShardError(f"{len(codes_rows)} rows of codes for {len(plan_rows)} of the plan: make the codes anew")
@@ -232,8 +236,9 @@ def samples(
     taught = zip(wanted, teacher.segments(recordings), strict=True)
     threads = thread_count(settings.threads)
     finished = map_ahead(finish, taught, threads, FINISHED_AHEAD * threads)
-    for _, _, row in jobs:
-        yield next(finished) if row["status"] == OK else (row, None)
+    with closing(finished):  # left to the garbage collector, its threads could block others
+        for _, _, row in jobs:
+            yield next(finished) if row["status"] == OK else (row, None)
 
 
 def _sidecar_row(plan: Row, codes: Row) -> Row:
