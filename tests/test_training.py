@@ -89,12 +89,12 @@ def test_a_phase_1_longer_than_training_is_refused(
 
 
 def test_discriminators_that_learn_alone_to_the_end_are_refused(work: Path, tmp_path: Path) -> None:
-    words = train_words(work, tmp_path, **{**ADVERSARIAL, "discriminator_start": 6})
+    words = train_words(work, tmp_path, **{**ADVERSARIAL, "discriminator_start": 7})
     code, output = call("train", *words)
     assert (code, output) == (
         2,
         "error: the discriminators would learn alone for all of 6 steps (max_steps=6): take discriminator_start=0, a "
-        "tenth, or max_steps= above 6\n",
+        "tenth, or max_steps= above 7\n",
     )
 
 

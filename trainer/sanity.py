@@ -11,9 +11,9 @@ PHASES_AGREE_DB = 0.0  # SI-SDR: there, the amplitude that is best for a squared
 
 
 def check_that_the_decoder_learns(settings: TrainSettings, phase1_steps: int, total_steps: int) -> None:
-    """Raises SettingsError where the steps before it does take more than all; phase 1 may be meant to take all."""
+    """Raises SettingsError where the steps before it does take more than all; to take all of them may be meant."""
     length = f"max_steps={total_steps}" if settings.max_steps else f"num_epochs={settings.num_epochs:g}"
-    if settings.is_adversarial and settings.discriminator_start >= total_steps:
+    if settings.is_adversarial and settings.discriminator_start > total_steps:
         raise SettingsError(
             f"the discriminators would learn alone for all of {total_steps} steps ({length}): take "
             f"discriminator_start={total_steps // 10}, a tenth, or max_steps= above {settings.discriminator_start}"
