@@ -1,4 +1,8 @@
-"""Work done ahead in threads, its order and its memory kept: what comes out is what a plain loop would give."""
+"""Work done ahead in threads, its order and its memory kept: what comes out is what a plain loop would give.
+
+Who may leave a generator of these early closes it. Left to the garbage collector, it may wait for its threads inside of
+the start of another one, which then never starts.
+"""
 
 from __future__ import annotations
 
@@ -80,7 +84,7 @@ class Ahead(Iterator[Item]):
         self._thread.join(CLOSE_SECONDS)
 
 
-def chained_ahead(sources: Iterable[Iterable[Item]], threads: int, size: int) -> Iterator[Item]:
+def chained_ahead(sources: Iterable[Iterable[Item]], threads: int, size: int) -> Generator[Item, None, None]:
     """The items of all `sources`, one source after the other; `threads` of them run at once, each `size` ahead."""
     waiting, running = iter(sources), deque[Ahead[Item]]()
     try:

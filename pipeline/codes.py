@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from functools import cached_property
 from itertools import groupby
 from operator import itemgetter
@@ -113,15 +114,16 @@ def encode_shard(
     tokens: dict[str, list[tuple[Window, Tokens]]] = {}
     files = groupby((row for row in rows if row["status"] == OK), key=by_file)
     sources = (_windows_of(list(wanted), coarse_tokens(settings.window_seconds), problems) for _, wanted in files)
-    read = chained_ahead(sources, thread_count(settings.threads), WINDOWS_AHEAD)
     on_cpu = next(model.parameters()).device.type == "cpu"
     encoders, batch = (torch.get_num_threads(), 1) if on_cpu else (1, int(settings.batch_seconds * CODEC_RATE))
-    batches = (items for _, items in bucketed(read, batch, PENDING_BATCHES * batch))
     encoding = Encoding(model, encoders)
-    for items, encoded in map_ahead(encoding, batches, encoders, 2 * encoders):
-        for (id, window, _), codes in zip(items, encoded, strict=True):
-            tokens.setdefault(id, []).append((window, codes))
-            advance(len(codes) * COARSE_24K / CODEC_RATE)
+    with closing(chained_ahead(sources, thread_count(settings.threads), WINDOWS_AHEAD)) as read:
+        batches = (items for _, items in bucketed(read, batch, PENDING_BATCHES * batch))
+        with closing(map_ahead(encoding, batches, encoders, 2 * encoders)) as done:
+            for items, encoded in done:
+                for (id, window, _), codes in zip(items, encoded, strict=True):
+                    tokens.setdefault(id, []).append((window, codes))
+                    advance(len(codes) * COARSE_24K / CODEC_RATE)
     encoding.report()
     joined = {id: _join(parts) for id, parts in tokens.items() if id not in problems}
     return [_codes_row(row, joined, problems) for row in rows]

@@ -233,12 +233,12 @@ def samples(
         meta = {"gain": taught.gain, "teacher": names[taught.used], "snac": snac}
         return row, _members(row, codes["codes"], taught.target, settings.target_bits, meta)
 
-    taught = zip(wanted, teacher.segments(recordings), strict=True)
     threads = thread_count(settings.threads)
-    finished = map_ahead(finish, taught, threads, FINISHED_AHEAD * threads)
-    with closing(finished):  # left to the garbage collector, its threads could block others
-        for _, _, row in jobs:
-            yield next(finished) if row["status"] == OK else (row, None)
+    with closing(teacher.segments(recordings)) as segments:
+        taught = zip(wanted, segments, strict=True)
+        with closing(map_ahead(finish, taught, threads, FINISHED_AHEAD * threads)) as finished:
+            for _, _, row in jobs:
+                yield next(finished) if row["status"] == OK else (row, None)
 
 
 def _sidecar_row(plan: Row, codes: Row) -> Row:

@@ -7,7 +7,7 @@ outputs are put back in the plan's order and joined per recording. A recording t
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain, groupby
@@ -115,7 +115,7 @@ class Teacher:
             **{name: getattr(self.settings, name) for name in names},
         }
 
-    def segments(self, recordings: Sequence[list[Row]]) -> Iterator[Taught | AudioError]:
+    def segments(self, recordings: Sequence[list[Row]]) -> Generator[Taught | AudioError, None, None]:
         """For each plan row of each recording, in order: its target, or why there is none."""
         files = groupby(enumerate(recordings), key=lambda job: by_file(job[1][0]))
         reading = (self._read_file(list(jobs)) for _, jobs in files)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+import threading
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -13,10 +14,12 @@ from typing import Any
 import pytest
 
 from codec.audio import AudioError, probe
+from pipeline.targets import TargetsStage
 from pipeline.tars import members
 from shards.errors import UserError
+from shards.writer import ShardWriter
 from tests.command_helpers import codes_words, in_process, refused, targets_words
-from tests.helpers import speechlike
+from tests.helpers import speechlike, targets_settings
 from tests.test_audio import write
 
 
@@ -46,6 +49,25 @@ def test_recordings_whose_disk_goes_away_are_not_broken(recordings: Path, tmp_pa
     audio.mkdir()
     refused(targets_words(work), f"{audio} is empty: is it mounted?")
     assert not list((work / "shards").rglob("*.tar"))
+
+
+def test_a_shard_that_cannot_be_written_leaves_no_thread(
+    work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ended later, by the garbage collector, one could keep another from starting, for good."""
+    shutil.copytree(work / "codes", tmp_path / "codes")
+    shutil.copy(work / "plan.parquet", tmp_path)
+    stage = TargetsStage(targets_settings(tmp_path))
+
+    def fail(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(ShardWriter, "add", fail)
+    before = set(threading.enumerate())
+    with pytest.raises(OSError, match="No space left") as error:
+        stage.make(0, lambda seconds: None)
+    assert set(threading.enumerate()) == before
+    assert error.tb is not None, "which holds on to the frames that it came through"
 
 
 @pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EMFILE])
