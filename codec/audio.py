@@ -17,7 +17,8 @@ import numpy.typing as npt
 import soundfile
 
 from shards.files import reason_of_one
-from shards.storage import StorageError, Stored
+from shards.pieces import Stored
+from shards.storage import StorageError
 
 Samples = npt.NDArray[np.float32]
 

@@ -14,7 +14,8 @@ from tqdm import tqdm
 from codec.audio import AudioError, probe
 from pipeline.sources import stored
 from shards.files import reason_of_one
-from shards.storage import locate, skimmed
+from shards.pieces import skimmed
+from shards.storage import locate
 
 PROBE_THREADS = 16
 END_TOLERANCE_SECONDS = 0.01  # a manifest's end may lie this far after the file's: people round

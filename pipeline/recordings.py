@@ -14,7 +14,8 @@ from pipeline.sources import stored
 from shards.contract import COARSE_24K, CODEC_RATE, Row
 from shards.errors import UserError
 from shards.files import reason_of_one
-from shards.storage import Stored, at_hand, locate
+from shards.pieces import Stored, at_hand
+from shards.storage import locate
 
 
 def by_file(row: Row) -> tuple[Any, ...]:

@@ -22,7 +22,8 @@ from pipeline.manifest import MANIFESTS, read_manifest
 from pipeline.tars import members
 from shards.errors import UserError
 from shards.files import file_sha256
-from shards.storage import Location, Part, Stat, Url, locate
+from shards.pieces import Part
+from shards.storage import Location, Stat, Url, locate
 
 TAR = ".tar"
 TAR_THREADS = 16

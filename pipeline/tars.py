@@ -11,7 +11,8 @@ from pathlib import PurePosixPath
 from typing import IO
 
 from shards.files import reason_of_one
-from shards.storage import Location, skimmed
+from shards.pieces import skimmed
+from shards.storage import Location
 
 MAX_JSON_BYTES = 1 << 20
 

@@ -16,7 +16,8 @@ from shards.contract import INDEX_NAME, SUMS_NAME
 from shards.damage import problems, unlisted
 from shards.errors import ShardError
 from shards.index import check_index, listed, shard_list
-from shards.storage import Fetched, Location, Url
+from shards.pieces import Fetched
+from shards.storage import Location, Url
 
 LEAST_THREADS = 4  # also on fewer cores: reading waits for disks
 INDEX_BYTES = 8 << 30  # at most, of a remote one

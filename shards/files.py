@@ -15,7 +15,8 @@ from tempfile import TemporaryDirectory
 from typing import IO
 
 from shards.errors import UserError, printable
-from shards.storage import Fetched, Location, Url
+from shards.pieces import Fetched
+from shards.storage import Location, Url
 
 OF_ONE_FILE = {  # errors that say something of one file; others, such as EIO, ESTALE or EMFILE, of the system
     errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG,

@@ -31,7 +31,8 @@ from shards.contract import (
 )
 from shards.errors import ShardError
 from shards.files import file_sha256, replacing, sha256_of
-from shards.storage import Fetched, Location, Url
+from shards.pieces import Fetched
+from shards.storage import Location, Url
 from shards.writer import (
     check_columns,
     encode_metadata,

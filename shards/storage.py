@@ -19,7 +19,6 @@ import tempfile
 import threading
 import time
 import uuid
-from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
@@ -30,6 +29,7 @@ from typing import IO, Any, TypeVar
 import fsspec
 
 from shards.errors import UserError
+from shards.stretch import Stretch
 
 T = TypeVar("T")
 
@@ -44,8 +44,6 @@ NETWORK_ERRORS = {  # of Python, botocore, aiohttp, requests, httpx and google.a
 }
 WHOLE_BYTES = 1 << 28  # up to this size `open` fetches an object at once
 BLOCK_BYTES = 1 << 22  # of larger ones
-HEADER_BYTES = 1 << 14  # fetched at first where headers alone are wanted
-END_BYTES = 1 << 16  # fetched at once of their end: an Ogg page
 
 
 class StorageError(UserError):
@@ -130,7 +128,7 @@ class Url:
         """Bytes [offset, offset + size) as a file."""
         if size <= WHOLE_BYTES:
             return io.BytesIO(self.read_bytes(offset, offset + size) if size else b"")
-        return io.BufferedReader(_Stretch(self.read_bytes, offset, size), BLOCK_BYTES)
+        return io.BufferedReader(Stretch(self.read_bytes, offset, size), BLOCK_BYTES)
 
     def files(self) -> dict[Url, int]:
         """Every object below this folder, to any depth, with its bytes; empty where there is no such folder."""
@@ -234,146 +232,6 @@ def locate(text: str | Location) -> Location:
     if isinstance(text, str) and "://" in text:
         return Url(text.rstrip("/"))
     return text if isinstance(text, Url) else Path(text)
-
-
-@dataclass(frozen=True)
-class Part:
-    """Bytes [offset, offset + size) of a file, read as a file of its own: a member of a tar."""
-
-    whole: Location
-    offset: int
-    size: int
-
-    def exists(self) -> bool:
-        return self.whole.exists()
-
-    def stat(self) -> Stat:
-        """Less than `size` where the file ends early."""
-        return Stat(max(min(self.size, self.whole.stat().st_size - self.offset), 0))
-
-    def open(self, mode: str = "rb") -> IO[bytes]:
-        assert mode == "rb"
-        if isinstance(self.whole, Url):
-            return self.whole.open_stretch(self.offset, self.size)
-        file = self.whole.open("rb")
-
-        def read(start: int, stop: int) -> bytes:
-            file.seek(start)
-            return file.read(stop - start)
-
-        return io.BufferedReader(_Stretch(read, self.offset, self.size, file.close))
-
-
-@dataclass(frozen=True, eq=False)
-class Fetched:
-    """Bytes that were read once, however often they are opened."""
-
-    data: bytes
-    name: str = ""
-
-    def __str__(self) -> str:
-        return self.name
-
-    def stat(self) -> Stat:
-        return Stat(len(self.data))
-
-    def open(self, mode: str = "rb") -> IO[bytes]:
-        assert mode == "rb"
-        return io.BytesIO(self.data)
-
-
-class Skimmed:
-    """Bytes [offset, offset + size) of a remote object, fetched where they are read; more at once where it goes on."""
-
-    def __init__(self, whole: Url, offset: int, size: int) -> None:
-        self._whole, self._offset, self._size = whole, offset, size
-        self._held = deque[tuple[int, bytes]](maxlen=4)  # what was fetched last, and where it begins
-        self._end, self._length = 0, HEADER_BYTES // 2  # of the last of it
-
-    def stat(self) -> Stat:
-        return Stat(self._size)
-
-    def open(self, mode: str = "rb") -> IO[bytes]:
-        assert mode == "rb"
-        return io.BufferedReader(_Stretch(self._read, 0, self._size))
-
-    def _read(self, start: int, stop: int) -> bytes:
-        """Of [start, stop) as much as one answer holds, which is at least a byte."""
-        for begin, data in self._held:
-            if begin <= start < begin + len(data):
-                return data[start - begin : stop - begin]
-        self._length = min(2 * self._length, BLOCK_BYTES) if start == self._end else HEADER_BYTES
-        end = max(stop, start + self._length)
-        self._end = self._size if self._size - end < (END_BYTES if start else HEADER_BYTES) else end
-        data = self._whole.read_bytes(self._offset + start, self._offset + self._end)
-        self._held.append((start, data))
-        return data[: stop - start]
-
-
-Stored = Path | Url | Part | Fetched | Skimmed  # where the bytes of one recording are
-
-
-def at_hand(place: Path | Url | Part) -> Stored:
-    """What is remote, fetched once; one above WHOLE_BYTES is left where it is."""
-    whole, offset = (place.whole, place.offset) if isinstance(place, Part) else (place, 0)
-    if not isinstance(whole, Url) or (size := place.stat().st_size) > WHOLE_BYTES:
-        return place
-    return Fetched(whole.read_bytes(offset, offset + size) if size else b"")
-
-
-@contextmanager
-def nearby(place: Location) -> Iterator[Path]:
-    """A file on this machine with its bytes, as long as they are needed: what is remote is fetched, whole."""
-    if isinstance(place, Path):
-        yield place
-        return
-    with tempfile.TemporaryDirectory() as folder:
-        local = Path(folder) / place.name
-        place.fetch(local)
-        yield local
-
-
-def skimmed(place: Path | Url | Part, size: int | None = None) -> Stored:
-    """What is remote, for a look at its headers; it is asked for its size unless that is known."""
-    whole, offset = (place.whole, place.offset) if isinstance(place, Part) else (place, 0)
-    if not isinstance(whole, Url):
-        return place
-    return Skimmed(whole, offset, place.stat().st_size if size is None else size)
-
-
-class _Stretch(io.RawIOBase):
-    """Bytes [offset, offset + size) of what `read(start, stop)` reads."""
-
-    def __init__(
-        self, read: Callable[[int, int], bytes], offset: int, size: int, close: Callable[[], None] = lambda: None
-    ) -> None:
-        self._read, self._offset, self._size, self._close = read, offset, size, close
-        self._place = 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        start = {io.SEEK_SET: 0, io.SEEK_CUR: self._place, io.SEEK_END: self._size}[whence]
-        self._place = max(start + offset, 0)
-        return self._place
-
-    def readinto(self, buffer: Any) -> int:
-        size = min(len(buffer), self._size - self._place)
-        if size <= 0:
-            return 0
-        start = self._offset + self._place
-        data = self._read(start, start + size)
-        buffer[: len(data)] = data
-        self._place += len(data)
-        return len(data)
-
-    def close(self) -> None:
-        self._close()
-        super().close()
 
 
 def _filesystem(url: str) -> Any:

@@ -18,7 +18,8 @@ import pyarrow.parquet as pq
 from shards.contract import FORMAT_VERSION, SIDECAR_SCHEMA
 from shards.errors import ShardError, first_line
 from shards.files import file_sha256, move, replacing
-from shards.storage import Fetched, Location, Url
+from shards.pieces import Fetched
+from shards.storage import Location, Url
 
 FOOTER_BYTES = 1 << 16  # fetched of a remote table's end; footers of shards are shorter
 ARROW_KEY = b"ARROW:schema"

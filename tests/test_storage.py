@@ -15,7 +15,8 @@ import pytest
 
 from shards import storage, writer
 from shards.files import replacing
-from shards.storage import Part, StorageError, Url, locate, skimmed
+from shards.pieces import Part, skimmed
+from shards.storage import StorageError, Url, locate
 from shards.writer import read_footer, read_metadata, read_table, write_table
 from tests.s3_server import Door, serving
 

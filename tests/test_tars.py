@@ -22,8 +22,8 @@ from pipeline.targets import shard_targets
 from pipeline.tars import members
 from shards.contract import FAILED, SIDECAR_SCHEMA
 from shards.errors import ShardError
+from shards.pieces import Part
 from shards.reader import split_members
-from shards.storage import Part
 from shards.writer import write_table
 from tests.command_helpers import rows_of
 from tests.helpers import codes_settings, targets_settings
