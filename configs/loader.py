@@ -23,6 +23,8 @@ def _location(value: Any) -> Location:
     place = locate(value)
     if isinstance(place, Path):  # it is written down, and read from other folders
         return Path(os.path.normpath(place.absolute()))
+    if "://" not in place.text:
+        raise ValueError("should name a bucket, as s3://bucket/folder does")
     return place
 
 

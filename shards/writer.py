@@ -115,9 +115,17 @@ def naming(path: Location | Fetched) -> Iterator[None]:
 
 
 def differences(found: Mapping[str, Any], expected: Mapping[str, Any]) -> str:
-    """`segment_length is 4.0, now 2.0`, for every key that differs; empty when nothing does."""
-    keys = [key for key in {**found, **expected} if found.get(key) != expected.get(key)]
-    return "; ".join(f"{key} is {found.get(key)}, now {expected.get(key)}" for key in keys)
+    """`segment_length is 4.0, now 2.0`, for every key that differs; empty when nothing does. Of what is nested in both,
+    only what differs is said.
+    """
+    said = []
+    for key in {**found, **expected}:
+        was, now = found.get(key), expected.get(key)
+        if isinstance(was, Mapping) and isinstance(now, Mapping):
+            said += [f"{key}: {nested}" for nested in [differences(was, now)] if nested]
+        elif was != now:
+            said.append(f"{key} is {was}, now {now}")
+    return "; ".join(said)
 
 
 def check_columns(path: Location | Fetched, found: pa.Schema, expected: pa.Schema) -> None:

@@ -14,7 +14,7 @@ import pytest
 from pydantic import Field
 
 from configs.loader import FOLDER, Settings, load_settings
-from pipeline.settings import CodesSettings, InspectSettings, PushShardsSettings, WorkflowSettings
+from pipeline.settings import CodesSettings, InspectSettings, PushShardsSettings, VerifySettings, WorkflowSettings
 from shards.errors import SettingsError
 from shards.storage import Url
 from tests.helpers import ROOT, run_command
@@ -334,3 +334,8 @@ def test_a_url_is_not_taken_for_a_folder_of_this_machine() -> None:
 def test_a_repository_is_no_work_folder() -> None:
     with pytest.raises(SettingsError, match=r"work: every file in a repository of the hub is a commit"):
         load_settings(CodesSettings, "shard_codes.json", ["audio=hf://datasets/a/b", "work=hf://datasets/a/c"])
+
+
+def test_a_url_without_a_bucket_is_refused() -> None:
+    with pytest.raises(SettingsError, match=r"shards: should name a bucket, .* \(given: 's3://'\)"):
+        load_settings(VerifySettings, "verify.json", ["shards=s3://"])

@@ -26,7 +26,7 @@ from shards.errors import ShardError, UserError
 from shards.files import exclusive, file_sha256
 from shards.index import load, shard_list
 from shards.reader import decode_sample, read_sample
-from shards.writer import ShardWriter, finish, naming, read_metadata, standing, write_table
+from shards.writer import ShardWriter, differences, finish, naming, read_metadata, standing, write_table
 from tests.helpers import ROOT, targets_settings
 from tests.shard_helpers import FINGERPRINT, files, some_members, some_row, write_shard
 from tests.test_contract import README
@@ -333,3 +333,10 @@ def test_the_systems_errors_are_no_damage() -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
     with pytest.raises(ShardError, match=r"index\.parquet: damaged, or no file of ours"), naming(Path("index.parquet")):
         raise OSError("Corrupt snappy compressed data")  # as pyarrow says it
+
+
+def test_of_what_is_nested_only_what_differs_is_said() -> None:
+    found, expected = {"a": 1, "limits": {"x": 0, "y": 1}}, {"limits": {"y": 2, "x": 0}, "a": 1, "b": None}
+    assert differences(found, expected) == "limits: y is 1, now 2"
+    assert differences(found, {**found, "limits": {"y": 1, "x": 0}}) == ""
+    assert differences(found, {"a": 1}) == "limits is {'x': 0, 'y': 1}, now None"
