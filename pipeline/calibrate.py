@@ -199,11 +199,11 @@ def check(result: Row, settings: TargetsSettings) -> None:
             f"calibration: targets are typically {level:.1f} dB above their recordings: check the weights, or "
             f"accept it with max_level_difference_db={2 * abs(level) + 1:.0f}"
         )
-    if abs(result["model_level_db"][1]) > settings.max_level_difference_db:
+    own = result["model_level_db"][1]
+    if abs(own) > settings.max_level_difference_db / 2:
         raise UserError(
-            f"calibration: before levels are matched, the model typically speaks {result['model_level_db'][1]:.1f} dB "
-            "louder than what it hears: check the weights, or accept it with max_level_difference_db="
-            f"{abs(result['model_level_db'][1]) + 1:.0f}"
+            f"calibration: before levels are matched, the model typically speaks {own:.1f} dB louder than what it hears: "
+            f"check the weights, or accept it with max_level_difference_db={2 * abs(own) + 1:.0f}"
         )
     if result["correlation"][1] < settings.min_correlation:
         raise UserError(

@@ -203,7 +203,7 @@ def level(patient: Patient, form: str) -> Check:
     found = _calibration(patient, form)
     (low, median, high), (_, own, _) = found["level_difference_db"], found["model_level_db"]
     limit = patient.settings.max_level_difference_db
-    passed = abs(median) <= limit / 2 and high - low <= limit and abs(own) <= limit
+    passed = abs(median) <= limit / 2 and high - low <= limit and abs(own) <= limit / 2
     advice = "targets have not their recordings' level: check the weights, use clean recordings"
     return Check(passed, f"{median:.1f} dB ({low:.1f} … {high:.1f}), the model's own {own:.1f}", advice)
 
