@@ -202,8 +202,8 @@ def check(result: Row, settings: TargetsSettings) -> None:
     own = result["model_level_db"][1]
     if abs(own) > settings.max_level_difference_db / 2:
         raise UserError(
-            f"calibration: before levels are matched, the model typically speaks {own:.1f} dB louder than what it hears: "
-            f"check the weights, or accept it with max_level_difference_db={2 * abs(own) + 1:.0f}"
+            f"calibration: before levels are matched, the model typically speaks {own:.1f} dB louder than what it "
+            f"hears: check the weights, or accept it with max_level_difference_db={2 * abs(own) + 1:.0f}"
         )
     if result["correlation"][1] < settings.min_correlation:
         raise UserError(
