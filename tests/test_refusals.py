@@ -44,7 +44,7 @@ def test_shards_of_other_settings_are_refused_and_left_alone(recordings: Path, c
     before = stamps(copy)
     refused(codes_words(recordings, copy, "segment_length=0.7"), "segment_length is 0.6, now 0.7")
     refused(codes_words(tmp_path / "other", copy), f"audio is {recordings}, now {tmp_path / 'other'}")
-    refused(codes_words(recordings, copy, other_snac(tmp_path)), "snac_sha256 is {'config.json': ")
+    refused(codes_words(recordings, copy, other_snac(tmp_path)), "snac_sha256: config.json is ")
     refused(targets_words(copy, "target_bits=24"), "made by another run (target_bits is 16, now 24)")
     assert stamps(copy) == before
 
