@@ -64,11 +64,21 @@ def device_of(gpu: str | int) -> torch.device:
     if gpu == "cpu":
         return torch.device("cpu")
     if not torch.cuda.is_available():
-        raise UserError(f"gpu={gpu}: no GPU is usable here; gpu=cpu runs on the CPU")
+        raise UserError(f"gpu={gpu}: no GPU is usable here ({_why_none()}); gpu=cpu runs on the CPU")
     if int(gpu) >= torch.cuda.device_count():
         raise UserError(f"gpu={gpu}: this machine has {torch.cuda.device_count()} GPUs, numbered from 0")
     torch.backends.cudnn.allow_tf32 = False  # what is called float32 here is: tokens and the top octave need it
     return torch.device("cuda", int(gpu))
+
+
+def _why_none() -> str:
+    """PyTorch's first sentence, such as that the driver is too old, and what it is built for."""
+    try:
+        torch.cuda.init()
+        reason = "none is visible"
+    except (RuntimeError, AssertionError) as error:
+        reason = first_line(error).split(". ")[0]
+    return f"{reason}; this PyTorch is built for CUDA {torch.version.cuda}"
 
 
 def visible(gpu: str | int) -> str:

@@ -153,7 +153,15 @@ def test_nothing_falls_back_to_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
         device_of(2)
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_a_missing_gpu_is_named() -> None:
-    with pytest.raises(UserError, match="gpu=0: no GPU is usable here; gpu=cpu runs on the CPU"):
+def test_it_says_why_no_gpu_is_usable(monkeypatch: pytest.MonkeyPatch) -> None:
+    def init() -> None:
+        raise RuntimeError("The NVIDIA driver on your system is too old (found version 12040). Please update it. Or")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "init", init)
+    with pytest.raises(UserError) as raised:
         device_of(0)
+    assert str(raised.value) == (
+        "gpu=0: no GPU is usable here (The NVIDIA driver on your system is too old (found version 12040); this PyTorch "
+        f"is built for CUDA {torch.version.cuda}); gpu=cpu runs on the CPU"
+    )

@@ -18,6 +18,7 @@ from pipeline.codes import shard_codes
 from pipeline.targets import shard_targets
 from shards.contract import COARSE_48K, TARGET_RATE
 from shards.errors import SettingsError, UserError
+from tests.command_helpers import assert_one_line
 from tests.helpers import TINY_SNAC, codes_settings, targets_settings
 from tests.training_helpers import (
     ADVERSARIAL,
@@ -261,5 +262,6 @@ def test_fewer_crops_than_processes_are_refused(work: Path, tmp_path: Path) -> N
 def test_without_a_gpu_it_says_so(work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gpu: str) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     code, output = call("train", *train_words(work, tmp_path / "run", gpu=gpu))
-    assert (code, output) == (1, "error: gpu=0: no GPU is usable here; gpu=cpu runs on the CPU\n")
+    assert code == 1
+    assert_one_line(output, "gpu=0: no GPU is usable here (")
     assert not (tmp_path / "run").exists()
