@@ -152,9 +152,9 @@ class Sidon:
         wav_BN = nn.utils.rnn.pad_sequence([torch.from_numpy(window) for window in windows], batch_first=True)
         features_BTF = features(wav_BN.to(self.device), [len(window) for window in windows])
         carried_BTF = nn.functional.pad(features_BTF, (0, 0, 0, 1))
-        for member, window in zip(carried_BTF, windows, strict=True):
-            last = len(window) // FRAME - 1
-            member[last] = member[last - 1]
+        last_B = torch.tensor([len(window) // FRAME - 1 for window in windows], device=self.device)
+        members_B = torch.arange(len(windows), device=self.device)
+        carried_BTF[members_B, last_B] = carried_BTF[members_B, last_B - 1]
         return carried_BTF
 
 

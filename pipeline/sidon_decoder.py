@@ -60,7 +60,7 @@ class DacDecoder(nn.Module):
     def __init__(self, decoder: Decoder, rates: list[int]) -> None:
         super().__init__()
         self.decoder, self.rates = decoder.eval().requires_grad_(False), rates
-        self._frames: list[int] = []
+        self._lengths: list[list[int]] = []  # of each member, after so many transposed convolutions
         for module in decoder.modules():
             if isinstance(module, nn.Conv1d | nn.ConvTranspose1d):
                 remove_parametrizations(module, "weight")  # the norm folded in
@@ -70,14 +70,16 @@ class DacDecoder(nn.Module):
             depth += isinstance(layer, DecoderBlock)
 
     def forward(self, hidden_BCT: Tensor, frames: list[int]) -> Tensor:
-        self._frames = frames
+        self._lengths = [[self.output_length(n, depth) for n in frames] for depth in range(len(self.rates) + 1)]
+        self._lengths_DB = torch.tensor(self._lengths, device=hidden_BCT.device)
         *half, _, _, _, _ = self.decoder.model  # all but the last block, and the head's Snake, convolution and tanh
         features_BCT = hidden_BCT.clone()
         for layer in half:
             features_BCT = layer(features_BCT)
         with torch.autocast(hidden_BCT.device.type, enabled=False):  # bfloat16 would be heard above 12 kHz
-            wav_BN = self.decoder.model[len(half) :](features_BCT.float())[:, 0]
-        return _clear(wav_BN, [self.output_length(n) for n in frames])
+            wav_B1N = self.decoder.model[len(half) :](features_BCT.float())
+        self._clear(wav_B1N, len(self.rates))
+        return wav_B1N[:, 0]
 
     def output_length(self, frames: int, depth: int | None = None) -> int:
         """Samples after `depth` transposed convolutions (None: all)."""
@@ -95,13 +97,12 @@ class DacDecoder(nn.Module):
         elif isinstance(layer, nn.Conv1d | nn.ConvTranspose1d):
 
             def clear(module: nn.Module, given: tuple[Any, ...]) -> None:
-                _clear(given[0], [self.output_length(n, depth) for n in self._frames])
+                self._clear(given[0], depth)
 
             layer.register_forward_pre_hook(clear)
 
-
-def _clear(x: Tensor, lengths: list[int]) -> Tensor:
-    """In place: zeros beyond each member's length (the last axis is time)."""
-    for member, length in zip(x, lengths, strict=True):
-        member[..., length:] = 0
-    return x
+    def _clear(self, x_BCN: Tensor, depth: int) -> None:
+        """In place: zeros beyond each member's length, in one operation for all of them."""
+        first = min(self._lengths[depth])
+        beyond_BN = torch.arange(first, x_BCN.shape[2], device=x_BCN.device) >= self._lengths_DB[depth][:, None]
+        x_BCN[..., first:].masked_fill_(beyond_BN[:, None], 0)

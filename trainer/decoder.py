@@ -168,7 +168,9 @@ class CropDecoder(nn.Module):
 
     def forward(self, tokens_BT7: Tensor) -> Tensor:
         real_BT = tokens_BT7[..., 0] != PADDING_TOKEN
-        real_BL = None if real_BT.all() else real_BT.repeat_interleave(LATENT_PER_COARSE, dim=1)
+        real_BL: Tensor | None = real_BT.repeat_interleave(LATENT_PER_COARSE, dim=1)
+        if real_BT.device.type == "cpu" and real_BT.all():  # to ask a GPU would be to wait for it
+            real_BL = None
         return self.decode(self.to_latent(tokens_BT7), real_BL)
 
     def decode(self, z_BCL: Tensor, real_BL: Tensor | None) -> Tensor:
