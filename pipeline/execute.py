@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from codec.memory import ran_out
 from pipeline.plan import Plan
 from pipeline.settings import ExecutionSettings
 from pipeline.stage import Stage
@@ -97,9 +98,9 @@ def attempt(stage: Stage, number: int, advance: Any) -> str | None:
         stage.make(number, advance)
     except (*FATAL, torch.AcceleratorError):
         raise
-    except torch.OutOfMemoryError as error:
-        raise UserError(f"the GPU's memory ran out: lower batch_seconds ({first_line(error)})") from error
-    except Exception:
+    except Exception as error:
+        if ran_out(error):
+            raise UserError(f"the GPU's memory ran out: lower batch_seconds ({first_line(error)})") from error
         return traceback.format_exc()
     return None
 

@@ -81,6 +81,25 @@ def test_what_cannot_fit_is_said(
     assert not list((tmp_path / "run" / "checkpoints").glob("step_*"))
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        "cuFFT error: CUFFT_INTERNAL_ERROR",
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+        "Triton Error [CUDA]: out of memory",
+        "GET was unable to find an engine to execute this computation",
+    ],
+)
+def test_memory_that_ran_out_under_another_name(words: str) -> None:
+    def work(part: Batch) -> int:
+        if len(part) > 1:
+            raise RuntimeError(words)
+        return len(part)
+
+    batch = Batch([""] * 4, torch.zeros(4, 2, 7, dtype=torch.long), torch.zeros(4, 1), torch.ones(4))
+    assert MicroBatches("auto", torch.device("cpu"), print).run(batch, lambda: None, work) == [1] * 4
+
+
 def test_what_fitted_on_another_device_is_forgotten(work: Path, tmp_path: Path) -> None:
     small_training(work, tmp_path / "run", **FOUR)
     assert last_state(tmp_path / "run")["micro_batch"] == {"device": "cpu", "coarse": coarse_tokens(CPU_SECONDS)}

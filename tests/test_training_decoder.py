@@ -9,6 +9,7 @@ import torch
 from snac import SNAC
 from snac.layers import Snake1d, snake
 from torch import Tensor
+from torch._dynamo.backends.common import aot_autograd
 
 from benchmarks.training_step import random_batch
 from configs.loader import load_settings
@@ -176,15 +177,32 @@ def test_without_a_compiler_it_says_so_and_goes_on(snac: SNAC, monkeypatch: pyte
     assert line.startswith("torch.compile does not work here: going on without it (RuntimeError: Failed to find C")
 
 
-def test_running_out_of_memory_is_not_a_compilers_failure(snac: SNAC, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_compiler_for_gradients_it_says_so_and_goes_on(snac: SNAC, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object) -> None:
+        raise RuntimeError("PassManager::run failed")
+
+    original, backend = torch.compile, aot_autograd(fw_compiler=lambda graph, _: graph.forward, bw_compiler=broken)
+    monkeypatch.setattr(torch, "compile", lambda f, **options: original(f, backend=backend, dynamic=False))
+    torch._dynamo.reset()
+    model, said = training_decoder(snac, compiled=True)
+    model(padded(random_tokens(1, 2))).square().sum().backward()
+    (line,) = said
+    assert line.startswith("torch.compile does not work here: going on without it (")
+    assert "PassManager::run failed" in line
+
+
+@pytest.mark.parametrize("kind", [torch.OutOfMemoryError, RuntimeError])
+def test_running_out_of_memory_is_not_a_compilers_failure(
+    kind: type[Exception], snac: SNAC, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def full(function: object, **options: object) -> object:
         def call(*_: object) -> Tensor:
-            raise torch.OutOfMemoryError("full")
+            raise kind("Triton Error [CUDA]: out of memory")
 
         return call
 
     monkeypatch.setattr(torch, "compile", full)
     model, said = training_decoder(snac, compiled=True)
-    with pytest.raises(torch.OutOfMemoryError):
+    with pytest.raises(kind, match="out of memory"):
         model(padded(random_tokens(1, 2)))
     assert said == []

@@ -7,6 +7,7 @@ from typing import Any, Literal, TypeVar
 
 import torch
 
+from codec.memory import ran_out
 from shards.contract import coarse_tokens
 from shards.errors import UserError, first_line
 from trainer.data import Batch
@@ -35,7 +36,9 @@ class MicroBatches:
             begin()
             try:
                 return [work(part.to(self.device)) for part in self._parts(batch)]
-            except torch.OutOfMemoryError as error:
+            except RuntimeError as error:
+                if not ran_out(error):
+                    raise
                 trouble = first_line(error)
             torch.cuda.empty_cache()  # outside the handler: its traceback holds the tensors
             self._halve(batch, trouble)

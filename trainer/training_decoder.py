@@ -8,6 +8,7 @@ import torch
 from snac.layers import Decoder, Snake1d
 from torch import Tensor
 
+from codec.memory import ran_out
 from trainer.decoder import NEW_BLOCK, CodesToLatent, CropDecoder
 
 MAX_GRAPHS = 64  # one for each size of micro-batch and length of crop, with gradients and without
@@ -42,6 +43,7 @@ class TrainingDecoder(CropDecoder):
         self._compiled = None
         if compiled:  # inductor would turn the images of `folded_depthwise` to channels last and back
             torch._dynamo.config.recompile_limit = MAX_GRAPHS
+            torch._functorch.config.force_non_lazy_backward_lowering = True  # in backward() it would fail uncaught
             torch._dynamo.config.fail_on_recompile_limit_hit = True  # else it goes on uncompiled without a word
             self._compiled = torch.compile(super().decode, dynamic=False, options={"layout_optimization": False})
 
@@ -60,9 +62,9 @@ class TrainingDecoder(CropDecoder):
         try:
             wav_BN: Tensor = self._compiled(z_BCL, real_BL)
             return wav_BN
-        except torch.OutOfMemoryError:
-            raise
         except Exception as error:  # what a compiler raises where it cannot work is of any kind
+            if ran_out(error):
+                raise
             reason = " ".join(str(error).split())[:200]
             self.say(f"torch.compile does not work here: going on without it ({type(error).__name__}: {reason})")
             self._compiled = None
