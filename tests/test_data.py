@@ -192,6 +192,25 @@ def test_damage_arrives_as_one_line_that_names_shard_and_key(work: Path, tmp_pat
     assert "Traceback" not in message
 
 
+def test_batches_for_a_gpu_are_pinned(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pinned: list[int] = []
+
+    def pin(tensor: torch.Tensor) -> torch.Tensor:
+        pinned.append(tensor.data_ptr())
+        return tensor
+
+    monkeypatch.setattr(torch.Tensor, "pin_memory", pin)
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("cuda"))
+    index = load(work / "shards", "train")
+    stream = stream_of(index, 0, 4)
+    for batch in training_batches((index,), stream, range(2), 0, 0, 1, for_gpu=True):
+        assert set(pinned) == {tensor.data_ptr() for tensor in batch.tensors}
+        pinned.clear()
+    list(training_batches((index,), stream, range(2), 0, 0, 1))
+    assert not pinned
+
+
 LEFT_BEHIND = """
 import sys
 from pathlib import Path

@@ -51,14 +51,21 @@ class Batch:
     def __len__(self) -> int:
         return len(self.keys)
 
+    @property
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.tokens_BT7, self.target_BN, self.valid_B
+
     def to(self, device: torch.device) -> Batch:
-        tensors = (self.tokens_BT7, self.target_BN, self.valid_B)
-        return Batch(self.keys, *(tensor.to(device, non_blocking=True) for tensor in tensors))
+        return Batch(self.keys, *(tensor.to(device, non_blocking=True) for tensor in self.tensors))
+
+    def pin_memory(self) -> Batch:
+        """For DataLoader: from there a GPU takes it while this process goes on."""
+        return Batch(self.keys, *(tensor.pin_memory() for tensor in self.tensors))
 
     def split(self, size: int) -> Iterator[Batch]:
         for start in range(0, len(self), size):
             part = slice(start, start + size)
-            yield Batch(self.keys[part], self.tokens_BT7[part], self.target_BN[part], self.valid_B[part])
+            yield Batch(self.keys[part], *(tensor[part] for tensor in self.tensors))
 
     def only_real(self, wav_BN: Tensor) -> Tensor:
         """Decoded crops, with zeros after each crop's real samples as in its target."""
@@ -106,12 +113,20 @@ def collate(samples: list[dict[str, Any]], length: int, seed: int) -> Batch:
 
 
 def training_batches(
-    indexes: tuple[Index, ...], stream: Stream, steps: range, workers: int, rank: int, world_size: int
+    indexes: tuple[Index, ...],
+    stream: Stream,
+    steps: range,
+    workers: int,
+    rank: int,
+    world_size: int,
+    for_gpu: bool = False,
 ) -> Generator[Batch, None, None]:
     """This rank's share of each global batch of `steps`. Raises ShardError, naming shard and key."""
     source = StreamSource(indexes, stream, steps, rank, world_size)
     pipeline = webdataset.DataPipeline(source, webdataset.map(partial(to_batch, seed=stream.seed)))
-    loader = DataLoader(pipeline, batch_size=None, num_workers=workers, worker_init_fn=_leave_signals_alone)
+    loader = DataLoader(
+        pipeline, batch_size=None, num_workers=workers, pin_memory=for_gpu, worker_init_fn=_leave_signals_alone
+    )
     try:
         yield from loader
     except RuntimeError as error:

@@ -88,12 +88,13 @@ def under_torchrun() -> bool:
 
 def start(gpu: str | int) -> Process:
     """Joins torchrun's group, or stands alone. `gpu` numbers count only without torchrun."""
-    if not under_torchrun():
-        return Process(0, 1, device_of(gpu))
-    _save_and_leave_with_parent()
-    device = device_of("cpu" if gpu == "cpu" else int(os.environ["LOCAL_RANK"]))
+    alone = not under_torchrun()
+    device = device_of("cpu" if gpu == "cpu" else gpu if alone else int(os.environ["LOCAL_RANK"]))
     if device.type == "cuda":
-        torch.cuda.set_device(device)
+        torch.cuda.set_device(device)  # else what pins memory would also open the first GPU
+    if alone:
+        return Process(0, 1, device)
+    _save_and_leave_with_parent()
     dist.init_process_group("gloo" if device.type == "cpu" else "nccl", timeout=timedelta(seconds=PATIENCE_SECONDS))
     return Process(dist.get_rank(), dist.get_world_size(), device)
 

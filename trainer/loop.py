@@ -125,7 +125,7 @@ class Trainer:
         steps = range(self.step, self.total_steps)
         batches = training_batches(
             self.corpus.training, self.stream, steps, self.settings.num_workers, self.process.rank,
-            self.process.world_size,
+            self.process.world_size, for_gpu=self.process.device.type == "cuda",
         )  # fmt: skip
         with requests() as asked, closing(batches):
             try:
