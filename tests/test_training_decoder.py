@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
 from snac import SNAC
-from snac.layers import Snake1d, snake
+from snac.layers import NoiseBlock, Snake1d, snake
 from torch import Tensor
 from torch._dynamo.backends.common import aot_autograd
 
@@ -31,7 +32,7 @@ def training_decoder(snac: SNAC, bf16: bool = False, compiled: bool = False) -> 
     said: list[str] = []
     decoder = warm_start(snac, "zero", 0)
     trainable(decoder, 2, "zero")
-    return TrainingDecoder(CodesToLatent(snac), decoder, bf16, compiled, said.append), said
+    return TrainingDecoder(CodesToLatent(snac), decoder, "zero", bf16, compiled, said.append), said
 
 
 def gradients(output: Tensor, *inputs: Tensor) -> list[Tensor]:
@@ -59,6 +60,32 @@ def test_weights_keep_their_names(snac: SNAC) -> None:
     assert snakes
     assert all(isinstance(module, PlainSnake) for module in snakes)
     assert all(type(module) is Snake1d for module in snac.modules() if isinstance(module, Snake1d))
+
+
+def test_silent_noise_is_left_out_and_changes_no_bit(snac: SNAC, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, _ = training_decoder(snac)
+    learning = [parameter for parameter in model.decoder.parameters() if parameter.requires_grad]
+    drawn: list[object] = []
+    original = torch.randn
+
+    def draw(shape: tuple[int, ...], **how: Any) -> Tensor:
+        drawn.append(shape)
+        return original(shape, **how)
+
+    monkeypatch.setattr(torch, "randn", draw)
+
+    def step() -> list[Tensor]:
+        wav_BN = model(padded(random_tokens(1, 2)))
+        return [wav_BN.detach(), *gradients(wav_BN, *learning)]
+
+    found = step()
+    assert not drawn
+    for module in model.decoder.modules():
+        if isinstance(module, NoiseBlock):
+            module.__class__ = NoiseBlock
+    for a, b in zip(found, step(), strict=True):
+        assert torch.equal(a, b)
+    assert len(drawn) == 5
 
 
 @torch.no_grad()

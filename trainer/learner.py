@@ -48,7 +48,7 @@ class Learner:
             settings.precision == "auto" and on_gpu and torch.cuda.is_bf16_supported(including_emulation=False)
         )
         compiled = on_gpu if settings.compile == "auto" else settings.compile
-        self.model = TrainingDecoder(to_latent, decoder, bf16, compiled, say).to(device)
+        self.model = TrainingDecoder(to_latent, decoder, settings.noise, bf16, compiled, say).to(device)
         self.decoder = decoder
         self.ema = Ema(decoder, settings.ema_decay)
         self.averaged = CropDecoder(to_latent, self.ema.model)

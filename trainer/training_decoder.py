@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from snac.layers import Decoder, Snake1d
+from snac.layers import Decoder, NoiseBlock, Snake1d
 from torch import Tensor
 
 from codec.memory import ran_out
@@ -25,20 +25,35 @@ class PlainSnake(Snake1d):
         return x_BCN + (self.alpha + 1e-9).reciprocal() * torch.sin(self.alpha * x_BCN).pow(2)
 
 
+class SilentNoise(NoiseBlock):
+    """Noise whose gain is zero and stays so: not drawn, and not convolved at full rate to be multiplied by zero."""
+
+    def forward(self, x_BCN: Tensor) -> Tensor:
+        return x_BCN
+
+
 class TrainingDecoder(CropDecoder):
-    """Turns the Snakes of `decoder` into PlainSnakes.
+    """Turns the Snakes of `decoder` into PlainSnakes and, with `noise=zero`, its noise blocks into SilentNoise.
 
     In bf16 the stock layers run under autocast, the new block and the head in float32: at full rate, bfloat16's
     rounding is a white noise some 50 dB below the signal, and so louder than speech is above 12 kHz.
     """
 
     def __init__(
-        self, to_latent: CodesToLatent, decoder: Decoder, bf16: bool, compiled: bool, say: Callable[[str], None]
+        self,
+        to_latent: CodesToLatent,
+        decoder: Decoder,
+        noise: str,
+        bf16: bool,
+        compiled: bool,
+        say: Callable[[str], None],
     ) -> None:
         super().__init__(to_latent, decoder)
         for module in decoder.modules():
             if isinstance(module, Snake1d):
                 module.__class__ = PlainSnake
+            elif isinstance(module, NoiseBlock) and noise == "zero":
+                module.__class__ = SilentNoise
         self.bf16, self.say = bf16, say
         self._compiled = None
         if compiled:  # inductor would turn the images of `folded_depthwise` to channels last and back
