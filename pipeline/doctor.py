@@ -36,6 +36,7 @@ from shards.contract import COARSE_24K, COARSE_48K, CODEC_RATE, TARGET_RATE
 from shards.errors import UserError
 
 AGREEMENT_DB = {"fp32": -60.0, "bf16": -40.0}  # of the two forms, by the coarser of their precisions
+ROUNDED = 0.01  # of tokens that a GPU may choose otherwise; of the stand-in's, float64 changes 0.05 %, TF32 28 %
 SEAM_MARGIN_DB, SEAM_FLOOR_DB = 1.0, -30.0  # how much more seams may differ; below that nobody hears them
 SECONDS = 10  # of each recording that goes through the models
 NOT_RUN = "not run"  # the figure of a check that needs what an earlier one could not find out
@@ -128,7 +129,8 @@ def snac_tokens(patient: Patient) -> Check:
     """The tokens of windows, as stage 1 makes them on this device, against `SNAC.encode` on the CPU, of the whole."""
     resolve(patient.settings.pretrained_model, SNAC_FILES, patient.settings.weights, must_be_pinned=True)
     model, weights = load_snac(patient.settings.pretrained_model)
-    ours = prepared(load_snac(patient.settings.pretrained_model)[0].to(device_of(patient.settings.gpu)))
+    device = device_of(patient.settings.gpu)
+    ours = prepared(load_snac(patient.settings.pretrained_model)[0].to(device))
     differing = total = 0
     for path in patient.recordings:
         recording = Recording(path, probe(path))
@@ -144,7 +146,12 @@ def snac_tokens(patient: Patient) -> Check:
             differing += int((codes != stock[window.start : window.stop]).sum())
         total += stock.size
     advice = "another torch or CPU may round differently; if many differ, the weights or the stock package are others"
-    return Check(not differing, f"{differing} of {total} differ, {weights.describe()}", advice)
+    return Check(differing <= may_differ(device, total), f"{differing} of {total} differ, {weights.describe()}", advice)
+
+
+def may_differ(device: torch.device, tokens: int) -> int:
+    """How many tokens: where two are about as near, rounding decides, and a GPU's is not the CPU's."""
+    return 0 if device.type == "cpu" else int(ROUNDED * tokens)
 
 
 def files(patient: Patient, form: str) -> Check:

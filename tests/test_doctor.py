@@ -7,6 +7,7 @@ import re
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,8 +16,10 @@ import torch
 from click.testing import CliRunner
 
 from codec.audio import Samples
+from codec.snac import encode
 from codec.weights import SNAC_FILES
 from demo.__main__ import main
+from pipeline import doctor
 from pipeline.sidon import Sidon
 from shards.files import file_sha256
 from tests.helpers import TINY_SNAC
@@ -130,6 +133,21 @@ def test_output_that_is_not_finite_fails(models: Path, audio: Path, monkeypatch:
     code, checks, _ = examined(models, audio, "forms=torchscript")
     assert code == 1
     assert checks["SIDON, torchscript: runs"].startswith("FAIL")
+
+
+def test_on_a_cpu_every_token_is_stock_snacs_and_on_a_gpu_nearly_all(
+    models: Path, audio: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def one_is_another(*given: Any) -> list[Any]:
+        codes = encode(*given)
+        codes[0][0, 0] ^= 1
+        return codes
+
+    monkeypatch.setattr(doctor, "encode", one_is_another)
+    _, checks, _ = examined(models, audio, "forms=torchscript")
+    assert re.match(r"FAIL [1-9]\d* of", checks["tokens equal stock SNAC's"])
+    assert doctor.may_differ(torch.device("cpu"), 10_000) == 0
+    assert doctor.may_differ(torch.device("cuda", 0), 10_000) == 100
 
 
 @pytest.mark.parametrize(
