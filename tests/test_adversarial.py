@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from configs.loader import load_settings
 from shards.contract import COARSE_48K, CONTEXT_COARSE, TOKENS
-from trainer.adversary import Adversary
+from trainer.adversary import PEAK, Adversary
 from trainer.balancer import DECAY, PREFIX, Balancer
 from trainer.data import Batch
 from trainer.discriminators import BANDS, SLOPE, PeriodDiscriminator, SpectrogramDiscriminator
@@ -152,6 +152,23 @@ def test_a_crops_loss_does_not_depend_on_the_others_or_on_its_padding() -> None:
         alone = {"d": gan.discriminator_loss(crop_1N, part), **gan.generator_terms(crop_1N, part)}
         for name, value_B in together.items():
             torch.testing.assert_close(value_B[place], alone[name][0])
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_a_quiet_crop_pulls_no_harder_than_a_loud_one(bf16: bool) -> None:
+    """The same sound at five levels: equal losses, and equal gradients by its samples, those of the scaled crop."""
+    levels = torch.tensor([1.0, 0.5, 0.25, 0.125, 0.0625])[:, None]  # powers of two: scaling rounds nothing
+    gan, one = adversary(), batch_of([2 * COARSE_48K])
+    gan.bf16 = bf16
+    wav_1N = one.target_BN + 0.05 * torch.randn_like(one.target_BN)
+    loud = PEAK / one.target_BN.abs().max()
+    batch = Batch(one.keys * 5, one.tokens_BT7.expand(5, -1, -1), loud * levels * one.target_BN, one.valid_B.expand(5))
+    wav_BN = (loud * levels * wav_1N).requires_grad_()
+    for value_B in gan.generator_terms(wav_BN, batch).values():
+        (gradient_BN,) = torch.autograd.grad(value_B.sum(), wav_BN, retain_graph=True)
+        torch.testing.assert_close(value_B, value_B[:1].expand(5))
+        torch.testing.assert_close(gradient_BN, gradient_BN[:1].expand_as(gradient_BN))
+        assert gradient_BN.any()
 
 
 def test_quiet_targets_are_not_blown_up() -> None:

@@ -58,9 +58,14 @@ class Adversary:
         self.optimizer.load_state_dict(state["optimizer"])
 
     def _maps(self, wav_BN: Tensor, batch: Batch) -> list[tuple[list[Tensor], list[Tensor]]]:
-        """For each discriminator its maps of the decoded and of the target crops, float32 (or wider)."""
-        peak_B = batch.target_BN.abs().amax(dim=1).clamp(min=QUIET)
-        both = torch.cat([wav_BN, batch.target_BN]) * (PEAK / peak_B).repeat(2)[:, None]
+        """For each discriminator its maps of the decoded and of the target crops, float32 (or wider).
+
+        The decoded crop gets the gradient of the scaled one as it is. Times the scale, as the chain rule has it, the
+        quietest crop of a batch would outweigh all others; DAC, whose crops all have one loudness, has no such crop.
+        """
+        scale_B1 = PEAK / batch.target_BN.abs().amax(dim=1, keepdim=True).clamp(min=QUIET)
+        scaled_BN = (scale_B1 * wav_BN).detach() + (wav_BN - wav_BN.detach())
+        both = torch.cat([scaled_BN, scale_B1 * batch.target_BN])
         with torch.autocast(wav_BN.device.type, torch.bfloat16, enabled=self.bf16):
             found = self.discriminators(both)
         exact = wav_BN.dtype
