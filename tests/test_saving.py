@@ -114,6 +114,17 @@ def scripted(values: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("trainer.loop.validate", lambda *_: {"loss": next(following), "si_sdr_lf_db": 0.0})
 
 
+@pytest.mark.parametrize(("values", "said"), [([1, 2, 3], True), ([3, 2, 1], False)])
+def test_a_best_that_is_the_beginning_is_said(
+    values: list[float], said: bool, work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scripted(values, monkeypatch)
+    small_training(work, tmp_path, max_steps=2, eval_every=1)
+    log = (tmp_path / "training.log").read_text()
+    assert ("warning: best.pt is what training began with: no validation had a better loss" in log) == said
+    assert ("step_000000002.pt too" in log) == said
+
+
 def test_the_best_few_are_kept(work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     scripted([9, 3, 5, 1, 7, 2, 8], monkeypatch)
     run = tmp_path / "run"

@@ -85,6 +85,12 @@ def newest_step(run: Path) -> int:
     return 0 if path is None else int(path.stem.removeprefix("step_"))
 
 
+def best_step(run: Path) -> int | None:
+    """Of best.pt, by its .json; None where it was taken away."""
+    path = (folder(run) / BEST).with_suffix(".json")
+    return int(json.loads(path.read_text())["step"]) if path.exists() else None
+
+
 def step_path(run: Path, step: int) -> Path:
     return folder(run) / f"step_{step:09d}.pt"
 

@@ -295,6 +295,11 @@ class Trainer:
             name = self.settings.best_metric
             best = -self.best if name in HIGHER_IS_BETTER else self.best
             self._say(f"done: {self.step} steps, best validation {name} {best:.5f}, best.pt in {self.settings.run}")
+            if self.process.is_first and self.step and checkpoint.best_step(self.settings.run) == 0:
+                self._say(
+                    f"warning: best.pt is what training began with: no validation had a better {name}; listen to "
+                    f"model={checkpoint.newest(self.settings.run)} too, or judge it with `just eval`"
+                )
         self.log.close()
 
     def _describe(self) -> str:
