@@ -36,7 +36,7 @@ class PeriodDiscriminator(nn.Module):
 class SpectrogramDiscriminator(nn.Module):
     """Sees real and imaginary part of an STFT, each of five bands by convolutions of its own.
 
-    The multi-band complex discriminator of DAC (arXiv 2306.06546 §3.3): Hann window, hop n_fft / 4.
+    The multi-band complex discriminator of DAC (arXiv 2306.06546): Hann window, hop n_fft / 4.
     """
 
     window: Tensor

@@ -58,7 +58,7 @@ def log_stft_l1(wav_BN: Tensor, target_BN: Tensor, valid_B: Tensor, n_fft: int) 
 
 
 def mel_l1(wav_BN: Tensor, target_BN: Tensor, valid_B: Tensor) -> Tensor:
-    """Σ over MEL_SCALES of the mean | log10 mel(x) − log10 mel(y) |, as DAC trains (arXiv 2306.06546 §3.4).
+    """Σ over MEL_SCALES of the mean | log10 mel(x) − log10 mel(y) |, as DAC trains (arXiv 2306.06546).
 
     The definition is that of its code, audiotools' MelSpectrogramLoss with `mag_weight` 0 and `pow` 1: magnitudes
     that are not normalised, Slaney's filters up to 24 kHz, and a floor of 1e-5 before the logarithm.
