@@ -208,6 +208,8 @@ def test_the_native_snake_is_as_accurate_as_torchs(size: float) -> None:
 def test_integers_of_any_kind_are_tokens(model: StepDecoder, kind: str) -> None:
     tokens = random_tokens(1, 4, 0) % 100
     assert np.array_equal(streamed(model, [tokens.astype(kind)]), streamed(model, [tokens]))
+    native = tokens.astype(np.dtype(kind).newbyteorder("="))
+    assert np.array_equal(StreamingDecoder(model).push(torch.from_numpy(native)), StreamingDecoder(model).push(tokens))
     assert np.array_equal(streamed(model, [tokens[:, ::-1]]), streamed(model, [tokens[:, ::-1].copy()]))
 
 
@@ -289,6 +291,16 @@ def test_an_orpheus_id_out_of_place_is_refused(id_: int) -> None:
     with pytest.raises(UserError, match=f"id {id_} at position 1 of its frame, expected 132362 to 136457"):
         frames.push([id_])
     assert frames.held == [0]
+
+
+def test_a_portion_with_an_id_out_of_place_is_not_taken_at_all() -> None:
+    tokens = random_tokens(1, 3, 2)[0]
+    first, *others = orpheus.to_ids(tokens)
+    frames = orpheus.OrpheusFrames()
+    frames.push([first])
+    with pytest.raises(UserError, match=f"id {orpheus.END_OF_SPEECH} at position 0"):
+        frames.push([*others, orpheus.END_OF_SPEECH, 128009])
+    assert frames.push(others).tolist() == tokens.tolist()
 
 
 def test_the_servers_loop_sends_the_whole_decode(untrained: Path, tmp_path: Path) -> None:

@@ -38,18 +38,21 @@ class OrpheusFrames:
         self.held: list[int] = []
 
     def push(self, ids: Iterable[int]) -> npt.NDArray[np.int16]:
-        """Raises UserError for an id that is no audio token of its place; that id and those after it are dropped."""
-        frames = []
+        """Raises UserError for an id that is no audio token of its place, such as END_OF_SPEECH, up to which a portion
+        is to be pushed; then nothing of the portion is taken, so that no whole frame before that id is lost.
+        """
+        held, frames = list(self.held), []
         for id_ in ids:
-            position = len(self.held)
+            position = len(held)
             code = id_ - int(OFFSETS[position])
             if not 0 <= code < CODEBOOK_SIZE:
                 first = int(OFFSETS[position])
                 raise UserError(
                     f"id {id_} at position {position} of its frame, expected {first} to {first + CODEBOOK_SIZE - 1}"
                 )
-            self.held.append(code)
-            if len(self.held) == TOKENS:
-                frames.append([self.held[place] for place in POSITIONS])
-                self.held = []
+            held.append(code)
+            if len(held) == TOKENS:
+                frames.append([held[place] for place in POSITIONS])
+                held = []
+        self.held = held
         return np.array(frames, np.int16).reshape(-1, TOKENS)

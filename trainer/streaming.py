@@ -107,14 +107,14 @@ def checked(tokens: npt.ArrayLike | Tensor, streams: int) -> Tensor:
     found = tokens.cpu() if isinstance(tokens, Tensor) else _integers(tokens)
     if found.is_floating_point() or found.is_complex() or found.dtype == torch.bool:
         raise UserError(f"tokens are {str(found.dtype).removeprefix('torch.')}, expected integers")
-    shaped = found[None] if found.dim() == 2 else found
+    shaped = (found[None] if found.dim() == 2 else found).long()
     if shaped.dim() != 3 or shaped.shape[0] != streams or shaped.shape[2] != TOKENS:
         raise UserError(f"tokens have the shape {tuple(found.shape)}, expected ({streams}, T, {TOKENS})")
     if shaped.numel() and not 0 <= int(shaped.min()) <= int(shaped.max()) < CODEBOOK_SIZE:
         raise UserError(
             f"tokens run from {int(shaped.min())} to {int(shaped.max())}, expected 0 to {CODEBOOK_SIZE - 1}"
         )
-    return shaped.long()
+    return shaped
 
 
 def _integers(tokens: npt.ArrayLike) -> Tensor:
