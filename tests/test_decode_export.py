@@ -150,6 +150,7 @@ def test_the_card_says_what_it_is(run: Path, exported: Path, tmp_path: Path) -> 
         "| learning\\_rate | 0.001 |",
         "3 steps",
         "not stated",
+        "# this folder, or USER/NAME of this page",
     ):
         assert words in card
     code, _ = call("export", f"model={run}", f"out={tmp_path / 'b'}", "license=mit")

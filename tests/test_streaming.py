@@ -185,6 +185,12 @@ def test_without_a_compiler_it_is_the_stock_packages_too(codec: tuple[SNAC, Any]
     assert np.array_equal(streamed(model, chunked(tokens, 3)), streamed(model, [tokens]))
 
 
+def test_a_library_that_cannot_be_loaded_is_as_no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where TMPDIR is noexec: `true` compiles whatever it is given, and leaves nothing to load."""
+    monkeypatch.setenv("CC", "true")
+    assert kernels._native.__wrapped__() is None
+
+
 @pytest.mark.parametrize("size", [1.0, 30.0, 3000.0])
 def test_the_native_snake_is_as_accurate_as_torchs(size: float) -> None:
     if kernels._native() is None:
@@ -301,6 +307,16 @@ def test_a_portion_with_an_id_out_of_place_is_not_taken_at_all() -> None:
     with pytest.raises(UserError, match=f"id {orpheus.END_OF_SPEECH} at position 0"):
         frames.push([*others, orpheus.END_OF_SPEECH, 128009])
     assert frames.push(others).tolist() == tokens.tolist()
+
+
+def test_orpheuss_own_windows_lie_where_the_document_says(codec: tuple[SNAC, Any]) -> None:
+    """Of the last four frames the second: samples 4096 to 8192, near the whole decode but not it."""
+    tokens = random_tokens(1, 9, 6)
+    whole = stock(codec, tokens)[0]
+    windows = [stock(codec, tokens[:, n : n + 4])[0, COARSE_48K : 2 * COARSE_48K] for n in range(6)]
+    expected, found = whole[COARSE_48K : 7 * COARSE_48K], np.concatenate(windows)
+    snr_db = 10 * np.log10((expected**2).sum() / ((found - expected) ** 2).sum())
+    assert 20 < snr_db < 80
 
 
 def test_the_servers_loop_sends_the_whole_decode(untrained: Path, tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ Encoder and quantizer are those of {snac}, unchanged; the decoder has rates {rat
 ```python
 from snac import SNAC
 
-codec = SNAC.from_pretrained({name}).eval()
+codec = SNAC.from_pretrained({name}).eval()  # this folder, or USER/NAME of this page
 wav_48k = codec.decode(codes)  # codes as the 24 kHz model gives them; 4096 samples for each coarse token
 ```
 

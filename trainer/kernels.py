@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 SOURCE = Path(__file__).with_name("kernels.c")
+MISSING = "no C compiler found, or TMPDIR is noexec: gcc or clang and a TMPDIR that is not would speed it up"
 TAPS = 7
 
 
@@ -65,7 +66,7 @@ def depthwise_snake(x_NBC: Tensor, kernel_KC: Tensor, bias: Tensor, dilation: in
 def description(device: torch.device) -> str:
     if device.type != "cpu":
         return f"torch operations on {device}"
-    return "native kernels" if _native() else "torch operations (no C compiler found: gcc or clang would speed it up)"
+    return "native kernels" if _native() else f"torch operations ({MISSING})"
 
 
 def _native_for(x: Tensor) -> ctypes.CDLL | None:
@@ -83,14 +84,16 @@ def _sizes(*values: int) -> list[ctypes.c_ssize_t]:
 
 @cache
 def _native() -> ctypes.CDLL | None:
-    """None where there is no compiler, or one that cannot build it."""
+    """None where there is no compiler, one that cannot build it, or no folder that code may be loaded from (noexec)."""
     compiler = next(filter(None, map(shutil.which, filter(None, [os.environ.get("CC"), "cc", "gcc", "clang"]))), None)
     if compiler is None:
         return None
-    with TemporaryDirectory(prefix="snac48.") as folder:
-        library = Path(folder) / "kernels.so"
-        flags = ["-O3", "-march=native", "-fno-math-errno", "-fopenmp", "-shared", "-fPIC"]
-        built = subprocess.run(
-            [compiler, *flags, str(SOURCE), "-lm", "-o", str(library)], capture_output=True, check=False
-        )
-        return ctypes.CDLL(str(library)) if built.returncode == 0 else None
+    flags = ["-O3", "-march=native", "-fno-math-errno", "-fopenmp", "-shared", "-fPIC"]
+    try:
+        with TemporaryDirectory(prefix="snac48.") as folder:
+            library = Path(folder) / "kernels.so"
+            words = [compiler, *flags, str(SOURCE), "-lm", "-o", str(library)]
+            subprocess.run(words, capture_output=True, check=True)
+            return ctypes.CDLL(str(library))
+    except (OSError, subprocess.CalledProcessError):
+        return None
