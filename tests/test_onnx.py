@@ -15,7 +15,7 @@ from shards.contract import COARSE_24K, COARSE_48K
 from tests.helpers import speechlike
 from tests.training_helpers import call
 from trainer.checkpoint import load_codec
-from trainer.export_onnx import CODES, DECODER, DECODER_FP16, ENCODER, as_inputs, session
+from trainer.export_onnx import CODES, DECODER, DECODER_FP16, ENCODER, as_inputs, session, snr_db
 
 onnx: Any = pytest.importorskip("onnx", reason="`just extras` installs it")
 pytest.importorskip("onnxruntime", reason="`just extras` installs it")
@@ -92,10 +92,18 @@ def test_encoding_gives_the_stock_packages_tokens(exported: Path, untrained: Pat
 def test_parity_and_half_precisions_error_are_written_down(exported: Path) -> None:
     found = json.loads((exported / "parity.json").read_text())
     assert 0 < found["decoder_largest_difference"] <= 1e-4
-    assert 30 < found["decoder_fp16_snr_db"] < 90
+    assert 15 < found["decoder_fp16_snr_db_from_12_khz"] < found["decoder_fp16_snr_db"] < 90
     assert found["encoder_tokens_that_differ"] == 0
     assert "stand-in" in found["codes_by"]
     assert json.loads((exported / "provenance.json").read_text())["snac"] == found["codes_by"]
+
+
+def test_an_error_is_judged_from_the_lowest_frequency_on() -> None:
+    time_s = np.arange(48_000) / 48_000
+    low, high = (np.sin(2 * np.pi * hz * time_s).astype(np.float32) for hz in (1000, 18_000))
+    expected, found = low + 0.1 * high, low + 0.11 * high
+    assert snr_db(expected, found) == pytest.approx(40, abs=0.1)
+    assert snr_db(expected, found, 12_000) == pytest.approx(20, abs=0.1)
 
 
 def test_a_missing_package_and_an_existing_folder_are_one_line(

@@ -25,7 +25,7 @@ import torch
 from snac import SNAC
 from torch import Tensor, nn
 
-from shards.contract import COARSE_24K, CODEBOOK_SIZE, TOKENS, TOKENS_PER_COARSE
+from shards.contract import COARSE_24K, CODEBOOK_SIZE, TARGET_RATE, TOKENS, TOKENS_PER_COARSE
 from shards.errors import UserError
 from shards.files import new_folder, replacing
 from trainer.checkpoint import PROVENANCE, Codec48k, load_codec
@@ -80,7 +80,8 @@ def export_onnx(settings: ExportOnnxSettings) -> None:
                 file.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n")
     click.echo(
         f"{settings.out}: {DECODER} differs from torch by {found['decoder_largest_difference']:.1e}, "
-        f"{DECODER_FP16} has {found['decoder_fp16_snr_db']:.1f} dB; codes by {codec.snac_name}"
+        f"{DECODER_FP16} has {found['decoder_fp16_snr_db']:.1f} dB "
+        f"({found['decoder_fp16_snr_db_from_12_khz']:.1f} from 12 kHz); codes by {codec.snac_name}"
     )
 
 
@@ -191,8 +192,16 @@ def parity(codec: Codec48k, folder: Path) -> dict[str, Any]:
     return {
         "decoder_largest_difference": difference,
         "decoder_fp16_largest_difference": float(np.abs(half - expected).max()),
-        "decoder_fp16_snr_db": float(10 * np.log10((expected**2).sum() / ((half - expected) ** 2).sum())),
+        "decoder_fp16_snr_db": snr_db(expected, half),
+        "decoder_fp16_snr_db_from_12_khz": snr_db(expected, half, 12_000),
         "encoder_tokens_that_differ": sum(differ),
         "encoder_tokens": sum(level.size for level in codes),
         "codes_by": codec.snac_name,
     }
+
+
+def snr_db(expected: npt.NDArray[np.float32], found: npt.NDArray[np.float32], lowest_hz: int = 0) -> float:
+    """Energy of what is expected over that of the error, both from `lowest_hz` on; along the last axis at 48 kHz."""
+    first = lowest_hz * expected.shape[-1] // TARGET_RATE
+    signal, error = ((np.abs(np.fft.rfft(x)[..., first:]) ** 2).sum() for x in (expected, found - expected))
+    return float(10 * np.log10(signal / error))
