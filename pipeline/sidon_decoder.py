@@ -60,7 +60,8 @@ class DacDecoder(nn.Module):
     def __init__(self, decoder: Decoder, rates: list[int]) -> None:
         super().__init__()
         self.decoder, self.rates = decoder.eval().requires_grad_(False), rates
-        self._lengths: list[list[int]] = []  # of each member, after so many transposed convolutions
+        self._lengths_DB = torch.zeros(0, 0)  # of each member, after so many transposed convolutions
+        self._shortest_D: list[int] = []  # known without asking the device
         for module in decoder.modules():
             if isinstance(module, nn.Conv1d | nn.ConvTranspose1d):
                 remove_parametrizations(module, "weight")  # the norm folded in
@@ -70,8 +71,8 @@ class DacDecoder(nn.Module):
             depth += isinstance(layer, DecoderBlock)
 
     def forward(self, hidden_BCT: Tensor, frames: list[int]) -> Tensor:
-        self._lengths = [[self.output_length(n, depth) for n in frames] for depth in range(len(self.rates) + 1)]
-        self._lengths_DB = torch.tensor(self._lengths, device=hidden_BCT.device)
+        lengths = [[self.output_length(n, depth) for n in frames] for depth in range(len(self.rates) + 1)]
+        self._lengths_DB, self._shortest_D = torch.tensor(lengths, device=hidden_BCT.device), list(map(min, lengths))
         *half, _, _, _, _ = self.decoder.model  # all but the last block, and the head's Snake, convolution and tanh
         features_BCT = hidden_BCT.clone()
         for layer in half:
@@ -103,6 +104,6 @@ class DacDecoder(nn.Module):
 
     def _clear(self, x_BCN: Tensor, depth: int) -> None:
         """In place: zeros beyond each member's length, in one operation for all of them."""
-        first = min(self._lengths[depth])
+        first = self._shortest_D[depth]
         beyond_BN = torch.arange(first, x_BCN.shape[2], device=x_BCN.device) >= self._lengths_DB[depth][:, None]
         x_BCN[..., first:].masked_fill_(beyond_BN[:, None], 0)
