@@ -12,7 +12,7 @@ import pytest
 
 from shards.errors import ShardError, UserError
 from shards.storage import StorageError
-from tests.test_saving import at_step, steps_kept
+from tests.test_saving import at_step
 from tests.training_helpers import (
     ADVERSARIAL,
     CPU,
@@ -20,6 +20,7 @@ from tests.training_helpers import (
     assert_same_state,
     largest_difference,
     small_training,
+    steps_kept,
     train_settings,
 )
 from trainer import checkpoint

@@ -81,6 +81,10 @@ def last_state(run: Path) -> dict[str, Any]:
     return checkpoint.load(path)
 
 
+def steps_kept(run: Path) -> list[int]:
+    return sorted(int(path.stem.split("_")[1]) for path in checkpoint.folder(run).glob("step_*.pt"))
+
+
 def metrics(run: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
