@@ -56,6 +56,8 @@ async def speech(model: StepDecoder, ids: AsyncIterator[int]) -> AsyncIterator[b
             if samples.size:
                 yield to_int16(samples[0]).tobytes()
     yield to_int16((await asyncio.to_thread(stream.finish))[0]).tobytes()
+    if frames.held:  # a limit of tokens ends the model anywhere
+        print(f"the last {len(frames.held)} ids are no whole frame and were not heard", file=sys.stderr)
 
 
 async def serve(export: Path, recording: Path, out: Path) -> None:

@@ -6,12 +6,12 @@ import errno
 import fcntl
 import hashlib
 import os
+import shutil
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import IO
 
 from shards.errors import UserError, printable
@@ -69,18 +69,23 @@ def move(path: Location, target: Location) -> None:
 
 @contextmanager
 def new_folder(out: Path) -> Iterator[Path]:
-    """Yields the name of a folder to make, which becomes `out` on success. Raises UserError where that exists."""
+    """Yields the name of a folder to make, which becomes `out` on success. Raises UserError where that exists, or where
+    another process is making it; what a killed one had made of it goes.
+    """
     if out.exists():
         raise UserError(f"out={out} exists: choose another folder or delete it")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as temporary:
-        yield Path(temporary) / out.name
+    temporary = out.with_name(f".{out.name}.tmp")
+    made = temporary / out.name
+    with exclusive(temporary):
         try:
-            (Path(temporary) / out.name).rename(out)
-        except OSError as error:
-            if not out.exists():
-                raise
-            raise UserError(f"out={out} was made meanwhile: choose another folder or delete it") from error
+            shutil.rmtree(made, ignore_errors=True)
+            yield made
+            if out.exists():
+                raise UserError(f"out={out} was made meanwhile: choose another folder or delete it")
+            made.rename(out)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+    _fsync_folder(out.parent)
 
 
 @contextmanager

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from shards.errors import UserError
 from tests.helpers import ROOT, TINY_SNAC, speechlike
 from tests.training_helpers import call, small_training
 from trainer import checkpoint
+from trainer.card import snac_card
 from trainer.checkpoint import load_codec
 from trainer.decode import decode_stream, write_wav
 from trainer.decoder import RATES_48K
@@ -144,6 +146,7 @@ def test_the_decoder_alone_decodes(run: Path, tmp_path: Path, fold: bool) -> Non
 def test_the_card_says_what_it_is(run: Path, exported: Path, tmp_path: Path) -> None:
     card = (exported / "README.md").read_text()
     assert "**A stand-in**" in card
+    assert "base_model" not in card
     for words in (
         'license: "other"',
         "| teacher | recording |",
@@ -156,6 +159,9 @@ def test_the_card_says_what_it_is(run: Path, exported: Path, tmp_path: Path) -> 
     code, _ = call("export", f"model={run}", f"out={tmp_path / 'b'}", "license=mit")
     assert code == 0
     assert 'license: "mit"' in (tmp_path / "b" / "README.md").read_text()
+    codec = load_codec(exported)
+    published = replace(codec, provenance={**codec.provenance, "snac": "hubertsiuzdak/snac_24khz"})
+    assert "\nbase_model: hubertsiuzdak/snac_24khz\n---\n" in snac_card(published, "a", True, None)
 
 
 def test_a_stream_writes_the_same_wav_and_reports_its_latency(run: Path, tmp_path: Path) -> None:

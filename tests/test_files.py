@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from shards.errors import UserError
-from shards.files import exclusive, replacing
+from shards.files import exclusive, new_folder, replacing
 from tests.helpers import ROOT
 
 
@@ -67,6 +67,50 @@ def test_one_process_at_a_time_writes_a_file(killed: bool, tmp_path: Path) -> No
     with replacing(path) as temporary:
         temporary.write_text("second")
     assert [(file.name, file.read_text()) for file in tmp_path.iterdir()] == [("file", "second")]
+
+
+MAKE = """
+import sys
+from pathlib import Path
+from shards.files import new_folder
+with new_folder(Path(sys.argv[1])) as made:
+    made.mkdir()
+    (made / "first").touch()
+    print("making", flush=True)
+    sys.stdin.read()
+"""
+
+
+@pytest.mark.parametrize("killed", [False, True])
+def test_one_process_at_a_time_makes_a_folder_and_a_killed_one_leaves_nothing(killed: bool, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with subprocess.Popen(
+        [sys.executable, "-c", MAKE, str(out)], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as other:
+        assert other.stdout
+        assert other.stdout.readline() == "making\n"
+        with pytest.raises(UserError, match="another process is writing here"), new_folder(out):
+            pass
+        assert not out.exists()
+        if killed:
+            other.kill()
+        other.communicate()
+    if killed:
+        with new_folder(out) as made:
+            made.mkdir()
+            (made / "second").touch()
+    else:
+        with pytest.raises(UserError, match="exists"), new_folder(out):
+            pass
+    assert [file.name for file in tmp_path.iterdir()] == ["out"]
+    assert [file.name for file in out.iterdir()] == ["second" if killed else "first"]
+
+
+def test_a_folder_that_another_made_meanwhile_stands(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with pytest.raises(UserError, match="made meanwhile"), new_folder(out):
+        out.mkdir()
+    assert [file.name for file in tmp_path.iterdir()] == ["out"]
 
 
 def test_who_opened_the_name_before_it_was_taken_does_not_write(

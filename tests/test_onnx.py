@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from shards.contract import COARSE_24K, COARSE_48K
+from shards.contract import COARSE_24K, COARSE_48K, TOKENS_PER_COARSE
 from tests.helpers import speechlike
 from tests.training_helpers import call
 from trainer.checkpoint import load_codec
@@ -25,7 +26,7 @@ pytest.importorskip("onnxscript", reason="`just extras` installs it")
 @pytest.fixture(scope="module")
 def exported(untrained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("onnx") / "export"
-    code, output = call("export-onnx", f"model={untrained}", f"out={out}")
+    code, output = call("export-onnx", f"model={untrained}", f"out={out}", "license=mit")
     assert code == 0, output
     assert "stand-in" in output
     return out
@@ -52,6 +53,16 @@ def test_the_encoders_names(exported: Path) -> None:
     found = session(exported / ENCODER)
     assert list(shapes(found.get_inputs())) == ["input_values"]
     assert list(shapes(found.get_outputs())) == CODES
+
+
+def test_the_cards_snippet_decodes(exported: Path) -> None:
+    card = (exported / "README.md").read_text()
+    assert "**A stand-in**" in card
+    assert 'license: "mit"' in card
+    (snippet,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+    names: dict[str, Any] = {"codes": [np.zeros((1, 3 * n), np.int64) for n in TOKENS_PER_COARSE]}
+    exec(snippet.replace(DECODER, str(exported / DECODER)), names)
+    assert names["wav_48k"].shape == (1, 1, 3 * COARSE_48K)
 
 
 @pytest.mark.parametrize("name", [DECODER, DECODER_FP16, ENCODER])

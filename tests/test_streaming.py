@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import copy
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from snac import SNAC
 
 from codec.audio import Samples
 from codec.snac import snac_levels
+from demo.orpheus_server import speech
 from shards.contract import COARSE_48K
 from shards.errors import UserError
 from tests.helpers import run_command, speechlike
@@ -332,3 +335,19 @@ def test_the_servers_loop_sends_the_whole_decode(untrained: Path, tmp_path: Path
     served = soundfile.read(tmp_path / "served.wav", dtype="int16")[0]
     assert len(served) == 6 * COARSE_48K
     assert np.abs(served.astype(int) - to_int16(expected)).max() <= 1
+
+
+def test_the_servers_loop_says_what_a_cut_frame_loses(
+    codec: tuple[SNAC, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The language model's limit of tokens ends it anywhere, without END_OF_SPEECH."""
+
+    async def ids() -> AsyncIterator[int]:
+        for id_ in orpheus.to_ids(random_tokens(1, 4, 6)[0])[:-3]:
+            yield id_
+
+    async def served() -> int:
+        return sum([len(pcm) async for pcm in speech(StepDecoder(*codec), ids())])
+
+    assert asyncio.run(served()) == 2 * 3 * COARSE_48K
+    assert "the last 4 ids are no whole frame" in capsys.readouterr().err

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
-from shards.files import replacing
+from codec.weights import PINS, read_pins
 from trainer.checkpoint import PROVENANCE, Codec48k
 from trainer.decoder import RATES_48K
 
 CARD = """\
 ---
-library_name: snac
+{library}
 tags: [audio, codec, snac, text-to-speech, 48khz]
-license: {license_id}
+license: {license_id}{base_model}
 ---
 
 # A 48 kHz decoder for SNAC 24 kHz tokens
@@ -24,17 +23,7 @@ Encoder and quantizer are those of {snac}, unchanged; the decoder has rates {rat
 {stand_in}
 ## How to use it
 
-```python
-from snac import SNAC
-
-codec = SNAC.from_pretrained({name}).eval()  # this folder, or USER/NAME of this page
-wav_48k = codec.decode(codes)  # codes as the 24 kHz model gives them; 4096 samples for each coarse token
-```
-
-`encode` still takes 24 kHz audio, which is what `codec.sampling_rate` says. `forward` trims to the 24 kHz length, so
-call `encode` and `decode` instead.
-
-`decoder_only.safetensors` holds what decoding needs and nothing else, under the same names{folding}
+{usage}
 
 ## Data
 
@@ -58,6 +47,18 @@ Validation on groups (speakers) that training never saw:
 hubertsiuzdak/snac_24khz is published under MIT. The targets were made from recordings, and with `teacher` sidon by the
 model SIDON: their terms hold too.
 """
+WITH_SNAC = """\
+```python
+from snac import SNAC
+
+codec = SNAC.from_pretrained({name}).eval()  # this folder, or USER/NAME of this page
+wav_48k = codec.decode(codes)  # codes as the 24 kHz model gives them; 4096 samples for each coarse token
+```
+
+`encode` still takes 24 kHz audio, which is what `codec.sampling_rate` says. `forward` trims to the 24 kHz length, so
+call `encode` and `decode` instead.
+
+`decoder_only.safetensors` holds what decoding needs and nothing else, under the same names{folding}"""
 FOLDED = """
 , weight norm folded into the kernels:
 
@@ -71,18 +72,40 @@ for module in codec.modules():
 codec.load_state_dict(load_file("decoder_only.safetensors"), strict=False)  # leaves out encoder and in_proj
 ```
 """
+WITH_ONNX = """\
+```python
+import onnxruntime
+
+decoder = onnxruntime.InferenceSession("decoder_model.onnx")
+levels = {f"audio_codes.{level}": codes[level] for level in range(3)}  # int64 arrays: [B, T], [B, 2T], [B, 4T]
+(wav_48k,) = decoder.run(None, levels)  # [B, 1, 4096 T]; codes as the 24 kHz model gives them
+```
+
+Names are those of onnx-community/snac_24khz-ONNX. `encoder_model.onnx` takes `input_values` [B, 1, N] at 24 kHz, N a
+multiple of 2048. How far the files are from torch, half precision's too, stands in `parity.json`."""
 STAND_IN = "\n**A stand-in**: its encoder and quantizer are not those of snac_24khz, and nor is its sound.\n"
 
 
-def write_card(codec: Codec48k, path: Path, name: str, fold: bool, license_name: str | None) -> None:
+def snac_card(codec: Codec48k, name: str, fold: bool, license_name: str | None) -> str:
+    """Of an export that stock `snac` loads from the folder `name`."""
+    folding = FOLDED.strip("\n") if fold else "; `SNAC(**config)` loads it with `strict=False`."
+    return _card(codec, "library_name: snac", WITH_SNAC.format(name=json.dumps(name), folding=folding), license_name)
+
+
+def onnx_card(codec: Codec48k, license_name: str | None) -> str:
+    return _card(codec, "library_name: onnx", WITH_ONNX, license_name)
+
+
+def _card(codec: Codec48k, library: str, usage: str, license_name: str | None) -> str:
     found = codec.provenance
-    text = CARD.format(
+    return CARD.format(
+        library=library,
         license_id=json.dumps(license_name or "other"),
+        base_model=f"\nbase_model: {codec.snac_name}" if codec.snac_name in read_pins(PINS) else "",
         snac=_plain(codec.snac_name),
         rates=RATES_48K,
         stand_in=STAND_IN if "stand-in" in codec.snac_name else "",
-        name=json.dumps(name),
-        folding=FOLDED.strip("\n") if fold else "; `SNAC(**config)` loads it with `strict=False`.",
+        usage=usage,
         data=_table(found.get("data")),
         step=found.get("step", "an unknown number of"),
         provenance=PROVENANCE,
@@ -90,8 +113,6 @@ def write_card(codec: Codec48k, path: Path, name: str, fold: bool, license_name:
         validation=_table(found.get("validation")),
         license=f"New decoder: {_plain(license_name)}." if license_name else "New decoder: not stated by who made it.",
     )
-    with replacing(path) as temporary:
-        temporary.write_text(text)
 
 
 def _table(values: Any) -> str:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 import click
@@ -21,7 +22,7 @@ from torch import Tensor
 from torch.nn.utils import parametrize
 
 from shards.files import new_folder, replacing
-from trainer.card import write_card
+from trainer.card import snac_card
 from trainer.checkpoint import PROVENANCE, Codec48k, load_codec, save
 from trainer.decoder import RATES_48K
 from trainer.settings import ExportSettings
@@ -34,7 +35,7 @@ def export(settings: ExportSettings) -> None:
     with new_folder(settings.out) as folder:
         codec = load_codec(settings.model, settings.pretrained_model)
         write_export(codec, folder, settings.fold)
-        write_card(codec, folder / "README.md", settings.out.name, settings.fold, settings.license)
+        write_texts(folder, {"README.md": snac_card(codec, settings.out.name, settings.fold, settings.license)})
     click.echo(f"{settings.out}: SNAC.from_pretrained loads it; codes by {codec.snac_name}")
 
 
@@ -48,13 +49,17 @@ def write_export(codec: Codec48k, folder: Path, fold: bool) -> None:
         "config.json": json.dumps(config, indent=2),
         PROVENANCE: json.dumps(codec.provenance, indent=2, sort_keys=True),
     }
-    for file, text in texts.items():
-        with replacing(folder / file) as temporary:
-            temporary.write_text(text)
+    write_texts(folder, texts)
     state = copy.copy(whole.state_dict())
     save(folder / "pytorch_model.bin", state)
     save_safetensors(folder / "model.safetensors", state)
     save_safetensors(folder / "decoder_only.safetensors", decoding_weights(whole, fold), weight_norm=not fold)
+
+
+def write_texts(folder: Path, texts: Mapping[str, str]) -> None:
+    for name, text in texts.items():
+        with replacing(folder / name) as temporary:
+            temporary.write_text(text)
 
 
 @torch.no_grad()

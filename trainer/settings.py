@@ -188,6 +188,7 @@ class ExportOnnxSettings(ModelSettings):
     """Write decoder and encoder as ONNX with dynamic batch and length; the decoder in half precision too."""
 
     out: Local = Field(description="directory to make")
+    license: str | None = Field(default=None, description="licence of the new decoder's weights, for the model card")
 
 
 class WebSettings(ModelSettings):
