@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import Field, field_validator, model_validator
 
 from configs.loader import Gpu, Gpus, Local, Place, Settings
-from shards.storage import Location
+from shards.storage import Location, Url
 
 Threads = Literal["auto"] | Annotated[int, Field(ge=1, le=256)]
 
@@ -192,6 +192,15 @@ class VerifySettings(Settings):
 
     shards: Place = Field(description="folder or URL (s3://…) with index.parquet")
     threads: Threads = Field(description="that read and check shards; auto: one per core, at least 4")
+    set_aside: bool = Field(
+        default=False, description="move damaged shards to shards/damaged, and write an index without them"
+    )
+
+    @model_validator(mode="after")
+    def _what_is_moved_is_here(self) -> VerifySettings:
+        if self.set_aside and isinstance(self.shards, Url):
+            raise ValueError(f"set_aside=true moves files of a folder on this machine, not of {self.shards}")
+        return self
 
 
 class PushShardsSettings(Settings):

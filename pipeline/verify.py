@@ -15,11 +15,13 @@ from shards.cache import ShardCache
 from shards.contract import INDEX_NAME, SUMS_NAME
 from shards.damage import problems, unlisted
 from shards.errors import ShardError
-from shards.index import check_index, listed, shard_list
+from shards.index import check_index, compact, listed, shard_list
 from shards.pieces import Fetched
 from shards.storage import Location, Url
+from shards.writer import read_metadata
 
 LEAST_THREADS = 4  # also on fewer cores: reading waits for disks
+DAMAGED = "damaged"  # below the shards; of no split, so that nobody reads it
 INDEX_BYTES = 8 << 30  # at most, of a remote one
 
 
@@ -28,7 +30,7 @@ def verify(settings: VerifySettings) -> None:
     folder = settings.shards
     sums, index = _index(folder)
     shards = shard_list(folder)
-    found = 0
+    found, damaged = 0, []
     if list(sums) != list(listed(shards)):
         tqdm.write(f"{folder / SUMS_NAME}: its files are not those of {INDEX_NAME}")
         found += 1
@@ -38,14 +40,38 @@ def verify(settings: VerifySettings) -> None:
 
     with ThreadPoolExecutor(_threads(settings)) as pool:
         each = pool.map(of_shard, shards)
-        for of_one in tqdm(each, desc="verifying", total=len(shards), unit="shard", disable=None):
+        bar = tqdm(each, desc="verifying", total=len(shards), unit="shard", disable=None)
+        for place, of_one in zip(shards, bar, strict=True):
             found += _said(of_one)
+            damaged += [place] if of_one else []
     found += _said(list(unlisted(folder, shards)))
+    if damaged and settings.set_aside and isinstance(folder, Path):
+        set_aside(folder, damaged)
+        return
     if found:
         raise ShardError(
-            f"{found} problem(s) in {len(shards)} shards: delete what is damaged, run `just shard-targets`"
+            f"{found} problem(s) in {len(shards)} shards: delete what is damaged, run `just shard-targets`; where its "
+            "recordings are gone, set_aside=true leaves damaged shards out of the index"
         )
     tqdm.write(f"{folder}: {len(shards)} shards are whole")
+
+
+def set_aside(folder: Path, damaged: Sequence[tuple[str, int]]) -> None:
+    """Writes an index of the other shards, then moves these. Raises ShardError where no other is left."""
+    whole = [place for place in shard_list(folder) if place not in damaged]
+    if not whole:
+        raise ShardError(f"{folder}: no shard is whole, and nothing was set aside")
+    compact(folder, whole, {"calibration": read_metadata(folder / INDEX_NAME).get("calibration")})
+    for split, shard in damaged:
+        aside = folder / DAMAGED / split
+        aside.mkdir(parents=True, exist_ok=True)
+        for path in (folder / split / f"{shard:06d}{suffix}" for suffix in (".tar", ".parquet")):
+            if path.exists():
+                path.replace(aside / path.name)
+    tqdm.write(
+        f"{len(damaged)} of {len(damaged) + len(whole)} shards are in {folder / DAMAGED} and no longer in the index: a "
+        "training goes on with resume=other_samples; `just shard-targets` makes them anew from their recordings"
+    )
 
 
 def _index(folder: Location) -> tuple[dict[str, str], Path | Fetched]:

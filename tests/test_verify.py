@@ -68,6 +68,42 @@ def test_verify_names_shards_that_the_index_does_not_know(shards: Path, capsys: 
     ]
 
 
+def test_what_is_damaged_can_be_set_aside(work: Path, shards: Path) -> None:
+    """Where its recordings are gone: the other shards are a whole folder, and training reads it."""
+    (damaged,) = load(shards, "train").table.slice(0, 1).to_pylist()
+    flip(shards / "train" / "000000.tar", damaged["offset"] + 700, 1)
+    (shards / "train" / "000001.tar").unlink()
+    aside = run_command("pipeline", "verify", f"shards={shards}", "set_aside=true")
+    assert aside.returncode == 0, aside.stderr
+    assert f"2 of 4 shards are in {shards}/damaged and no longer in the index" in aside.stdout
+    assert sorted(str(path.relative_to(shards / "damaged")) for path in shards.glob("damaged/*/*")) == [
+        "train/000000.parquet", "train/000000.tar", "train/000001.parquet",
+    ]  # fmt: skip
+    assert all_problems(shards) == []
+    assert run_command("pipeline", "verify", f"shards={shards}").stdout == f"{shards}: 2 shards are whole\n"
+    left = set(load(work / "shards", "train").table["key"].to_pylist()) - set(
+        load(shards, "train").table["key"].to_pylist()
+    )
+    assert {key.split("-")[0] for key in left} == {"000000", "000001"}
+    assert read_metadata(shards / "index.parquet") == read_metadata(work / "shards" / "index.parquet")
+
+
+def test_where_nothing_is_whole_nothing_is_set_aside(shards: Path) -> None:
+    for tar in shards.glob("*/*.tar"):
+        os.truncate(tar, 100)
+    before = (shards / "index.parquet").read_bytes()
+    with pytest.raises(ShardError, match="no shard is whole, and nothing was set aside"):
+        verify(VerifySettings(shards=shards, threads=1, set_aside=True))
+    assert (shards / "index.parquet").read_bytes() == before
+    assert not (shards / "damaged").exists()
+
+
+def test_nothing_is_set_aside_in_a_bucket() -> None:
+    refused = run_command("pipeline", "verify", "shards=s3://bucket/shards", "set_aside=true")
+    assert refused.returncode != 0
+    assert "set_aside=true moves files of a folder on this machine" in refused.stderr
+
+
 def test_what_is_damaged_can_be_made_again(work: Path, tmp_path: Path) -> None:
     copy = Path(shutil.copytree(work, tmp_path / "work"))
     os.truncate(copy / "shards" / "train" / "000000.tar", 5000)

@@ -33,6 +33,7 @@ class Corpus:
         """Where the data came from, for checkpoints: the first folder's fingerprint, all teachers and indexes."""
         return {
             "samples_sha256": ", ".join(index.samples_sha256 for index in self.training),
+            "validation_sha256": ", ".join(index.samples_sha256 for index in self.validation),
             "index_sha256": ", ".join(index.sha256 for index in self.training),
             **self.training[0].fingerprint,
             "teacher": " + ".join(dict.fromkeys(index.fingerprint["teacher"] for index in self.training)),

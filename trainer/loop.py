@@ -31,7 +31,7 @@ from trainer.distributed import Process
 from trainer.learner import Learner, NotFiniteError
 from trainer.log import RunLog
 from trainer.requests import Requests, requests
-from trainer.resuming import OF_JUDGING, check_that_all_begin_alike, newest_state
+from trainer.resuming import FORMER_SAMPLES, check_that_all_begin_alike, judges_alike, newest_state, with_former_samples
 from trainer.sanity import check_that_the_decoder_learns, warnings
 from trainer.schedule import rate_factor, segment_text
 from trainer.settings import TrainSettings
@@ -76,8 +76,9 @@ class Trainer:
         self.best = math.inf
         self.saved_at = time.monotonic()
         self.begins_from = "begins from the warm start"
+        self.data = self.corpus.provenance
 
-        state = newest_state(settings, self.corpus.provenance["samples_sha256"])
+        state = newest_state(settings, self.data["samples_sha256"])
         if state is None:  # a run that goes on may end sooner than was planned
             check_that_the_decoder_learns(settings, self.phase1_steps, self.total_steps)
         else:  # what is written down of it stays true
@@ -112,6 +113,8 @@ class Trainer:
     def run(self) -> bool:
         """Whether training came to its end; False when a signal asked it to leave."""
         self._say(self._describe())
+        if f"until step {self.step}" in self.data.get(FORMER_SAMPLES, {}):
+            self._say(f"goes on from step {self.step} with other samples than until then, in an order of their own")
         if self.step == 0:
             self._say(self.begins_from)
             agreement_db, left = self._validate()["si_sdr_lf_db"], self.total_steps - self.phase1_steps
@@ -267,7 +270,7 @@ class Trainer:
             "validations_since_best": self.validations_since_best,
             "validated_step": self.validated_step,
             "settings": self.settings.model_dump(mode="json"),
-            "data": self.corpus.provenance,
+            "data": self.data,
             "snac": self.settings.pretrained_model,
             "snac_sha256": self.weights.sha256,
         }
@@ -306,7 +309,7 @@ class Trainer:
         training, validation = (sum(map(len, part)) for part in (self.corpus.training, self.corpus.validation))
         return (
             f"{training} training and {validation} validation segments, codes by {self.weights.describe()}, "
-            f"targets by {self.corpus.provenance['teacher']}; steps {self.step} … {self.total_steps} of "
+            f"targets by {self.data['teacher']}; steps {self.step} … {self.total_steps} of "
             f"{segment_text(self.stream.stages)} on {self.process.device}, process {os.getpid()}"
         )
 
@@ -318,7 +321,7 @@ class Trainer:
         return {
             "step": self.step,
             "last step": self.total_steps,
-            "samples": self.corpus.provenance["samples_sha256"],
+            "samples": self.data["samples_sha256"],
             "weights": self.learner.weights_sha256().hex(),
         }
 
@@ -329,8 +332,8 @@ class Trainer:
     def _resume(self, state: dict[str, Any]) -> None:
         try:
             self.learner.load_state_dict(state)
-            self.step = state["step"]
-            if all(state["settings"].get(name) == getattr(self.settings, name) for name in OF_JUDGING):
+            self.step, self.data = state["step"], with_former_samples(self.data, state)
+            if judges_alike(self.settings, self.data, state):
                 self.best, self.validations_since_best = state["best"], state["validations_since_best"]
                 self.validated_step = state.get("validated_step", self.step)  # without one, it was validated
         except torch.OutOfMemoryError:

@@ -19,6 +19,7 @@ OF_A_MACHINE = {  # settings that may differ between the processes of a training
 }  # fmt: skip
 OF_STEPS = {"learning_rate", "gradient_clip", "discriminator_learning_rate", "discriminator_clip", "precision"}
 OF_JUDGING = {"eval_samples", "best_metric"}  # after whose change no new best is compared with the one before
+FORMER_SAMPLES = "former_samples"
 FREE_TO_CHANGE = {  # settings that may differ between a run and its resumption
     *OF_A_MACHINE, *OF_STEPS, *OF_JUDGING, "num_epochs", "max_steps", "eval_every", "patience", "checkpoint_every",
     "checkpoint_minutes", "keep_last", "keep_best", "log_every", "eval_clips", "resume",
@@ -43,10 +44,31 @@ def newest_state(settings: TrainSettings, samples_sha256: str) -> dict[str, Any]
     if newest and "optimizer" not in state:
         raise UserError(f"{path} holds no optimizer: it is no checkpoint to resume from")
     then = {**state["settings"], "samples": state["data"].get("samples_sha256")}
-    now = {**settings.model_dump(mode="json"), "samples": samples_sha256}
+    accepts_others = settings.resume == "other_samples"
+    now = {**settings.model_dump(mode="json"), "samples": then["samples"] if accepts_others else samples_sha256}
     if changed := changes(then, now):
-        raise UserError(f"{path} cannot be resumed with other settings or data: {changed}; take another run=")
+        other = (
+            ""
+            if now["samples"] == then["samples"]
+            else ", or with resume=other_samples go on with what shards hold now"
+        )
+        raise UserError(f"{path} cannot be resumed with other settings or data: {changed}; take another run={other}")
     return state if newest else None  # it ended before its first checkpoint: the same training begins anew
+
+
+def with_former_samples(data: dict[str, Any], state: dict[str, Any]) -> dict[str, Any]:
+    """Where the data comes from that a checkpoint goes on with, and the samples before where they were others."""
+    then: dict[str, Any] = state["data"]
+    former = dict(then.get(FORMER_SAMPLES, {}))
+    if then.get("samples_sha256") != data["samples_sha256"]:
+        former[f"until step {state['step']}"] = then.get("samples_sha256")
+    return {**data, FORMER_SAMPLES: former} if former else data
+
+
+def judges_alike(settings: TrainSettings, data: dict[str, Any], state: dict[str, Any]) -> bool:
+    """Whether the next validation can be compared with the best before."""
+    same = all(state["settings"].get(name) == getattr(settings, name) for name in OF_JUDGING)
+    return same and state["data"].get("validation_sha256", data["validation_sha256"]) == data["validation_sha256"]
 
 
 def check_that_all_begin_alike(process: Process, settings: TrainSettings, begins_with: dict[str, Any]) -> None:

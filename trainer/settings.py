@@ -99,7 +99,9 @@ class TrainSettings(Settings):
     log_every: int = Field(ge=1, description="steps between lines of metrics.jsonl")
     eval_clips: int = Field(ge=0, le=64, description="validation crops whose audio and spectrograms TensorBoard shows")
     wandb: str | None = Field(default=None, description="project of Weights & Biases to log to, too (null: none)")
-    resume: Literal["auto", "never"] = Field(description="auto: go on from the run's newest checkpoint, if any")
+    resume: Literal["auto", "never", "other_samples"] = Field(
+        description="auto: go on from the run's newest checkpoint, if any; other_samples: with what shards hold now"
+    )
 
     @property
     def folders(self) -> tuple[Location, ...]:
