@@ -7,11 +7,10 @@ from __future__ import annotations
 
 import hashlib
 import os
-import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -22,6 +21,7 @@ from pipeline.manifest import MANIFESTS, read_manifest
 from pipeline.tars import members
 from shards.errors import UserError
 from shards.files import file_sha256
+from shards.groups import group_finder
 from shards.pieces import Part
 from shards.storage import Location, Stat, Url, locate
 
@@ -197,23 +197,5 @@ def _groups(columns: dict[str, list[Any]], pattern: str | None) -> list[str]:
     ids = columns["recording"]
     if pattern is None:
         ids = [name or id for name, id in zip(columns["name"], ids, strict=True)]
-    try:
-        find_in = re.compile(pattern).search if pattern is not None else None
-    except re.error as error:
-        raise UserError(f"group_pattern={pattern}: {error}") from error
-    return [name or (_matched(find_in, id) if find_in else _parent(id)) for name, id in zip(named, ids, strict=True)]
-
-
-def _parent(name: str) -> str:
-    folder = name.rpartition("/")[0]
-    return folder if folder and "//" not in folder and "/." not in folder else str(PurePosixPath(name).parent)
-
-
-def _matched(find_in: Any, id: str) -> str:
-    match = find_in(id)
-    if not match or not match.groups() or match[1] is None:
-        raise UserError(
-            f"group_pattern={find_in.__self__.pattern} names no group in {id!r}: it needs one pair of parentheses "
-            "that match"
-        )
-    return str(match[1])
+    group_of = group_finder(pattern)
+    return [name or group_of(id) for name, id in zip(named, ids, strict=True)]

@@ -208,6 +208,13 @@ def test_windows_change_nothing(snac: SNAC, monkeypatch: pytest.MonkeyPatch, rec
     assert len(whole) == len(clip.target) > 8 * 4096
 
 
+def test_a_pattern_says_whose_voice_a_recording_is(recordings: Path, snac: SNAC) -> None:
+    found = clips.RecordingClips(recordings, snac, 60, r"^speaker_(\d)/")
+    assert [found.load(place).group for place in (0, 7)] == ["0", "3"]
+    with pytest.raises(UserError, match=r"group_pattern=\(x\) names no group in 'speaker_0/"):
+        clips.RecordingClips(recordings, snac, 60, "(x)")
+
+
 def test_a_folder_of_recordings(recordings: Path, model: Path, tmp_path: Path) -> None:
     """Each its own target; what cannot be used has a row that says why."""
     audio = tmp_path / "audio"
@@ -317,6 +324,7 @@ def test_an_export_is_judged_as_its_checkpoint(judged: Path, work: Path, model: 
     [
         ([], 2, "give shards="),
         (["shards={shards}", "audio={shards}"], 2, "give shards="),
+        (["shards={shards}", "group_pattern=(.*)"], 2, "group_pattern=(.*) is for audio="),
         (["shards={shards}", "models=a/b,c/b"], 2, "two share a name"),
         (["shards={shards}", "systems.stock=x"], 2, "the name stock is taken"),
         (["shards={shards}", "models.x=a", "systems.x=b"], 2, "the name x is taken"),

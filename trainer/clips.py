@@ -20,6 +20,7 @@ from codec.resample import Resampler
 from codec.snac import encode_whole
 from shards.contract import COARSE_48K, PLAN_NAME, TARGET_RATE, sample_key
 from shards.errors import UserError
+from shards.groups import group_finder
 from shards.index import load
 from shards.reader import decode_sample, read_sample
 from shards.storage import Location
@@ -135,13 +136,13 @@ def _plan_rows(plan: Location) -> dict[str, dict[str, Any]]:
 class RecordingClips:
     """The recordings of a folder, whole, each its own target. Raises UserError for a folder that holds none.
 
-    A recording's key is its path below the folder without the suffix. Its group is the folder in which it lies: nothing
-    else says whose voice it is, and to take each file for a voice of its own would make intervals too narrow.
+    A recording's key is its path below the folder without the suffix. Its group is what `group_pattern` finds in that
+    path, else the folder in which it lies: to take each file for a voice of its own would make intervals too narrow.
     """
 
     teacher = "recording"
 
-    def __init__(self, folder: Path, snac: SNAC, max_seconds: float) -> None:
+    def __init__(self, folder: Path, snac: SNAC, max_seconds: float, group_pattern: str | None = None) -> None:
         if not folder.is_dir():
             raise UserError(f"audio={folder}: no such folder")
         files = sorted(path for path in folder.rglob("*") if path.is_file())
@@ -152,6 +153,8 @@ class RecordingClips:
                 f"*{DECODED}, are none)"
             )
         self.folder, self.snac, self.max_seconds = folder, snac, max_seconds
+        group_of = group_finder(group_pattern)
+        self.groups = [group_of(path.relative_to(folder).as_posix()) for path in self.paths]
         self.title = f"Recordings of {folder.resolve().name}"
         if len(files) > len(self.paths):
             tqdm.write(f"ignored: {len(files) - len(self.paths)} files that are no recordings")
@@ -175,7 +178,7 @@ class RecordingClips:
         recording = Recording(path, probe(path))
         return Clip(
             key=entry.key,
-            group=path.parent.relative_to(self.folder).as_posix(),
+            group=self.groups[place],
             recording=path.relative_to(self.folder).as_posix(),
             start_seconds=0.0,
             codes_T7=np.concatenate(list(encode_whole(self.snac, recording, WINDOW_COARSE))),

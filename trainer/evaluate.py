@@ -70,6 +70,8 @@ def evaluate(settings: EvalSettings) -> None:
 def _check(settings: EvalSettings) -> None:
     if (settings.shards is None) == (settings.audio is None):
         raise SettingsError("give shards= (its validation split is judged) or audio= (a folder of recordings)")
+    if settings.group_pattern is not None and settings.audio is None:
+        raise SettingsError(f"group_pattern={settings.group_pattern} is for audio=: shards say whose voice a clip is")
     names = [*settings.models, *settings.systems]
     taken = [name for name in names if name in OURS or names.count(name) > 1]
     if taken:
@@ -84,7 +86,7 @@ def _clips(settings: EvalSettings, stock: Stock) -> Clips:
     if settings.shards is not None:
         return ShardClips(settings.shards, stock.name)
     assert settings.audio is not None
-    return RecordingClips(settings.audio, stock.snac, settings.max_seconds)
+    return RecordingClips(settings.audio, stock.snac, settings.max_seconds, settings.group_pattern)
 
 
 def _choose(clips: Clips, samples: int, seed: int) -> list[int]:

@@ -243,6 +243,9 @@ class EvalSettings(Settings):
     audio: Local | None = Field(
         default=None, description="or a folder of recordings, each its own target; those in one folder are one voice"
     )
+    group_pattern: str | None = Field(
+        default=None, description="or what the first group of this regex finds in their paths below `audio`"
+    )
     models: Named = Field(
         default={}, description="runs, checkpoints (.pt) or exported directories: a,b or models.NAME=PATH"
     )
