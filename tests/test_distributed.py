@@ -59,29 +59,43 @@ def assert_same_metrics(found: Path, expected: Path, relative: float) -> None:
 RECIPE = {**SETTINGS, **ADVERSARIAL, "balance_losses": True, "ema_decay": 0.9}
 
 
-@pytest.mark.parametrize("steps_before", [0, 3], ids=["from the beginning", "resumed"])
-def test_two_processes_are_one_to_rounding(steps_before: int, work: Path, tmp_path: Path) -> None:
-    """Decoder, running mean, discriminators, their optimizers and the balancer; also where one process began.
+@pytest.fixture(scope="module")
+def train(work: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Trains RECIPE in float64 in so many processes and returns the folder of the run.
 
     In float64, because Adam magnifies rounding: a gradient of 1e-12 moves a weight as far as one of 1.
     """
-    script = tmp_path / "double_precision.py"
+    folder = tmp_path_factory.mktemp("distributed")
+    script = folder / "double_precision.py"
     script.write_text(DOUBLE_PRECISION)
 
-    def train(number: int, run: str, **changes: Any) -> dict[str, Any]:
-        processes(number, str(script), words=train_words(work, tmp_path / run, **{**RECIPE, **changes}))
-        return last_state(tmp_path / run)
+    def run(number: int, name: str, **changes: Any) -> Path:
+        processes(number, str(script), words=train_words(work, folder / name, **{**RECIPE, **changes}))
+        return folder / name
 
+    return run
+
+
+@pytest.fixture(scope="module")
+def one(train: Callable[..., Path]) -> Path:
+    return train(1, "one", micro_batch="auto")
+
+
+@pytest.mark.parametrize("steps_before", [0, 3], ids=["from the beginning", "resumed"])
+def test_two_processes_are_one_to_rounding(steps_before: int, train: Callable[..., Path], one: Path) -> None:
+    """Decoder, running mean, discriminators, their optimizers and the balancer; also where one process began."""
+    name = f"two from {steps_before}"
     if steps_before:
-        train(1, "two", micro_batch="auto", max_steps=steps_before)
-    together, expected = train(2, "two"), train(1, "one", micro_batch="auto")
+        train(1, name, micro_batch="auto", max_steps=steps_before)
+    two = train(2, name)
+    together, expected = last_state(two), last_state(one)
     assert together["step"] == expected["step"] == 6
     assert together["decoder"]["model.8.bias"].dtype == torch.float64
     for weights in ("decoder", "ema"):
         assert largest_difference(together[weights], expected[weights]) < 1e-9
     assert largest_difference(*(state["adversary"]["discriminators"] for state in (together, expected))) < 1e-9
     assert together["balancer"]["sums"] == pytest.approx(expected["balancer"]["sums"], rel=1e-9)
-    assert_same_metrics(tmp_path / "two", tmp_path / "one", relative=1e-9)
+    assert_same_metrics(two, one, relative=1e-9)
 
 
 def test_machines_with_other_settings_are_refused(work: Path, tmp_path: Path) -> None:
