@@ -15,17 +15,16 @@ import matplotlib.image
 import pytest
 import soundfile
 
+from benchmarks.browser import chromium
 from tests.helpers import speechlike
 from tests.test_report import EVIL_KEYS, EVIL_SYSTEM, data_of, evaluate_and_report
 
 pytest.importorskip("jinja2", reason="needs the extra report: just extras")
 selenium = pytest.importorskip("selenium", reason="needs the group extras-tests: just extras")
-CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
-if CHROMIUM is None or DRIVER is None:
+if not (shutil.which("chromium") and shutil.which("chromedriver")):
     pytest.skip("needs a browser: apt-get install chromium chromium-driver", allow_module_level=True)
 
-from selenium.webdriver import Chrome, ChromeOptions, Keys  # noqa: E402
-from selenium.webdriver.chrome.service import Service  # noqa: E402
+from selenium.webdriver import Chrome, Keys  # noqa: E402
 from selenium.webdriver.remote.webelement import WebElement  # noqa: E402
 
 # What sounds, and when sources were started: the page itself knows nothing of this.
@@ -54,20 +53,13 @@ window.heard = () => {
 
 @pytest.fixture(scope="module")
 def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Chrome]:
-    options = ChromeOptions()
-    options.binary_location = str(CHROMIUM)
-    for word in ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--hide-scrollbars"):
-        options.add_argument(word)
-    options.add_argument("--force-prefers-reduced-motion")  # no smooth scrolling under the pointer
-    options.add_argument("--window-size=1280,900")
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-    driver = Chrome(options=options, service=Service(DRIVER))
-    driver.execute_cdp_cmd("Page.addScriptToEvaluateOnNewDocument", {"source": SPY})
-    folder = str(tmp_path_factory.mktemp("downloads"))
-    driver.execute_cdp_cmd("Browser.setDownloadBehavior", {"behavior": "allow", "downloadPath": folder})
-    driver.downloads = Path(folder)  # type: ignore[attr-defined]
-    yield driver
-    driver.quit()
+    still = "--force-prefers-reduced-motion"  # no smooth scrolling under the pointer
+    with chromium("--disable-gpu", "--hide-scrollbars", still, "--window-size=1280,900") as driver:
+        driver.execute_cdp_cmd("Page.addScriptToEvaluateOnNewDocument", {"source": SPY})
+        folder = str(tmp_path_factory.mktemp("downloads"))
+        driver.execute_cdp_cmd("Browser.setDownloadBehavior", {"behavior": "allow", "downloadPath": folder})
+        driver.downloads = Path(folder)
+        yield driver
 
 
 @pytest.fixture(scope="module")

@@ -5,10 +5,7 @@ from __future__ import annotations
 import io
 import shutil
 import subprocess
-import threading
 from collections.abc import Callable, Iterator
-from functools import partial
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +14,7 @@ import numpy.typing as npt
 import pytest
 import torch
 
-from benchmarks.browser import chromium
+from benchmarks.browser import WAIT_SECONDS, Handler, chromium, served, wait_for
 from codec.snac import snac_levels
 from shards.contract import COARSE_48K, flatten_codes
 from shards.errors import UserError
@@ -30,7 +27,6 @@ for needed in ("onnx", "onnxruntime", "onnxscript"):
 
 CODES = np.random.default_rng(0).integers(0, 4096, (30, 7)).astype(np.int16)  # three windows of the page
 NASTY = "<img src=x onerror=alert(1)> & 'quoted'.npy"
-WAIT_SECONDS = 60
 
 
 @pytest.fixture(scope="session")
@@ -64,46 +60,27 @@ def browser() -> Iterator[Any]:
         yield driver
 
 
-class Quiet(SimpleHTTPRequestHandler):
-    def log_message(self, *_: Any) -> None:
-        pass
-
-
 @pytest.fixture(scope="module", params=["http", "file"])
 def opened(request: pytest.FixtureRequest, page: Path, browser: Any) -> Iterator[Any]:
     if request.param == "file":
         browser.get((page / "index.html").as_uri())
         yield ready(browser)
         return
-    with ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=page)) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        browser.get(f"http://127.0.0.1:{server.server_port}/index.html")
+    with served(page, Handler) as url:
+        browser.get(url)
         yield ready(browser)
-        server.shutdown()
 
 
 def ready(browser: Any) -> Any:
-    wait_for(browser, lambda text: text != "The decoder is being loaded …")
-    assert message(browser) == "Ready.", message(browser)
+    assert wait_for(browser, {"The decoder is being loaded …"}) == "Ready."
     return browser
-
-
-def message(browser: Any) -> str:
-    return str(browser.execute_script("return document.getElementById('message').textContent"))
-
-
-def wait_for(browser: Any, arrived: Callable[[str], bool]) -> None:
-    from selenium.webdriver.support.ui import WebDriverWait
-
-    WebDriverWait(browser, WAIT_SECONDS).until(lambda driver: arrived(message(driver)))
 
 
 def choose(browser: Any, path: Path) -> str:
     """The page's message once it has done with the file."""
     browser.execute_script("say('waiting')")
     browser.find_element("id", "file").send_keys(str(path))
-    wait_for(browser, lambda text: text not in ("waiting", "Decoding …"))
-    return message(browser)
+    return wait_for(browser, {"waiting", "Decoding …"})
 
 
 def npy(array: npt.NDArray[Any]) -> bytes:
