@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from shards.contract import flatten_codes
+from shards.contract import flatten_codes, npy_bytes
 from tests.helpers import TINY_SNAC
 from tests.training_helpers import call
 
@@ -26,11 +26,6 @@ def model(untrained: Path) -> Path:
     return untrained
 
 
-def npy(array: npt.NDArray[Any]) -> bytes:
-    np.save(buffer := io.BytesIO(), array)
-    return buffer.getvalue()
-
-
 def npz(array: npt.NDArray[Any]) -> bytes:
     np.savez(buffer := io.BytesIO(), array)
     return buffer.getvalue()
@@ -39,18 +34,18 @@ def npz(array: npt.NDArray[Any]) -> bytes:
 def with_token(token: int) -> bytes:
     changed = GOOD.copy()
     changed[4] = token
-    return npy(changed)
+    return npy_bytes(changed)
 
 
 BROKEN = {
     "high.npy": (with_token(4096), r"tokens run from \d+ to 4096"),
     "negative.npy": (with_token(-1), "tokens run from -1 to"),
-    "short.npy": (npy(GOOD[:-1]), "20 tokens are not T \\+ 2T \\+ 4T"),
-    "none.npy": (npy(GOOD[:0]), "0 tokens are not"),
-    "wide.npy": (npy(GOOD.astype(np.int64)), "codes are int64"),
-    "levels.npy": (npy(CODES), r"of shape \(3, 7\)"),
+    "short.npy": (npy_bytes(GOOD[:-1]), "20 tokens are not T \\+ 2T \\+ 4T"),
+    "none.npy": (npy_bytes(GOOD[:0]), "0 tokens are not"),
+    "wide.npy": (npy_bytes(GOOD.astype(np.int64)), "codes are int64"),
+    "levels.npy": (npy_bytes(CODES), r"of shape \(3, 7\)"),
     "text.npy": (b"1 2 3 4 5 6 7\n", "not a plain .npy"),
-    "cut.npy": (npy(GOOD)[:-3], "not a plain .npy"),
+    "cut.npy": (npy_bytes(GOOD)[:-3], "not a plain .npy"),
     "zip.npy": (npz(GOOD), "not a plain .npy"),
     "text.wav": (b"not audio at all\n", "not readable as audio"),
     "empty.wav": (b"", "empty"),
@@ -74,7 +69,7 @@ def test_a_wrong_input_is_one_line(model: Path, tmp_path: Path, name: str) -> No
 def test_a_wrong_model_is_one_line(model: Path, tmp_path: Path) -> None:
     (tmp_path / "text.pt").write_text("no weights")
     (tmp_path / "empty").mkdir()
-    (tmp_path / "a.npy").write_bytes(npy(GOOD))
+    (tmp_path / "a.npy").write_bytes(npy_bytes(GOOD))
     shutil.copytree(TINY_SNAC, tmp_path / "other")
     assert call("export", f"model={model}", f"out={tmp_path / 'export'}")[0] == 0
     weights = tmp_path / "export" / "pytorch_model.bin"
@@ -113,7 +108,7 @@ def test_a_wrong_model_is_one_line(model: Path, tmp_path: Path) -> None:
 def test_an_export_of_another_codec_or_cut_off_is_one_line(
     model: Path, tmp_path: Path, file: str, change: dict[str, Any] | int, reason: str
 ) -> None:
-    (tmp_path / "a.npy").write_bytes(npy(GOOD))
+    (tmp_path / "a.npy").write_bytes(npy_bytes(GOOD))
     out = tmp_path / "export"
     assert call("export", f"model={model}", f"out={out}")[0] == 0
     content = (out / file).read_bytes()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator
@@ -10,13 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pytest
 import torch
 
 from benchmarks.browser import WAIT_SECONDS, Handler, chromium, served, wait_for
 from codec.snac import snac_levels
-from shards.contract import COARSE_48K, flatten_codes
+from shards.contract import COARSE_48K, flatten_codes, npy_bytes
 from shards.errors import UserError
 from tests.training_helpers import call
 from trainer import web
@@ -83,15 +81,10 @@ def choose(browser: Any, path: Path) -> str:
     return wait_for(browser, {"waiting", "Decoding …"})
 
 
-def npy(array: npt.NDArray[Any]) -> bytes:
-    np.save(buffer := io.BytesIO(), array)
-    return buffer.getvalue()
-
-
 def test_it_decodes_as_torch_does_and_loads_nothing_else(
     opened: Any, untrained: Path, tmp_path: Path, record_property: Callable[[str, object], None]
 ) -> None:
-    (tmp_path / NASTY).write_bytes(npy(flatten_codes(CODES)))
+    (tmp_path / NASTY).write_bytes(npy_bytes(flatten_codes(CODES)))
     said = choose(opened, tmp_path / NASTY)
     assert "real-time factor" in said, said
     found = np.array(opened.execute_script("return Array.from(window.result.samples)"), np.float32)
@@ -115,7 +108,7 @@ def test_it_decodes_as_torch_does_and_loads_nothing_else(
 def test_it_plays_from_the_keyboard_and_saves_a_wav(opened: Any, tmp_path: Path) -> None:
     from selenium.webdriver.support.ui import WebDriverWait
 
-    (tmp_path / "a.npy").write_bytes(npy(flatten_codes(CODES[:2])))
+    (tmp_path / "a.npy").write_bytes(npy_bytes(flatten_codes(CODES[:2])))
     choose(opened, tmp_path / "a.npy")
     wav = opened.execute_async_script(
         "const done = arguments[0]; fetch(document.getElementById('save').href).then(answer => answer.arrayBuffer())"
@@ -136,12 +129,12 @@ def test_it_plays_from_the_keyboard_and_saves_a_wav(opened: Any, tmp_path: Path)
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
-        (npy(flatten_codes(CODES).astype(np.int64)), "codes are of type <i8, expected <i2 (int16)"),
-        (npy(CODES), "codes are of shape (30, 7), expected one row"),
-        (npy(flatten_codes(CODES)[:-1]), "209 tokens are not T + 2T + 4T"),
-        (npy(flatten_codes(CODES))[:-2], "holds 418 bytes of codes, its header promises 420"),
-        (npy(flatten_codes(np.full_like(CODES, 4096))), "token 4096 found, expected 0 to 4095"),
-        (npy(flatten_codes(np.full_like(CODES, -1))), "token -1 found, expected 0 to 4095"),
+        (npy_bytes(flatten_codes(CODES).astype(np.int64)), "codes are of type <i8, expected <i2 (int16)"),
+        (npy_bytes(CODES), "codes are of shape (30, 7), expected one row"),
+        (npy_bytes(flatten_codes(CODES)[:-1]), "209 tokens are not T + 2T + 4T"),
+        (npy_bytes(flatten_codes(CODES))[:-2], "holds 418 bytes of codes, its header promises 420"),
+        (npy_bytes(flatten_codes(np.full_like(CODES, 4096))), "token 4096 found, expected 0 to 4095"),
+        (npy_bytes(flatten_codes(np.full_like(CODES, -1))), "token -1 found, expected 0 to 4095"),
         (b"not codes at all", "this is not a .npy file"),
     ],
 )
