@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import random
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from multiprocessing.context import ForkServerContext
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -20,6 +18,7 @@ import torch
 
 from tests.conftest import Tally
 from tests.helpers import ROOT
+from tests.test_killed_pipeline import context
 from tests.training_helpers import (
     ADVERSARIAL,
     as_logged,
@@ -32,6 +31,8 @@ from tests.training_helpers import (
 )
 from trainer import checkpoint
 from trainer.loop import train
+
+__all__ = ["context"]
 
 KILLS, KILLS_OF_ONE_IN_TWO = 20, 2
 SETTINGS = {"checkpoint_every": 1, "eval_every": 2, "max_steps": 5}
@@ -46,17 +47,6 @@ FORTY = {
 def train_quietly(work: Path, run: Path, changes: dict[str, Any]) -> None:
     torch.set_num_threads(1)
     train(train_settings(work, run, **changes))
-
-
-@pytest.fixture(scope="module")
-def context() -> Iterator[ForkServerContext]:
-    """Processes that start with everything imported, in milliseconds."""
-    forkserver = multiprocessing.get_context("forkserver")
-    forkserver.set_forkserver_preload([__name__, "torch._dynamo", "huggingface_hub.file_download"])
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("OMP_NUM_THREADS", "1")
-        patch.setenv("PYTHONPATH", str(ROOT))
-        yield forkserver
 
 
 def train_as_rank(rank: int, port: int, work: Path, run: Path, changes: dict[str, Any]) -> None:
