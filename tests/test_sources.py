@@ -8,29 +8,15 @@ import os
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet as pq
 import pytest
-import soundfile
 
-from pipeline.plan import make_plan
 from pipeline.sources import find
 from shards.contract import FAILED, OK, Row
 from shards.errors import UserError
-from tests.helpers import codes_settings
-
-
-def write(path: Path, seconds: float = 1.0, rate: int = 8_000) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    soundfile.write(path, np.zeros(round(seconds * rate), np.float32), rate)
-    return path
-
-
-def planned(audio: Path, work: Path, *overrides: str) -> list[Row]:
-    plan = make_plan(codes_settings(audio, work, *overrides))
-    return [row for number in range(len(plan.shards)) for row in plan.rows(number)]
+from tests.test_plan import planned, write
 
 
 def manifest(folder: Path, kind: str, rows: list[Row]) -> Path:
