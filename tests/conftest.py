@@ -57,6 +57,13 @@ def tally(times: int) -> Iterator[Tally]:
         report("torture", rows, repeated=times)
 
 
+@pytest.fixture
+def double_precision() -> Iterator[None]:
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
 @pytest.fixture(scope="session")
 def snac() -> SNAC:
     """The stand-in SNAC, frozen."""

@@ -35,12 +35,7 @@ def fits(crops: int, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return tried
 
 
-@pytest.fixture(autouse=True)
-def double_precision() -> Any:
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
-
+pytestmark = pytest.mark.usefixtures("double_precision")
 
 FOUR = {"batch_size": 4, "max_steps": 2, "phase1_steps": 0, "eval_every": 99}
 

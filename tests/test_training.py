@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -152,13 +151,6 @@ def test_it_overfits_eight_segments(tmp_path: Path) -> None:
     warm_start = loss()
     training.run()
     assert loss() < warm_start / 2
-
-
-@pytest.fixture
-def double_precision() -> Iterator[None]:
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
 
 
 @pytest.mark.usefixtures("double_precision")
