@@ -24,15 +24,11 @@ from shards.contract import TARGET_RATE
 from shards.errors import UserError
 from shards.writer import read_metadata
 from tests.helpers import codes_settings, targets_settings
-from tests.sidon_standin import build, random_pattern, recording
+from tests.sidon_standin import random_pattern, recording
 from tests.test_execute import contents
+from tests.test_sidon import standin
 
-
-@pytest.fixture(scope="module")
-def standin(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("models") / "sidon"
-    build(folder)
-    return folder
+__all__ = ["standin"]
 
 
 @pytest.fixture(scope="module")
