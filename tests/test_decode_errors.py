@@ -21,11 +21,6 @@ CODES = np.random.default_rng(0).integers(0, 4096, (3, 7)).astype(np.int16)
 GOOD = flatten_codes(CODES)
 
 
-@pytest.fixture
-def model(untrained: Path) -> Path:
-    return untrained
-
-
 def npz(array: npt.NDArray[Any]) -> bytes:
     np.savez(buffer := io.BytesIO(), array)
     return buffer.getvalue()
@@ -55,23 +50,23 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("name", list(BROKEN))
-def test_a_wrong_input_is_one_line(model: Path, tmp_path: Path, name: str) -> None:
+def test_a_wrong_input_is_one_line(untrained: Path, tmp_path: Path, name: str) -> None:
     content, reason = BROKEN[name]
     if content is not None:
         (tmp_path / name).write_bytes(content)
-    code, output = call("decode", f"model={model}", f"input={tmp_path / name}")
+    code, output = call("decode", f"model={untrained}", f"input={tmp_path / name}")
     assert code == 1
     assert re.fullmatch(f"error: .*{re.escape(str(tmp_path / name))}.*\n", output)
     assert re.search(reason, output)
     assert [path.name for path in tmp_path.iterdir()] == ([name] if content is not None else [])
 
 
-def test_a_wrong_model_is_one_line(model: Path, tmp_path: Path) -> None:
+def test_a_wrong_model_is_one_line(untrained: Path, tmp_path: Path) -> None:
     (tmp_path / "text.pt").write_text("no weights")
     (tmp_path / "empty").mkdir()
     (tmp_path / "a.npy").write_bytes(npy_bytes(GOOD))
     shutil.copytree(TINY_SNAC, tmp_path / "other")
-    assert call("export", f"model={model}", f"out={tmp_path / 'export'}")[0] == 0
+    assert call("export", f"model={untrained}", f"out={tmp_path / 'export'}")[0] == 0
     weights = tmp_path / "export" / "pytorch_model.bin"
     middle = weights.stat().st_size // 2
     weights.write_bytes(weights.read_bytes()[:middle] + b"damage" + weights.read_bytes()[middle + 6 :])
@@ -82,8 +77,11 @@ def test_a_wrong_model_is_one_line(model: Path, tmp_path: Path) -> None:
         ([f"model={tmp_path / 'text.pt'}"], "text.pt is not a readable checkpoint"),
         ([f"model={TINY_SNAC}"], "is not a directory made by `just export`"),
         ([f"model={tmp_path / 'export'}"], "is not a directory made by `just export`: crc32 of .* differs"),
-        ([f"model={model}", f"pretrained_model={tmp_path / 'other'}"], "belongs to another SNAC than .*config.json is"),
-        ([f"model={model}", f"pretrained_model={tmp_path / 'empty'}"], "empty has no config.json"),
+        (
+            [f"model={untrained}", f"pretrained_model={tmp_path / 'other'}"],
+            "belongs to another SNAC than .*config.json is",
+        ),
+        ([f"model={untrained}", f"pretrained_model={tmp_path / 'empty'}"], "empty has no config.json"),
     ]
     for words, reason in cases:
         for command in (["decode", f"input={tmp_path / 'a.npy'}"], ["export", f"out={tmp_path / 'out'}"]):
@@ -106,11 +104,11 @@ def test_a_wrong_model_is_one_line(model: Path, tmp_path: Path) -> None:
     ],
 )
 def test_an_export_of_another_codec_or_cut_off_is_one_line(
-    model: Path, tmp_path: Path, file: str, change: dict[str, Any] | int, reason: str
+    untrained: Path, tmp_path: Path, file: str, change: dict[str, Any] | int, reason: str
 ) -> None:
     (tmp_path / "a.npy").write_bytes(npy_bytes(GOOD))
     out = tmp_path / "export"
-    assert call("export", f"model={model}", f"out={out}")[0] == 0
+    assert call("export", f"model={untrained}", f"out={out}")[0] == 0
     content = (out / file).read_bytes()
     changed = content[:change] if isinstance(change, int) else json.dumps({**json.loads(content), **change}).encode()
     (out / file).write_bytes(changed)

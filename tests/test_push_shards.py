@@ -59,11 +59,6 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> FakeHub:
     return fake
 
 
-@pytest.fixture
-def shards(work: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(work / "shards", tmp_path / "shards"))
-
-
 def words(shards: Path, *more: str) -> list[str]:
     return ["push-shards", f"shards={shards}", "repo=me/corpus", *more]
 
