@@ -6,6 +6,7 @@ import importlib
 import inspect
 import json
 import sys
+from typing import Literal, get_args, get_origin
 
 import click
 
@@ -48,8 +49,16 @@ def _keys(settings: type[Settings], config: str) -> str:
     defaults = load_defaults(settings, config)
     lines = [f"\b\nSettings (defaults: configs/{config}; another file: config=FILE)"]
     for key, field in settings.model_fields.items():
-        lines.append(f"  {key}={defaults.get(key, '(needed)')}\n      {field.description}")
+        lines.append(f"  {key}={defaults.get(key, '(needed)')}{_others(field.annotation, defaults.get(key))}")
+        lines.append(f"      {field.description}")
     return "\n".join(lines)
+
+
+def _others(annotation: object, default: str | None) -> str:
+    """The other values of a setting that has a few."""
+    values = map(str, get_args(annotation)) if get_origin(annotation) is Literal else ()
+    others = [value for value in values if value != default]
+    return f" (or {', '.join(others)})" if others else ""
 
 
 def load_defaults(settings: type[Settings], config: str) -> dict[str, str]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, PlainValidator, ValidationError
+from pydantic_core import ErrorDetails
 
 from shards.errors import SettingsError
 from shards.files import replacing
@@ -17,7 +18,13 @@ from shards.storage import Location, Url, locate
 FOLDER = Path(__file__).parent
 
 
+def _at_home(value: Any) -> Any:
+    """What shells leave as it is after `key=`, or after a comma: ~ is the home."""
+    return Path(value).expanduser() if isinstance(value, str) and value.startswith("~/") else value
+
+
 def _location(value: Any) -> Location:
+    value = _at_home(value)
     if not isinstance(value, str | Path | Url):
         raise ValueError("should be a path or a URL such as s3://bucket/folder")
     place = locate(value)
@@ -31,7 +38,7 @@ def _location(value: Any) -> Location:
 def _no_url(value: Any) -> Any:
     if isinstance(value, str) and "://" in value:
         raise ValueError("should be a path on this machine, not a URL")
-    return value
+    return _at_home(value)
 
 
 Local = Annotated[Path, BeforeValidator(_no_url)]  # a setting: a path, and no URL that would be taken for one
@@ -115,16 +122,29 @@ def _put(values: dict[str, Any], dotted: str, value: Any) -> None:
     values[last] = value
 
 
+def _key(loc: tuple[int | str, ...]) -> str:
+    """Without the names of a union's alternatives."""
+    return ".".join(part for part in map(str, loc) if part.isidentifier() or part.isdigit())
+
+
 def _explain(error: ValidationError, model: type[BaseModel]) -> str:
     """In one line: what is wrong with which keys, and which there are; or with how they go together."""
-    problems = []
-    for problem in error.errors(include_url=False):
-        parts = map(str, problem["loc"])
-        key = ".".join(part for part in parts if part.isidentifier() or part.isdigit())  # not a union's alternatives
-        given = f" (given: {problem['input']!r})" if problem["type"] not in ("missing", "extra_forbidden") else ""
-        text = "unknown key" if problem["type"] == "extra_forbidden" else problem["msg"].removeprefix("Value error, ")
-        problems.append(f"{key}: {text}{given}" if key else text)
-    known = (
-        f". Known keys: {', '.join(model.model_fields)}" if any(problem["loc"] for problem in error.errors()) else ""
-    )
+    found = [(_key(problem["loc"]), problem) for problem in error.errors(include_url=False)]
+    meant = {key for key, problem in found if not problem["type"].endswith("_type")}
+    problems = [  # but of a union's alternatives those that take no such value at all
+        _told(key, problem, model)
+        for key, problem in found
+        if key not in meant or not problem["type"].endswith("_type")
+    ]
+    known = f". Known keys: {', '.join(model.model_fields)}" if any(problem["loc"] for _, problem in found) else ""
     return "; ".join(problems) + known
+
+
+def _told(key: str, problem: ErrorDetails, model: type[BaseModel]) -> str:
+    given = f" (given: {problem['input']!r})" if problem["type"] not in ("missing", "extra_forbidden") else ""
+    text = problem["msg"].removeprefix("Value error, ").replace("valid tuple", "list in brackets")
+    if problem["type"] == "extra_forbidden":
+        text = "unknown key"
+    elif problem["type"] == "string_pattern_mismatch" and key in model.model_fields:
+        text = f"should be {model.model_fields[key].description}"
+    return f"{key}: {text}{given}" if key else text

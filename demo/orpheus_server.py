@@ -15,10 +15,13 @@ import wave
 from collections.abc import AsyncIterator
 from pathlib import Path
 
-from codec.audio import Recording, probe
+import click
+
+from codec.audio import AudioError, Recording, probe
 from codec.resample import Resampler
 from codec.snac import Window, coarse_length, encode
 from shards.contract import COARSE_24K, COARSE_48K, CODEC_RATE, TARGET_RATE, TOKENS
+from shards.errors import UserError
 from trainer import orpheus
 from trainer.checkpoint import Codec48k, load_codec
 from trainer.inference import StepDecoder
@@ -65,7 +68,7 @@ async def serve(export: Path, recording: Path, out: Path) -> None:
     model = StepDecoder(codec.snac, codec.decoder)  # once for the server: all its streams share it
     ids = spoken_ids(codec, recording)
     began, first, count = time.perf_counter(), None, 0
-    with wave.open(str(out), "wb") as file:
+    with out.open("wb") as plain, wave.open(plain, "wb") as file:
         file.setparams((1, 2, TARGET_RATE, 0, "NONE", "not compressed"))
         async for pcm in speech(model, fake_language_model(ids)):
             first = first or time.perf_counter() - began
@@ -75,5 +78,19 @@ async def serve(export: Path, recording: Path, out: Path) -> None:
     print(f"the language model is a fake that speaks the recording's own tokens; codes by {codec.snac_name}")
 
 
+@click.command()
+@click.argument("export", type=click.Path(exists=True, path_type=Path))
+@click.argument("recording", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.argument("out", type=click.Path(dir_okay=False, writable=True, path_type=Path))
+def main(export: Path, recording: Path, out: Path) -> None:
+    """RECORDING's tokens, spoken by EXPORT as a server does it, to OUT, a WAV."""
+    try:
+        asyncio.run(serve(export, recording, out))
+    except AudioError as error:
+        raise click.ClickException(f"{recording}: {error}") from None
+    except (UserError, OSError) as error:
+        raise click.ClickException(str(error)) from None
+
+
 if __name__ == "__main__":
-    asyncio.run(serve(*map(Path, sys.argv[1:4])))
+    main()

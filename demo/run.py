@@ -52,17 +52,18 @@ targets are the recordings themselves, not SIDON's. What you hear shows that the
 def run(settings: DemoSettings) -> None:
     """Ends with a summary; leaves with the exit code of the first command that fails."""
     out = settings.out / ("voice" if settings.audio is None else f"own-{settings.audio.resolve().name}")
-    audio, codes = settings.audio, dict[str, object](CODES)
+    audio, codes, targets = settings.audio, dict[str, object](CODES), dict[str, object](TARGETS)
     if audio is None:
         audio = out / "recordings"
         click.echo(f"making a voice by code in {audio}")
         write_voices(audio)
     else:
-        codes["group_pattern"] = "(.*)"  # few recordings: each is a group of its own
+        codes["group_pattern"] = "(.*)"  # few recordings: each is a group of its own, and one may be a large share
+        codes["max_failed_fraction"] = targets["max_failed_fraction"] = 1.0
     work, training, export = out / "work", out / "run", out / "snac_48khz"
     _command(
         "pipeline", "workflow", f"audio={audio}", f"work={work}", f"run={training}", f"pretrained_model={SNAC}",
-        "gpu=cpu", f"codes={json.dumps(codes)}", f"targets={json.dumps(TARGETS)}",
+        "gpu=cpu", f"codes={json.dumps(codes)}", f"targets={json.dumps(targets)}",
         f"train={json.dumps({**TRAIN, 'max_steps': settings.max_steps})}",
     )  # fmt: skip
     shutil.rmtree(export, ignore_errors=True)  # of an earlier demo with fewer steps

@@ -19,6 +19,8 @@ from multiprocessing.context import ForkServerContext
 from multiprocessing.process import BaseProcess
 from typing import Any
 
+from tqdm import tqdm
+
 from codec.snac import device_of, visible
 from pipeline.ahead import cores_each, use_cores
 from pipeline.execute import FATAL, Progress, attempt, described
@@ -117,8 +119,7 @@ def _bury(worker: Worker, waiting: deque[int], deaths: Counter[int], stage: Stag
 
 def work(kind: type[Stage], settings: Any, connection: Connection[Any, Any], count: int) -> None:
     """What a process does: shard numbers in; seconds and outcomes out."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    _belong_to_parent()
     use_cores(cores_each(count))
     try:
         stage = kind(_seeing_its_gpu_alone(settings))
@@ -138,6 +139,13 @@ def _seeing_its_gpu_alone(settings: Any) -> Any:
         return settings
     os.environ["CUDA_VISIBLE_DEVICES"] = visible(settings.gpu)
     return settings.of_one(0)
+
+
+def _belong_to_parent() -> None:
+    """Called first: Ctrl-C is the parent's, the end comes with it, and nothing outlives a process that it kills."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    tqdm.set_lock(threading.RLock())  # its own takes a semaphore of the system too
+    threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
 def _end_with_parent() -> None:
@@ -169,8 +177,7 @@ def ask(kind: type[Stage], settings: ExecutionSettings) -> Any:
 
 
 def _tell(kind: type[Stage], settings: Any, connection: Connection[Any, Any]) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    _belong_to_parent()
     connection.send(answer(kind, _seeing_its_gpu_alone(settings)))
 
 

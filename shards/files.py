@@ -95,7 +95,10 @@ def exclusive(folder: Path, name: str = ".lock", *, shared: bool = False, waitin
     Where another process stands in the way: raises UserError, or says `waiting` and waits for it to end. The file says
     who holds it alone.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise UserError(f"{folder}: a file stands where a folder is needed; choose another folder") from None
     how = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
     with (folder / name).open("a+b") as lock:
         try:

@@ -156,7 +156,7 @@ def test_a_wrong_manifest_is_one_line(content: str | None, message: str, tmp_pat
 @pytest.mark.parametrize("below", ["", "/work"])
 def test_a_work_folder_that_is_a_file_is_one_line(below: str, recordings: Path, tmp_path: Path) -> None:
     (tmp_path / "line\nbreak").write_text("mine")
-    refused(codes_words(recordings, Path(f"{tmp_path}/line\nbreak{below}")), "line break")
+    refused(codes_words(recordings, Path(f"{tmp_path}/line\nbreak{below}")), "a file stands where a folder is")
 
 
 def test_what_changes_after_planning_fails_with_a_reason(recordings: Path, tmp_path: Path) -> None:

@@ -12,10 +12,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
+import torch
 
 from shards.contract import flatten_codes, npy_bytes
 from tests.helpers import TINY_SNAC
 from tests.training_helpers import call
+from trainer import checkpoint
 
 CODES = np.random.default_rng(0).integers(0, 4096, (3, 7)).astype(np.int16)
 GOOD = flatten_codes(CODES)
@@ -89,6 +91,22 @@ def test_a_wrong_model_is_one_line(untrained: Path, tmp_path: Path) -> None:
             assert code == 1, output
             assert re.fullmatch(f"error: .*{reason}.*\n", output)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_wav_is_not_written_under_another_name(model: Path, tmp_path: Path) -> None:
+    (tmp_path / "a.npy").write_bytes(npy(GOOD))
+    code, output = call("decode", f"model={model}", f"input={tmp_path / 'a.npy'}", f"output={tmp_path / 'a.mp3'}")
+    assert (code, output) == (1, f"error: output={tmp_path / 'a.mp3'}: what is written is a WAV; name it a.wav\n")
+    assert [path.name for path in tmp_path.iterdir()] == ["a.npy"]
+
+
+def test_a_checkpoint_whose_snac_is_gone_names_the_setting(model: Path, tmp_path: Path) -> None:
+    path = tmp_path / "moved.pt"
+    torch.save({**checkpoint.load(model), "snac": "was/here"}, path)
+    (tmp_path / "a.npy").write_bytes(npy(GOOD))
+    code, output = call("decode", f"model={path}", f"input={tmp_path / 'a.npy'}")
+    assert code == 1
+    assert output.endswith(f"; pretrained_model= says where the SNAC of {path} lies now\n")
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import matplotlib.image
@@ -11,7 +12,9 @@ import pytest
 import scipy.signal
 import soundfile
 
+import demo.run
 from demo.picture import draw
+from demo.settings import DemoSettings
 from demo.voice import NOISE_FLOOR, SAMPLE_RATE, synthesize, write_voices
 from tests.helpers import TINY_SNAC, speechlike
 
@@ -88,6 +91,23 @@ def test_voices_are_written_as_pcm_in_one_folder_each(tmp_path: Path) -> None:
     before = [path.read_bytes() for path in paths]
     assert len(set(before)) == 4
     assert [path.read_bytes() for path in write_voices(tmp_path, speakers=2, utterances=2, seconds=1.0)] == before
+
+
+def test_own_recordings_may_fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The demo has no setting that raises the limit, and one of few recordings is more than 5 %."""
+
+    class Called(Exception):
+        pass
+
+    def called(*words: str) -> None:
+        raise Called(*words)
+
+    monkeypatch.setattr(demo.run, "_command", called)
+    with pytest.raises(Called) as caught:
+        demo.run.run(DemoSettings(audio=tmp_path, out=tmp_path, max_steps=40))
+    words = dict(word.split("=", 1) for word in caught.value.args if "=" in word)
+    for stage in ("codes", "targets"):
+        assert json.loads(words[stage])["max_failed_fraction"] == 1
 
 
 def test_the_picture_is_drawn(tmp_path: Path) -> None:

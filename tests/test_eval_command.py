@@ -334,7 +334,7 @@ def test_an_export_is_judged_as_its_checkpoint(judged: Path, work: Path, model: 
         (["shards={shards}", "out={shards}"], 1, "exists: choose another folder"),
         (["audio={shards}/nowhere"], 1, "no such folder"),
         (["audio={shards}"], 1, "holds no recordings"),
-        (["shards={shards}", "models=nowhere"], 1, "model=nowhere: no checkpoint there"),
+        (["shards={shards}", "models=nowhere"], 1, "nowhere: no checkpoint there"),
     ],
 )
 def test_what_cannot_be_judged_is_refused(

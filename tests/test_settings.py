@@ -18,7 +18,7 @@ from pipeline.settings import CodesSettings, InspectSettings, PushShardsSettings
 from shards.errors import SettingsError
 from shards.storage import Url
 from tests.helpers import ROOT, run_command
-from trainer.settings import TrainSettings
+from trainer.settings import EvalSettings, TrainSettings
 
 MODULES = ("pipeline", "trainer", "demo")
 
@@ -316,6 +316,7 @@ def test_help_as_a_user_asks_for_it() -> None:
     assert process.stdout.startswith("Usage: just shard-codes [OPTIONS] [key=value]...")
     assert "segment_length=4.0" in process.stdout
     assert "audio=(needed)" in process.stdout
+    assert "retry=none (or failed)\n" in process.stdout
 
 
 def test_a_key_twice_in_a_file_is_refused(tmp_path: Path) -> None:
@@ -329,6 +330,34 @@ def test_a_url_is_not_taken_for_a_folder_of_this_machine() -> None:
         load_settings(PushShardsSettings, "push_shards.json", ["repo=a/b", "shards=s3://corpus/x"])
     workflow = load_settings(WorkflowSettings, "workflow.json", ["audio=s3://corpus/a", "work=s3://corpus/w"])
     assert (workflow.audio, workflow.work) == (Url("s3://corpus/a"), Url("s3://corpus/w"))
+
+
+def test_the_home_is_found_where_no_shell_has_found_it() -> None:
+    home = Path.home()
+    words = ["run=~/runs/a", 'shards=["~/a", "s3://corpus/b"]', "cache=~user/x"]
+    training = load_settings(TrainSettings, "decoder_48khz.json", words)
+    assert (training.run, training.folders, training.cache) == (
+        home / "runs" / "a",
+        (home / "a", Url("s3://corpus/b")),
+        Path("~user/x"),
+    )
+    judged = load_settings(EvalSettings, "eval.json", ["models=~/a,~/b", "audio=x"])
+    assert list(judged.models.values()) == [home / "a", home / "b"]
+
+
+@pytest.mark.parametrize(
+    ("word", "said"),
+    [
+        ("shards=s3://", "shards: should name a bucket, as s3://bucket/folder does (given: 's3://')"),
+        ("n_ffts=1024,2048", "n_ffts: Input should be a list in brackets (given: '1024,2048')"),
+        ("gpu=0;1", "gpu: should be number of the GPU, several (0,1,2,3), or cpu (given: '0;1')"),
+    ],
+)
+def test_a_wrong_value_is_answered_in_words_of_the_settings(word: str, said: str) -> None:
+    with pytest.raises(SettingsError) as caught:
+        load_settings(TrainSettings, "decoder_48khz.json", [word])
+    assert said in str(caught.value)
+    assert not re.search("tuple|pattern", str(caught.value))
 
 
 def test_a_repository_is_no_work_folder() -> None:

@@ -340,6 +340,15 @@ def test_the_servers_loop_sends_the_whole_decode(untrained: Path, tmp_path: Path
     assert np.abs(served.astype(int) - to_int16(expected)).max() <= 1
 
 
+def test_the_servers_loop_says_what_is_wrong_in_one_line(untrained: Path, tmp_path: Path) -> None:
+    (tmp_path / "a.wav").write_text("no audio")
+    for out in ("served.wav", "nowhere/served.wav"):
+        ran = run_command("demo.orpheus_server", str(untrained), str(tmp_path / "a.wav"), str(tmp_path / out))
+        assert (ran.returncode, len(ran.stderr.splitlines())) == (1, 1), ran.stderr
+    assert run_command("demo.orpheus_server").returncode == 2
+    assert [path.name for path in tmp_path.iterdir()] == ["a.wav"]
+
+
 def test_the_servers_loop_says_what_a_cut_frame_loses(
     codec: tuple[SNAC, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -162,9 +162,13 @@ def load_codec(model: Path, pretrained_model: str | None = None) -> Codec48k:
         return _from_export(model)
     path = folder(model) / BEST if model.is_dir() else model
     if not path.exists():
-        raise UserError(f"model={model}: no checkpoint there; expected a run with {BEST}, a .pt or an exported folder")
+        raise UserError(f"{model}: no checkpoint there; expected a run with {BEST}, a .pt or an exported folder")
     state = load(path)
-    snac, weights = load_snac(pretrained_model or state["snac"])
+    try:
+        snac, weights = load_snac(pretrained_model or state["snac"])
+    except UserError as error:
+        hint = "" if pretrained_model else f"; pretrained_model= says where the SNAC of {path} lies now"
+        raise UserError(f"{error}{hint}") from error
     changed = differences(state["snac_sha256"], weights.sha256)
     if changed:
         raise UserError(f"{path} belongs to another SNAC than {weights.name} ({changed}); name it by pretrained_model=")

@@ -40,6 +40,8 @@ def decode(settings: DecodeSettings) -> None:
     output = settings.output or settings.input.with_suffix(DECODED)
     if output.exists():
         raise UserError(f"output={output} exists: choose another file or delete it")
+    if output.suffix.lower() != ".wav":
+        raise UserError(f"output={output}: what is written is a WAV; name it {output.with_suffix('.wav').name}")
     codec = load_codec(settings.model, settings.pretrained_model)
     device = device_of(settings.gpu)
     codec.snac.to(device)
