@@ -36,7 +36,7 @@ from trainer import checkpoint
 from trainer.distributed import Process
 from trainer.learner import Learner
 from trainer.loop import Trainer, train
-from trainer.resuming import check_that_all_begin_alike
+from trainer.resuming import check_that_all_begin_alike, newest_state
 
 
 @pytest.fixture(scope="module")
@@ -124,6 +124,16 @@ def test_other_data_is_refused_and_moved_data_is_not(work: Path, finished: Path,
     compact(tmp_path / "shards", shard_list(tmp_path / "shards")[1:])
     with pytest.raises(UserError, match=r"other settings or data: samples is \w{64}, now \w{64}; take another run="):
         Trainer(train_settings(tmp_path, finished), CPU)
+
+
+@pytest.mark.parametrize("resume", ["auto", "other_samples"])
+def test_another_snac_is_refused(work: Path, finished: Path, resume: str) -> None:
+    """Its tokens mean something else, and a plan gives samples of the same keys and lengths with any SNAC."""
+    settings = train_settings(work, finished, resume=resume)
+    training = Trainer(settings, CPU)
+    other = {**training.weights.sha256, "pytorch_model.bin": "of another"}
+    with pytest.raises(UserError, match=r"other settings or data: snac: pytorch_model.bin is \w{64}, now of another"):
+        newest_state(settings, training.data["samples_sha256"], other)
 
 
 def test_what_only_steps_depend_on_may_change(work: Path, finished: Path) -> None:

@@ -26,7 +26,7 @@ FREE_TO_CHANGE = {  # settings that may differ between a run and its resumption
 }  # fmt: skip
 
 
-def newest_state(settings: TrainSettings, samples_sha256: str) -> dict[str, Any] | None:
+def newest_state(settings: TrainSettings, samples_sha256: str, snac_sha256: dict[str, str]) -> dict[str, Any] | None:
     """The newest checkpoint of this run, if it may and can be resumed; None where training begins."""
     run = settings.run
     newest, best = checkpoint.newest(run), checkpoint.folder(run) / checkpoint.BEST
@@ -43,15 +43,12 @@ def newest_state(settings: TrainSettings, samples_sha256: str) -> dict[str, Any]
         )
     if newest and "optimizer" not in state:
         raise UserError(f"{path} holds no optimizer: it is no checkpoint to resume from")
-    then = {**state["settings"], "samples": state["data"].get("samples_sha256")}
+    then = {**state["settings"], "samples": state["data"].get("samples_sha256"), "snac": state["snac_sha256"]}
     accepts_others = settings.resume == "other_samples"
-    now = {**settings.model_dump(mode="json"), "samples": then["samples"] if accepts_others else samples_sha256}
+    samples = then["samples"] if accepts_others else samples_sha256
+    now = {**settings.model_dump(mode="json"), "samples": samples, "snac": snac_sha256}
     if changed := changes(then, now):
-        other = (
-            ""
-            if now["samples"] == then["samples"]
-            else ", or with resume=other_samples go on with what shards hold now"
-        )
+        other = "" if samples == then["samples"] else ", or with resume=other_samples go on with what shards hold now"
         raise UserError(f"{path} cannot be resumed with other settings or data: {changed}; take another run={other}")
     return state if newest else None  # it ended before its first checkpoint: the same training begins anew
 
