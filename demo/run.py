@@ -68,7 +68,7 @@ def run(settings: DemoSettings) -> None:
     )  # fmt: skip
     shutil.rmtree(export, ignore_errors=True)  # of an earlier demo with fewer steps
     _command("trainer", "export", f"model={training}", f"out={export}")
-    unseen = _unseen_recording(work / "plan.parquet")
+    unseen = _unseen_recording(work / "plan.parquet", out)
     wav = out / f"{unseen.stem}.48k.wav"
     wav.unlink(missing_ok=True)
     _command("trainer", "decode", f"model={export}", f"input={unseen}", f"output={wav}")
@@ -82,8 +82,14 @@ def _command(*words: str) -> None:
     run_module(*words)
 
 
-def _unseen_recording(plan: Path) -> Path:
-    rows = pq.read_table(
-        plan, columns=["path"], filters=(pc.field("split") == "validation") & (pc.field("status") == OK)
-    )
-    return Path(rows["path"][0].as_py())
+def _unseen_recording(plan: Path, out: Path) -> Path:
+    """The first that trained nothing; one that lies in a tar is copied to `out`."""
+    of_use = (pc.field("split") == "validation") & (pc.field("status") == OK)
+    row = pq.read_table(plan, columns=["recording", "path", "offset", "file_bytes"], filters=of_use).to_pylist()[0]
+    if row["offset"] is None:
+        return Path(row["path"])
+    copy = out / Path(row["recording"]).name
+    with Path(row["path"]).open("rb") as tar:
+        tar.seek(row["offset"])
+        copy.write_bytes(tar.read(row["file_bytes"]))
+    return copy

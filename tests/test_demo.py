@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tarfile
 from pathlib import Path
 
 import matplotlib.image
@@ -16,7 +17,9 @@ import demo.run
 from demo.picture import draw
 from demo.settings import DemoSettings
 from demo.voice import NOISE_FLOOR, SAMPLE_RATE, synthesize, write_voices
-from tests.helpers import TINY_SNAC, speechlike
+from pipeline.plan import make_plan
+from shards.contract import PLAN_NAME
+from tests.helpers import TINY_SNAC, codes_settings, speechlike
 
 FRAME = 960  # 20 ms
 
@@ -108,6 +111,17 @@ def test_own_recordings_may_fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     words = dict(word.split("=", 1) for word in caught.value.args if "=" in word)
     for stage in ("codes", "targets"):
         assert json.loads(words[stage])["max_failed_fraction"] == 1
+
+
+def test_a_recording_in_a_tar_is_heard_too(tmp_path: Path) -> None:
+    write_voices(tmp_path / "recordings")
+    (tmp_path / "tars").mkdir()
+    with tarfile.open(tmp_path / "tars" / "all.tar", "w") as tar:
+        tar.add(tmp_path / "recordings", "voices")
+    make_plan(codes_settings(tmp_path / "tars", tmp_path / "work"))
+    found = demo.run._unseen_recording(tmp_path / "work" / PLAN_NAME, tmp_path)
+    assert found.parent == tmp_path
+    assert found.read_bytes() in [path.read_bytes() for path in (tmp_path / "recordings").rglob(found.name)]
 
 
 def test_the_picture_is_drawn(tmp_path: Path) -> None:
