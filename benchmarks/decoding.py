@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import click
 import numpy as np
 import torch
 from snac import SNAC
@@ -74,6 +75,7 @@ def ways(codec: Codec48k, folder: Path) -> dict[str, Callable[[], object]]:
 
 
 @torch.inference_mode()
+@click.command(help=__doc__)
 def main() -> None:
     codec, rows = true_size_48k(), []
     seconds_of_audio = COARSE * COARSE_48K / TARGET_RATE

@@ -16,6 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import click
 import numpy as np
 import soundfile
 import torch
@@ -130,6 +131,7 @@ def flac_by_libsndfile(samples: list[Sample]) -> None:
         soundfile.read(io.BytesIO(members[TARGET_SUFFIX]), dtype="float32")
 
 
+@click.command(help=__doc__)
 def main() -> None:
     torch.set_num_threads(1)
     samples = made(COARSE)

@@ -13,6 +13,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import click
 import numpy as np
 import soundfile
 
@@ -74,6 +75,7 @@ def peak_of(words: list[str], folder: Path) -> float:
     return peak_mib(folder / "status")
 
 
+@click.command(help=__doc__)
 def main() -> None:
     peaks: dict[tuple[str, str], list[float]] = {}
     for grows, make in INPUTS.items():

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, PlainValidator, ValidationError
-from pydantic_core import ErrorDetails
 
 from shards.errors import SettingsError
 from shards.files import replacing
@@ -140,7 +139,7 @@ def _explain(error: ValidationError, model: type[BaseModel]) -> str:
     return "; ".join(problems) + known
 
 
-def _told(key: str, problem: ErrorDetails, model: type[BaseModel]) -> str:
+def _told(key: str, problem: Any, model: type[BaseModel]) -> str:
     given = f" (given: {problem['input']!r})" if problem["type"] not in ("missing", "extra_forbidden") else ""
     text = problem["msg"].removeprefix("Value error, ").replace("valid tuple", "list in brackets")
     if problem["type"] == "extra_forbidden":

@@ -48,6 +48,5 @@ def _upload(settings: PushSettings, names: list[str]) -> None:
             commit_message="A 48 kHz decoder for SNAC 24 kHz tokens",
         )
     except Exception as error:  # the hub's client raises its own, requests' and the system's errors
-        raise UserError(
-            f"repo={settings.repo}: {first_line(error)}; is the hub reached, and are you signed in (`hf auth login`)?"
-        ) from error
+        ways = "see that the hub can be reached and that you are signed in (`hf auth login`)"
+        raise UserError(f"repo={settings.repo}: {first_line(error)}; {ways}") from error
