@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import re
 from collections import deque
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -16,6 +15,8 @@ import numpy as np
 import numpy.typing as npt
 import soundfile
 
+from codec import mp3
+from codec.whole import why_not
 from shards.files import reason_of_one
 from shards.pieces import Stored
 from shards.storage import StorageError
@@ -29,9 +30,8 @@ BLOCK_FRAMES = 1 << 16
 MAX_HELD_FRAMES = 1 << 22  # that a decoder keeps: 87 s at 48 kHz, 16 MB
 DECODERS = 3  # of one file: a long recording is surveyed, heard by a model and cut
 SEEKABLE = {"WAV", "WAVEX", "RF64", "W64", "FLAC", "AIFF"}  # formats in which seeking is exact and quick
+MISTAKEN = {"MP3", "FLAC"}  # whose length or places libsndfile may get wrong
 SEEKABLE_EXTENSIONS = {".wav", ".flac"}  # of EXTENSIONS, those of such files
-MAX_OGG_PAGE = 27 + 255 + 255 * 255  # bytes
-UNKNOWN_WAV_LENGTHS = {0, 0x7FFFFFFF, 0xFFFFFFFF}  # what programs write that stream to a pipe
 
 
 class AudioError(Exception):
@@ -50,11 +50,10 @@ def probe(path: Stored) -> Header:
     with _open(path) as file:
         if not MIN_RATE <= file.samplerate <= MAX_RATE:
             raise AudioError(f"sample rate {file.samplerate} Hz is outside {MIN_RATE} … {MAX_RATE} Hz")
+        if reason := why_not(file, path):
+            raise AudioError(reason)
         if file.frames <= 0:
             raise AudioError("holds no audio")
-        _check_wav_is_whole(file)
-        if file.format == "OGG":
-            _check_ogg_is_whole(path)
         return Header(file.frames, file.samplerate, file.channels)
 
 
@@ -191,17 +190,35 @@ def _open(path: Stored) -> Iterator[soundfile.SoundFile]:
     if size == 0:
         raise AudioError("the file is empty")
     with ExitStack() as stack:
+        sound = stack.enter_context(_sound(path))
+        if sound.format in MISTAKEN:
+            file = stack.enter_context(path.open("rb"))
+            try:
+                told = mp3.whole(file, sound.frames)
+            except ValueError as error:
+                raise AudioError(f"not readable as audio: {error}") from error
+            if told is not file:
+                sound = stack.enter_context(_sound(path, told))
+        yield sound
+
+
+@contextmanager
+def _sound(path: Stored, file: IO[bytes] | None = None) -> Iterator[soundfile.SoundFile]:
+    """For libsndfile: `file`, which holds what is at `path`, or else that."""
+    with ExitStack() as stack:
         try:
-            given = path if isinstance(path, Path) else _Callbacks(stack.enter_context(path.open("rb")))
+            if file is None and not isinstance(path, Path):
+                file = stack.enter_context(path.open("rb"))
         except OSError as error:
             raise AudioError(f"not readable as audio: {_reason(error)}") from error
+        given = _Callbacks(file) if file else path
         try:
             yield stack.enter_context(_Onward(given))
         except (soundfile.LibsndfileError, OSError) as error:
             _check_readable(path)
             raise AudioError(f"not readable as audio: {_reason(error)}") from error
         finally:
-            if not isinstance(given, Path) and given.failure:
+            if isinstance(given, _Callbacks) and given.failure:
                 raise given.failure
 
 
@@ -248,22 +265,6 @@ def _mono(block: npt.NDArray[np.float32]) -> Samples:
         return block[:, 0]
     with np.errstate(invalid="ignore"):  # whoever uses it looks for NaN
         return block.mean(axis=1, dtype=np.float64).astype(np.float32)
-
-
-def _check_wav_is_whole(file: soundfile.SoundFile) -> None:
-    """libsndfile quietly shortens a WAV whose header promises more than the file holds; its log tells."""
-    promised = re.search(r"^data : (\d+) \(should be (\d+)\)", file.extra_info, re.MULTILINE)
-    if promised and int(promised[1]) not in UNKNOWN_WAV_LENGTHS and int(promised[1]) > int(promised[2]):
-        raise AudioError(f"cut off: the header promises {promised[1]} bytes of samples, the file holds {promised[2]}")
-
-
-def _check_ogg_is_whole(path: Stored) -> None:
-    """libsndfile quietly ends an Ogg at its last whole page; what follows shows whether it was cut off."""
-    with path.open("rb") as file:
-        file.seek(max(path.stat().st_size - MAX_OGG_PAGE, 0))
-        page = file.read().rpartition(b"OggS\0")[2]  # the last one: flags, position, serial, …, sizes, their payload
-    if len(page) < 22 or len(page) < 22 + page[21] + sum(page[22 : 22 + page[21]]):
-        raise AudioError("cut off: its last Ogg page is incomplete")
 
 
 def _reason(error: Exception) -> str:
