@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import math
 import posixpath
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.csv
-import pyarrow.json
 import pyarrow.parquet as pq
 
 from codec.audio import MAX_RATE, MIN_RATE
@@ -37,6 +38,9 @@ def read_manifest(path: Location) -> tuple[dict[str, list[Any]], Counter[str]]:
     """Columns as `pipeline.sources` names them, and what was ignored. Raises UserError naming row and value."""
     table = _read(path)
     ignored = Counter(f"column {name}" for name in table.column_names if name not in COLUMNS)
+    for name in table.column_names:
+        if name not in COLUMNS and (meant := name.strip().lower()) in COLUMNS.keys() - {*table.column_names}:
+            raise UserError(f"{path}: its column {name!r} would be ignored: call it {meant!r}, or something else")
     if "path" not in table.column_names:
         raise UserError(f"{path} has no column named path; its columns are {table.column_names}")
     _check(path, table)
@@ -114,20 +118,51 @@ def _read(path: Location) -> pa.Table:
                 table = _read_json(file)
         table.validate(full=True)  # pyarrow takes any bytes for text
         return _typed(table)
-    except (pa.ArrowException, ValueError, OSError) as error:
+    except (pa.ArrowException, ValueError, OverflowError, OSError) as error:
         raise UserError(f"manifest {path} cannot be read: {error}") from error
 
 
 def _read_json(file: IO[bytes]) -> pa.Table:
-    """Types are as they are found, but text that looks like a time stays text: a speaker may be called 2024-01-01."""
-    options = pa.json.ReadOptions(use_threads=False)
-    table = pa.json.read_json(file, options)
-    dates = [field.name for field in table.schema if pa.types.is_timestamp(field.type)]
-    if dates:
-        file.seek(0)
-        text = pa.json.ParseOptions(explicit_schema=pa.schema([(name, pa.string()) for name in dates]))
-        table = pa.json.read_json(file, options, text)
-    return table
+    """Of columns that are not ours the names alone: what they hold may differ from line to line."""
+    rows, names = [], dict[str, None]()
+    for number, line in enumerate(file, 1):
+        if line.strip():
+            row = _object(line.decode("utf-8-sig" if number == 1 else "utf-8"), number)
+            names |= dict.fromkeys(row)
+            rows.append([row.get(name) for name in COLUMNS])
+    if not rows:
+        raise ValueError("it is empty")
+    ours = dict(zip(COLUMNS, zip(*rows, strict=True), strict=True))
+    nothing = pa.nulls(len(rows))
+    return pa.table({name: _column(name, ours[name]) if name in ours else nothing for name in names})
+
+
+def _object(line: str, number: int) -> dict[str, Any]:
+    try:
+        row = json.loads(line, object_pairs_hook=_unique)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"line {number}: {error}") from error
+    if not isinstance(row, dict):
+        raise ValueError(f'line {number}: {line[:20]!r} is no object of one line, such as {{"path": "a.wav"}}')
+    return row
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError(f"a column stands there more than once: {[name for name, _ in pairs]}")
+    return found
+
+
+def _column(name: str, values: Sequence[Any]) -> pa.Array:
+    """Numbers become text where that is wanted: a speaker may be called 7 here and anna there."""
+    if not pa.types.is_string(COLUMNS[name]):
+        return pa.array(values)
+    return pa.array([_text(value) if isinstance(value, (bool, int, float)) else value for value in values], pa.string())
+
+
+def _text(value: float) -> str:
+    return json.dumps(int(value) if isinstance(value, float) and value.is_integer() else value)
 
 
 def _typed(table: pa.Table) -> pa.Table:

@@ -195,7 +195,7 @@ def _check_unchanged(found: pa.Table, planned: pa.Table, audio: Location, path: 
         "speaker": pc.not_equal(now["group"], then["group"]),
         "split": pc.not_equal(pc.coalesce(now["split"], then["split"]), then["split"]),
         "start": np.rint(start) != first,
-        "end": np.abs(first + frames - end) > END_TOLERANCE_SECONDS * rate,
+        "end": (np.rint(np.minimum(end, whole)) != first + frames) | (end > whole + END_TOLERANCE_SECONDS * rate),
         "frames": pc.not_equal(pc.coalesce(now["frames"], then["file_frames"]), then["file_frames"]),
         "rate": pc.not_equal(pc.coalesce(now["rate"], then["rate"]), then["rate"]),
     }

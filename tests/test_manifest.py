@@ -15,7 +15,7 @@ from pipeline.plan import make_plan
 from shards.contract import FAILED, OK, TOO_SHORT
 from shards.errors import UserError
 from tests.command_helpers import rows_of
-from tests.helpers import codes_settings
+from tests.helpers import codes_settings, speechlike
 
 
 def write(folder: Path, rows: list[str], columns: str = "path,frames,rate,start,end") -> Path:
@@ -151,3 +151,61 @@ def test_a_path_with_a_null_character_costs_its_row(tmp_path: Path) -> None:
     path.write_text('{"path": "a\\u0000b.wav"}\n{"path": "c.wav"}\n')
     columns, _ = read_manifest(path)
     assert columns["problem"] == ["its path holds a null character", None]
+
+
+def test_what_other_columns_hold_is_nothing_to_us(tmp_path: Path) -> None:
+    """As a recogniser writes them: of another type in each line, nested, in lines longer than a block of Arrow's."""
+    lines = [
+        {"path": "a.wav", "speaker": 7, "note": 1, "words": [1, {"x": None}, "x"], "start": 0.0004, "end": 2},
+        {"path": "b.wav", "speaker": "anna", "note": "x", "words": {"a": [{"b": 1.5}] * 200_000}, "end": 3.5},
+        {"path": "c.wav", "note": None, "id": 12345678901234567890123},
+    ]
+    path = tmp_path / "list.jsonl"
+    path.write_text("\ufeff" + "\n\n".join(json.dumps(line) for line in lines))
+    columns, ignored = read_manifest(path)
+    assert columns["recording"] == ["a.wav#0.0004-2.0", "b.wav#0-3.5", "12345678901234567890123"]
+    assert columns["group"] == ["7", "anna", None]
+    assert columns["start"] == [0.0004, 0.0, 0.0]
+    assert columns["end"] == [2.0, 3.5, None]
+    assert ignored == {"column note": 1, "column words": 1}
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ('{"path": "a.wav"}\n{"path": }\n', "line 2: Expecting value"),
+        ('[{"path": "a.wav"}]', "line 1: .* is no object of one line"),
+        ('{"path": "a.wav", "path": "b.wav"}', "line 1: a column stands there more than once"),
+        ('{"path": "a.wav", "speaker": ["x"]}', "cannot be read"),
+        ('{"path": "a.wav", "frames": 1180591620717411303424, "rate": 8000}', "cannot be read"),
+        ('{"path": "\\ud800"}', "cannot be read"),
+        ('{"path": ' + "[" * 100_000, "line 1: maximum recursion depth"),
+    ],
+)
+def test_lines_that_are_no_json_are_named(text: str, reason: str, tmp_path: Path) -> None:
+    (tmp_path / "list.jsonl").write_text(text)
+    with pytest.raises(UserError, match=reason):
+        read_manifest(tmp_path / "list.jsonl")
+
+
+@pytest.mark.parametrize("name", [" start", "Start"])
+def test_a_column_that_is_nearly_ours_is_not_ignored(name: str, tmp_path: Path) -> None:
+    """Else whole files would be taken for the stretches that are named."""
+    with pytest.raises(UserError, match=f"its column '{name}' would be ignored: call it 'start', or something else"):
+        read_manifest(write(tmp_path, ["a.wav,1"], f"path,{name}"))
+
+
+def test_an_end_by_the_frames_of_an_mp3_is_the_files(tmp_path: Path) -> None:
+    """They hold more than the recording: the encoder's delay, and what fills up the last one."""
+    rate, path = 16_000, tmp_path / "a.mp3"
+    soundfile.write(path, speechlike(3.337, rate, 0), rate)
+    data = path.read_bytes()
+    stated = data.index(b"Xing" if b"Xing" in data else b"Info") + 8
+    counted = 576 * int.from_bytes(data[stated : stated + 4]) / rate
+    assert counted - 3.337 > 0.05
+    rows = [f"{path},1,{counted}", f"{path},0,1", f"{path},1,{counted + 0.1}"]
+    plan = make_plan(codes_settings(write(tmp_path, rows, "path,start,end"), tmp_path / "work", "group_pattern=(.*)"))
+    found = {row["recording"]: row for number in range(len(plan.shards)) for row in plan.rows(number)}
+    frames = soundfile.info(path).frames
+    assert found[f"{path}#1-{counted}"]["frames"] == frames - rate
+    assert "is not inside its 3.337 s" in found[f"{path}#1-{counted + 0.1}"]["reason"]

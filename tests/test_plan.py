@@ -182,10 +182,10 @@ def test_a_missing_plan_names_its_command(tmp_path: Path) -> None:
 
 def test_an_end_rounded_past_the_file_is_its_end(tmp_path: Path) -> None:
     soundfile.write(tmp_path / "a.wav", np.zeros(9_996, np.float32), 10_000)
-    asked = [{"path": str(tmp_path / "a.wav"), "start": 0.5, "end": end} for end in (1.0, 1.01, 0.50001)]
+    asked = [{"path": str(tmp_path / "a.wav"), "start": 0.5, "end": end} for end in (1.0, 1.12, 0.50001)]
     near, far, nothing = measure(pa.Table.from_pylist(asked, FOUND_SCHEMA)).to_pylist()
     assert (near["problem"], near["first_frame"], near["frames"]) == (None, 5_000, 4_996)
-    assert far["problem"] == "0.5 … 1.01 s is not inside its 0.9996 s, or holds no sample"
+    assert far["problem"] == "0.5 … 1.12 s is not inside its 0.9996 s, or holds no sample"
     assert nothing["problem"] == "0.5 … 0.50001 s is not inside its 0.9996 s, or holds no sample"
 
 
