@@ -30,7 +30,7 @@ def inspect(settings: InspectSettings) -> None:
         click.echo(f"{settings.picture}")
     if path.is_dir():
         inside = [path / INDEX_NAME, path / "shards" / INDEX_NAME]
-        _unfinished(path)
+        _unfinished(path, settings.rows)
         path = next((file for file in inside if file.exists()), path)
     if (path / PLAN_NAME).exists():
         return
@@ -42,8 +42,10 @@ def inspect(settings: InspectSettings) -> None:
         raise UserError(f"{settings.path}: expected a .parquet or .tar of ours, or a folder with {INDEX_NAME}")
 
 
-def _unfinished(work: Path) -> None:
-    """Says what of a work folder's plan its index does not hold yet; without an index, what became of it so far."""
+def _unfinished(work: Path, rows: int) -> None:
+    """Says what of a work folder's plan its index does not hold yet; without an index, what became of it so far, and
+    `rows` of the recordings that failed.
+    """
     path, index = work / PLAN_NAME, work / "shards" / INDEX_NAME
     if not path.exists():
         return
@@ -56,11 +58,16 @@ def _unfinished(work: Path) -> None:
     stages = [[work / stage / name for name in shards] for stage in ("shards", "codes")]
     targets, codes = (sum(table.exists() for table in tables) for tables in stages)
     click.echo(f"{path}: {planned} segments in {len(shards)} shards; codes of {codes}, targets of {targets}")
-    statuses = Statuses()
+    statuses, failed = Statuses(), list[dict[str, Any]]()
     for either in zip(*stages, strict=True):
         if made := next((table for table in either if table.exists()), None):
-            statuses.add(read_table(made, columns=COLUMNS))
+            table = read_table(made, columns=COLUMNS)
+            statuses.add(table)
+            bad = table.filter(pc.field("status").isin([FAILED, REJECTED]))
+            bad = bad.group_by(["recording", "status", "reason"], use_threads=False).aggregate([])
+            failed += bad.slice(0, rows - len(failed)).to_pylist()
     _statuses(statuses)
+    _rows(failed)
 
 
 def _table(path: Path, rows: int) -> None:

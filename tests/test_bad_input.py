@@ -109,6 +109,15 @@ def test_every_file_ends_in_a_row_with_codes_or_a_reason(stage: str, outcome: tu
         assert all(re.search(reason, row["reason"]) and not row[content] for row in rows[name]), (name, rows[name])
 
 
+def test_each_bad_file_is_named_before_there_is_an_index(mixed: Path, tmp_path: Path) -> None:
+    """That is where a run ends with too many of them."""
+    work = tmp_path / "work"
+    assert in_process(codes_words(mixed, work, "max_failed_fraction=0.01")).exit_code == 1
+    for rows, named in ((1000, len([fate for fate, _ in BAD.values() if fate == FAILED])), (2, 2), (0, 0)):
+        found = in_process(["inspect", f"path={work}", f"rows={rows}"]).stdout
+        assert len(re.findall(r"^  recording=bad/.*, status=failed, reason=\S", found, re.MULTILINE)) == named, found
+
+
 def test_what_is_no_recording_by_its_name_is_counted(outcome: tuple[Path, str]) -> None:
     assert "ignored: 1 × .txt\n" in outcome[1]
 
