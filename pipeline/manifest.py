@@ -7,6 +7,7 @@ import math
 import posixpath
 from collections import Counter
 from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import IO, Any
 
@@ -68,7 +69,18 @@ def read_manifest(path: Location) -> tuple[dict[str, list[Any]], Counter[str]]:
 
 def _joined(folder: str, name: str) -> str:
     path = name if "://" in name else posixpath.join(folder, name)
-    return path if "://" in path else posixpath.normpath(path)
+    if "://" in path:
+        return path
+    if "/../" in path and "\0" not in path:
+        path = posixpath.join(_without_dots(posixpath.dirname(path)), posixpath.basename(path))
+    return posixpath.normpath(path)
+
+
+@lru_cache(maxsize=1 << 16)
+def _without_dots(folder: str) -> str:
+    """As it is written but for "..", unless that leads elsewhere: behind a link it is the parent of the link's end."""
+    normal, real = posixpath.normpath(folder), posixpath.realpath(folder)
+    return normal if posixpath.realpath(normal) == real else real
 
 
 def _check(path: Location, table: pa.Table) -> None:

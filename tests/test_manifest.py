@@ -209,3 +209,14 @@ def test_an_end_by_the_frames_of_an_mp3_is_the_files(tmp_path: Path) -> None:
     frames = soundfile.info(path).frames
     assert found[f"{path}#1-{counted}"]["frames"] == frames - rate
     assert "is not inside its 3.337 s" in found[f"{path}#1-{counted + 0.1}"]["reason"]
+
+
+def test_the_parent_of_a_link_is_that_of_its_end(tmp_path: Path) -> None:
+    """As the system has it; by the letters of its path, another file would be taken."""
+    (tmp_path / "far" / "deep").mkdir(parents=True)
+    (tmp_path / "near" / "own").mkdir(parents=True)
+    (tmp_path / "near" / "link").symlink_to(tmp_path / "far" / "deep")
+    rows = ["link/../a.wav", "own/../a.wav", "../near/./own//b.wav", "link/c.wav"]
+    columns, _ = read_manifest(write(tmp_path / "near", rows, "path"))
+    expected = ["far/a.wav", "near/a.wav", "near/own/b.wav", "near/link/c.wav"]
+    assert columns["path"] == [str(tmp_path / path) for path in expected]
