@@ -93,16 +93,16 @@ def test_a_wrong_model_is_one_line(untrained: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
-def test_a_wav_is_not_written_under_another_name(model: Path, tmp_path: Path) -> None:
+def test_a_wav_is_not_written_under_another_name(untrained: Path, tmp_path: Path) -> None:
     (tmp_path / "a.npy").write_bytes(npy_bytes(GOOD))
-    code, output = call("decode", f"model={model}", f"input={tmp_path / 'a.npy'}", f"output={tmp_path / 'a.mp3'}")
+    code, output = call("decode", f"model={untrained}", f"input={tmp_path / 'a.npy'}", f"output={tmp_path / 'a.mp3'}")
     assert (code, output) == (1, f"error: output={tmp_path / 'a.mp3'}: what is written is a WAV; name it a.wav\n")
     assert [path.name for path in tmp_path.iterdir()] == ["a.npy"]
 
 
-def test_a_checkpoint_whose_snac_is_gone_names_the_setting(model: Path, tmp_path: Path) -> None:
+def test_a_checkpoint_whose_snac_is_gone_names_the_setting(untrained: Path, tmp_path: Path) -> None:
     path = tmp_path / "moved.pt"
-    torch.save({**checkpoint.load(model), "snac": "was/here"}, path)
+    torch.save({**checkpoint.load(untrained), "snac": "was/here"}, path)
     (tmp_path / "a.npy").write_bytes(npy_bytes(GOOD))
     code, output = call("decode", f"model={path}", f"input={tmp_path / 'a.npy'}")
     assert code == 1
