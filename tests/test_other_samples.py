@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -51,6 +52,18 @@ def test_other_samples_are_refused_with_the_way_on(work: Path, run: Path, tmp_pa
         Trainer(train_settings(less, run, resume="other_samples", seed=1), CPU)
 
 
+def test_targets_by_another_teacher_are_other_samples(work: Path, run: Path) -> None:
+    """Of the same plan, so that keys and lengths are the same."""
+    path = checkpoint.step_path(run, 6)
+    state = checkpoint.load(path)
+    checkpoint.save(path, {**state, "data": {**state["data"], "teacher": "sidon: another"}})
+    with pytest.raises(UserError, match=r"teacher is sidon: another, now recording; .* or with resume=other_samples"):
+        Trainer(train_settings(work, run), CPU)
+    training = Trainer(train_settings(work, run, resume="other_samples"), CPU)
+    assert training.data["former_samples"]["until step 6"]["teacher"] == "sidon: another"
+    assert math.isinf(training.best), "what validated on other targets is not compared"
+
+
 def test_a_run_goes_on_with_other_samples(
     work: Path, run: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -66,7 +79,9 @@ def test_a_run_goes_on_with_other_samples(
     whole = last_state(run)
     assert whole["step"] == 8
     assert whole["data"]["samples_sha256"] == after.samples_sha256
-    assert whole["data"]["former_samples"] == {"until step 6": before.samples_sha256}
+    assert whole["data"]["former_samples"] == {
+        "until step 6": {"samples": before.samples_sha256, "teacher": "recording"}
+    }
 
     checkpoint.remove(checkpoint.step_path(run, 8))  # killed before it was saved
     again = small_training(less, run, max_steps=8, resume="other_samples")

@@ -133,7 +133,7 @@ def test_another_snac_is_refused(work: Path, finished: Path, resume: str) -> Non
     training = Trainer(settings, CPU)
     other = {**training.weights.sha256, "pytorch_model.bin": "of another"}
     with pytest.raises(UserError, match=r"other settings or data: snac: pytorch_model.bin is \w{64}, now of another"):
-        newest_state(settings, training.data["samples_sha256"], other)
+        newest_state(settings, training.data, other)
 
 
 def test_what_only_steps_depend_on_may_change(work: Path, finished: Path) -> None:

@@ -78,7 +78,7 @@ class Trainer:
         self.begins_from = "begins from the warm start"
         self.data = self.corpus.provenance
 
-        state = newest_state(settings, self.data["samples_sha256"], self.weights.sha256)
+        state = newest_state(settings, self.data, self.weights.sha256)
         if state is None:  # a run that goes on may end sooner than was planned
             check_that_the_decoder_learns(settings, self.phase1_steps, self.total_steps)
         else:  # what is written down of it stays true

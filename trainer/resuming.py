@@ -26,8 +26,8 @@ FREE_TO_CHANGE = {  # settings that may differ between a run and its resumption
 }  # fmt: skip
 
 
-def newest_state(settings: TrainSettings, samples_sha256: str, snac_sha256: dict[str, str]) -> dict[str, Any] | None:
-    """The newest checkpoint of this run, if it may and can be resumed; None where training begins."""
+def newest_state(settings: TrainSettings, data: dict[str, Any], snac_sha256: dict[str, str]) -> dict[str, Any] | None:
+    """The newest checkpoint of this run, if it may and can be resumed with `data`; None where training begins."""
     run = settings.run
     newest, best = checkpoint.newest(run), checkpoint.folder(run) / checkpoint.BEST
     path = newest or best
@@ -43,29 +43,33 @@ def newest_state(settings: TrainSettings, samples_sha256: str, snac_sha256: dict
         )
     if newest and "optimizer" not in state:
         raise UserError(f"{path} holds no optimizer: it is no checkpoint to resume from")
-    then = {**state["settings"], "samples": state["data"].get("samples_sha256"), "snac": state["snac_sha256"]}
-    accepts_others = settings.resume == "other_samples"
-    samples = then["samples"] if accepts_others else samples_sha256
-    now = {**settings.model_dump(mode="json"), "samples": samples, "snac": snac_sha256}
+    before = _samples(state["data"])
+    samples = before if settings.resume == "other_samples" else _samples(data)
+    then = {**state["settings"], **before, "snac": state["snac_sha256"]}
+    now = {**settings.model_dump(mode="json"), **samples, "snac": snac_sha256}
     if changed := changes(then, now):
-        other = "" if samples == then["samples"] else ", or with resume=other_samples go on with what shards hold now"
+        other = "" if samples == before else ", or with resume=other_samples go on with what shards hold now"
         raise UserError(f"{path} cannot be resumed with other settings or data: {changed}; take another run={other}")
     return state if newest else None  # it ended before its first checkpoint: the same training begins anew
+
+
+def _samples(data: dict[str, Any]) -> dict[str, Any]:
+    return {"samples": data.get("samples_sha256"), "teacher": data.get("teacher")}
 
 
 def with_former_samples(data: dict[str, Any], state: dict[str, Any]) -> dict[str, Any]:
     """Where the data comes from that a checkpoint goes on with, and the samples before where they were others."""
     then: dict[str, Any] = state["data"]
     former = dict(then.get(FORMER_SAMPLES, {}))
-    if then.get("samples_sha256") != data["samples_sha256"]:
-        former[f"until step {state['step']}"] = then.get("samples_sha256")
+    if _samples(then) != _samples(data):
+        former[f"until step {state['step']}"] = _samples(then)
     return {**data, FORMER_SAMPLES: former} if former else data
 
 
 def judges_alike(settings: TrainSettings, data: dict[str, Any], state: dict[str, Any]) -> bool:
     """Whether the next validation can be compared with the best before."""
     same = all(state["settings"].get(name) == getattr(settings, name) for name in OF_JUDGING)
-    return same and state["data"].get("validation_sha256", data["validation_sha256"]) == data["validation_sha256"]
+    return same and all(state["data"].get(name, data[name]) == data[name] for name in ("validation_sha256", "teacher"))
 
 
 def check_that_all_begin_alike(process: Process, settings: TrainSettings, begins_with: dict[str, Any]) -> None:
