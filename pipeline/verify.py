@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -26,7 +26,7 @@ INDEX_BYTES = 8 << 30  # at most, of a remote one
 
 
 def verify(settings: VerifySettings) -> None:
-    """Prints each problem as one line. Raises ShardError when there was one."""
+    """Prints each problem as one line. Raises ShardError when there was one, unless damage is to be set aside."""
     folder = settings.shards
     sums, index = _index(folder)
     shards = shard_list(folder)
@@ -46,7 +46,7 @@ def verify(settings: VerifySettings) -> None:
             damaged += [place] if of_one else []
     found += _said(list(unlisted(folder, shards)))
     if damaged and settings.set_aside and isinstance(folder, Path):
-        set_aside(folder, damaged)
+        set_aside(folder, set(damaged))
         return
     if found:
         raise ShardError(
@@ -56,7 +56,7 @@ def verify(settings: VerifySettings) -> None:
     tqdm.write(f"{folder}: {len(shards)} shards are whole")
 
 
-def set_aside(folder: Path, damaged: Sequence[tuple[str, int]]) -> None:
+def set_aside(folder: Path, damaged: Set[tuple[str, int]]) -> None:
     """Writes an index of the other shards, then moves these. Raises ShardError where no other is left."""
     whole = [place for place in shard_list(folder) if place not in damaged]
     if not whole:

@@ -9,6 +9,8 @@ import re
 import socket
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +40,20 @@ def test_bytes_reach_the_disk_before_the_name_is_taken(tmp_path: Path, monkeypat
     assert calls == ["fsync file.tmp", "rename file", f"fsync {tmp_path.name}"]
 
 
+@contextmanager
+def another(program: str, path: Path, killed: bool) -> Iterator[None]:
+    """While another process is in the midst of writing `path`; then it is killed, or comes to its end."""
+    with subprocess.Popen(
+        [sys.executable, "-c", program, str(path)], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout
+        assert process.stdout.readline() == "writing\n"
+        yield
+        if killed:
+            process.kill()
+        process.communicate()
+
+
 WRITE = """
 import sys
 from pathlib import Path
@@ -52,17 +68,10 @@ with replacing(Path(sys.argv[1])) as temporary:
 @pytest.mark.parametrize("killed", [False, True])
 def test_one_process_at_a_time_writes_a_file(killed: bool, tmp_path: Path) -> None:
     path = tmp_path / "file"
-    with subprocess.Popen(
-        [sys.executable, "-c", WRITE, str(path)], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    ) as other:
-        assert other.stdout
-        assert other.stdout.readline() == "writing\n"
+    with another(WRITE, path, killed):
         with pytest.raises(UserError, match="file: another process is writing it"), replacing(path):
             pass
         assert not path.exists()
-        if killed:
-            other.kill()
-        other.communicate()
     assert path.exists() != killed
     with replacing(path) as temporary:
         temporary.write_text("second")
@@ -76,7 +85,7 @@ from shards.files import new_folder
 with new_folder(Path(sys.argv[1])) as made:
     made.mkdir()
     (made / "first").touch()
-    print("making", flush=True)
+    print("writing", flush=True)
     sys.stdin.read()
 """
 
@@ -84,17 +93,10 @@ with new_folder(Path(sys.argv[1])) as made:
 @pytest.mark.parametrize("killed", [False, True])
 def test_one_process_at_a_time_makes_a_folder_and_a_killed_one_leaves_nothing(killed: bool, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    with subprocess.Popen(
-        [sys.executable, "-c", MAKE, str(out)], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    ) as other:
-        assert other.stdout
-        assert other.stdout.readline() == "making\n"
+    with another(MAKE, out, killed):
         with pytest.raises(UserError, match="another process is writing here"), new_folder(out):
             pass
         assert not out.exists()
-        if killed:
-            other.kill()
-        other.communicate()
     if killed:
         with new_folder(out) as made:
             made.mkdir()
