@@ -26,7 +26,7 @@ INDEX_BYTES = 8 << 30  # at most, of a remote one
 
 
 def verify(settings: VerifySettings) -> None:
-    """Prints each problem as one line. Raises ShardError when there was one, unless damage is to be set aside."""
+    """Prints each problem as one line. Raises ShardError when there was one, unless it is set aside."""
     folder = settings.shards
     sums, index = _index(folder)
     shards = shard_list(folder)
@@ -44,10 +44,10 @@ def verify(settings: VerifySettings) -> None:
         for place, of_one in zip(shards, bar, strict=True):
             found += _said(of_one)
             damaged += [place] if of_one else []
-    found += _said(list(unlisted(folder, shards)))
+    strangers = _said(list(unlisted(folder, shards)))
     if damaged and settings.set_aside and isinstance(folder, Path):
-        set_aside(folder, set(damaged))
-        return
+        found, shards = 0, set_aside(folder, set(damaged))
+    found += strangers
     if found:
         raise ShardError(
             f"{found} problem(s) in {len(shards)} shards: delete what is damaged, run `just shard-targets`; where its "
@@ -56,8 +56,8 @@ def verify(settings: VerifySettings) -> None:
     tqdm.write(f"{folder}: {len(shards)} shards are whole")
 
 
-def set_aside(folder: Path, damaged: Set[tuple[str, int]]) -> None:
-    """Writes an index of the other shards, then moves these. Raises ShardError where no other is left."""
+def set_aside(folder: Path, damaged: Set[tuple[str, int]]) -> list[tuple[str, int]]:
+    """Writes an index of the other shards, then moves these; returns the others. Raises ShardError without any."""
     whole = [place for place in shard_list(folder) if place not in damaged]
     if not whole:
         raise ShardError(f"{folder}: no shard is whole, and nothing was set aside")
@@ -72,6 +72,7 @@ def set_aside(folder: Path, damaged: Set[tuple[str, int]]) -> None:
         f"{len(damaged)} of {len(damaged) + len(whole)} shards are in {folder / DAMAGED} and no longer in the index: a "
         "training goes on with resume=other_samples; `just shard-targets` makes them anew from their recordings"
     )
+    return whole
 
 
 def _index(folder: Location) -> tuple[dict[str, str], Path | Fetched]:

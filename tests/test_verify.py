@@ -88,6 +88,15 @@ def test_what_is_damaged_can_be_set_aside(work: Path, shards: Path) -> None:
     assert read_metadata(shards / "index.parquet") == read_metadata(work / "shards" / "index.parquet")
 
 
+def test_what_else_is_wrong_is_an_error_beside_what_is_set_aside(shards: Path) -> None:
+    compact(shards, shard_list(shards)[1:])
+    (shards / "train" / "000001.tar").unlink()
+    aside = run_command("pipeline", "verify", f"shards={shards}", "set_aside=true")
+    assert aside.returncode == 1
+    assert "1 of 3 shards are in" in aside.stdout
+    assert "error: 2 problem(s) in 2 shards" in aside.stderr
+
+
 def test_where_nothing_is_whole_nothing_is_set_aside(shards: Path) -> None:
     for tar in shards.glob("*/*.tar"):
         os.truncate(tar, 100)
