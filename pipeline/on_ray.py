@@ -1,45 +1,49 @@
-"""Shards on Ray: a pool of Ray Data actors, one row per shard. A Ray of its own on this machine, or a cluster's.
+"""Shards on Ray: actors that make one shard after the other. A Ray of its own on this machine, or a cluster's.
 
 The nodes of a cluster need this repository under the same path, and the same files: a work folder that they share, or
-a URL. An actor that dies is started again by Ray and its shard with it; an exception inside one would end Ray's
-whole job, so actors answer with what went wrong instead.
+a URL. An actor gets a shard only when Ray has found a place for it; where one dies, another is started, and its shard
+comes first again. These are plain actors and not Ray Data's: a run that ended early left a thread of Ray Data behind,
+and when it touched Ray once more, Ray ended the process before it could say why.
 """
 
 from __future__ import annotations
 
 import logging
 import os
+from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from pipeline.execute import FATAL, Progress, attempt, described
-from pipeline.processes import answer
+from pipeline.processes import MAX_DEATHS, answer
 from pipeline.settings import ExecutionSettings
 from pipeline.stage import Stage
 from shards.errors import UserError, first_line
 
 ROOT = Path(__file__).parent.parent
-RETRIES = 3  # of a shard whose actor died, each by an actor that is started again
 
 
 class Maker:
-    """What an actor does with a shard's number. The stage is built once, by the first."""
+    """An actor: makes the shards whose numbers it is given. The stage is built once, for the first."""
 
     def __init__(self, kind: type[Stage], settings: Any) -> None:
         self._kind, self._settings = kind, settings
         self._stage: Stage | None = None
 
-    def __call__(self, row: dict[str, int]) -> dict[str, int | str]:
-        number = int(row["number"])
+    def ready(self) -> None:
+        """Answers as soon as Ray has found a place for it."""
+
+    def make(self, number: int) -> tuple[str | None, str]:
+        """→ what kept this shard from being made, and what concerns the whole run."""
         try:
             if self._stage is None:
                 _use_cores_of_its_gpu()
                 self._stage = self._kind(self._settings)
-            return {"number": number, "problem": attempt(self._stage, number, lambda seconds: None) or "", "fatal": ""}
+            return attempt(self._stage, number, lambda seconds: None), ""
         except FATAL as error:
-            return {"number": number, "problem": "", "fatal": described(error)}
+            return None, described(error)
 
 
 def _use_cores_of_its_gpu() -> None:
@@ -70,35 +74,44 @@ def ask(kind: type[Stage], settings: ExecutionSettings) -> Any:
 
 def actors(stage: Stage, numbers: Sequence[int], progress: Progress) -> None:
     """Makes these shards. Raises UserError for what an actor says concerns the whole run, or when Ray gives up."""
-    settings = stage.settings
-    on_gpu = settings.gpu != "cpu"
+    settings, on_gpu = stage.settings, stage.settings.gpu != "cpu"
     with _connected(settings):
         import ray
-        import ray.data
 
         size = settings.workers or (int(ray.cluster_resources().get("GPU", 0)) if on_gpu else 1)
-        left = list(numbers)
-        for attempts_left in reversed(range(RETRIES + 1)):
-            rows = ray.data.from_items([{"number": n} for n in left], override_num_blocks=len(left)).map(
-                Maker,
-                fn_constructor_args=(type(stage), _of_one(settings)),
-                compute=ray.data.ActorPoolStrategy(size=min(size, len(left))),
-                num_gpus=1 if on_gpu else 0,
-                num_cpus=1,
-                max_task_retries=RETRIES,
-            )
+        maker = ray.remote(num_cpus=1, num_gpus=1 if on_gpu else 0)(Maker)
+        waiting, deaths = deque(numbers), Counter[int | None]()
+        busy: dict[Any, tuple[Any, int | None]] = {}  # answer to come → the actor, and the shard that it makes
+
+        def start() -> None:
+            actor = maker.remote(type(stage), _of_one(settings))
+            busy[actor.ready.remote()] = actor, None
+
+        for _ in range(min(size, len(numbers))):
+            start()
+        while waiting or any(number is not None for _, number in busy.values()):
+            (came,), _ = ray.wait(list(busy))
+            actor, number = busy.pop(came)
             try:
-                for row in rows.iter_rows():
-                    if row["fatal"]:
-                        raise UserError(row["fatal"])
-                    left.remove(row["number"])
-                    progress.finish(row["number"], row["problem"] or None)
-                return
-            except ray.exceptions.RayError as error:  # Ray does not retry a task whose actor died at a bad moment
-                if not left:
-                    return
-                if not attempts_left:
+                answered = ray.get(came)
+            except ray.exceptions.RayError as error:  # it died, or its node
+                ray.kill(actor)
+                deaths[number] += 1
+                if deaths[number] == MAX_DEATHS:
                     raise UserError(f"Ray gave up: {first_line(error)}; the same command goes on") from error
+                if number is not None:
+                    waiting.appendleft(number)
+                start()
+                continue
+            del deaths[number]
+            if number is not None:
+                problem, fatal = answered
+                if fatal:
+                    raise UserError(fatal)
+                progress.finish(number, problem)
+            if waiting:
+                number = waiting.popleft()
+                busy[actor.make.remote(number)] = actor, number
 
 
 @contextmanager
@@ -107,20 +120,15 @@ def _connected(settings: ExecutionSettings) -> Iterator[None]:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # Ray tells its makers nothing
     try:
         import ray
-        import ray.data
     except ImportError as error:
         raise UserError(f"execute=ray: {error}: `just extras` installs Ray") from error
 
-    environment = {"env_vars": {"PYTHONPATH": str(ROOT), "RAY_DATA_DISABLE_PROGRESS_BARS": "1"}}
-    logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # what it would say of an end on purpose, we say
+    environment = {"env_vars": {"PYTHONPATH": str(ROOT)}}
     try:
         ray.init(settings.ray_address, runtime_env=environment, log_to_driver=False, logging_level=logging.ERROR)
     except Exception as error:  # Ray raises its own, gRPC's and the system's kinds
         ray.shutdown()  # half connected is possible
         raise UserError(f"ray_address={settings.ray_address}: {first_line(error)}") from error
-    context = ray.data.DataContext.get_current()
-    context.enable_progress_bars = False
-    context.execution_options.preserve_order = False
     try:
         if settings.gpu != "cpu" and not ray.cluster_resources().get("GPU"):
             raise UserError("execute=ray: the cluster has no GPU; gpu=cpu runs on its CPUs")

@@ -14,13 +14,16 @@ import psutil
 import pytest
 
 from pipeline.codes import shard_codes
+from pipeline.on_ray import actors
 from pipeline.settings import CalibrateSettings
+from pipeline.stage import Stage
 from pipeline.targets import shard_targets
 from shards.contract import PLAN_NAME
+from shards.errors import UserError
 from tests.command_helpers import refused, targets_words
 from tests.helpers import codes_settings, targets_settings
 from tests.test_calibrate import assert_same_without_a_model, coded, settings, standin
-from tests.test_execute import SMALL, same, whole
+from tests.test_execute import SMALL, Fatal, made, progress_of, same, small, whole
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::ResourceWarning"),  # Ray leaves sockets and processes to the collector
@@ -28,7 +31,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::FutureWarning"),
     pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
 ]
-__all__ = ["coded", "settings", "standin", "whole"]
+__all__ = ["coded", "settings", "small", "standin", "whole"]
 
 ray = pytest.importorskip("ray", reason="Ray is not installed (just extras)")
 
@@ -57,11 +60,11 @@ def cluster() -> Iterator[Any]:
 
 
 def pool() -> list[psutil.Process]:
-    """The actors of Ray Data, by the titles that Ray gives its processes."""
+    """The actors, by the titles that Ray gives its processes."""
     found = []
     for process in psutil.Process().children(recursive=True):
         with suppress(psutil.Error, IndexError):
-            if "MapWorker" in process.cmdline()[0]:
+            if "Maker" in process.cmdline()[0]:
                 found.append(process)
     return found
 
@@ -124,3 +127,10 @@ def test_what_an_actor_refuses_is_one_line(cluster: Any, whole: Path, tmp_path: 
 def test_a_cluster_that_is_not_there_is_one_line(whole: Path, tmp_path: Path) -> None:
     work = Path(shutil.copytree(whole, tmp_path / "work", ignore=shutil.ignore_patterns("shards")))
     refused(targets_words(work, "execute=ray", "ray_address=nowhere"), "ray_address=nowhere: ")
+
+
+def test_a_shard_that_keeps_killing_ends_the_run(cluster: Any, small: Callable[..., Stage]) -> None:
+    stage = small(Fatal, "die", "execute=ray", f"ray_address={cluster.address}", "workers=1")
+    with pytest.raises(UserError, match=r"Ray gave up: .*; the same command goes on"):
+        actors(stage, range(len(stage.plan.shards)), progress_of(stage))
+    assert made(stage) == {0}
