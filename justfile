@@ -110,9 +110,9 @@ check: _env
     @{{ python }} -m ruff check .
     @{{ python }} -m mypy
 
-# the tests, in two processes (up to 3 GB each)
+# the tests, in two processes (up to 3 GB each); one that dies ends them: xdist would wait for its files for ever
 test *args: _env
-    @exec {{ python }} -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder "$@"
+    @exec {{ python }} -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder --max-worker-restart 0 "$@"
 
 # kills, damage and strange input, many times over: just torture --times 20 (hours)
 torture *args="--times 10": _env

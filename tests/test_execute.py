@@ -11,8 +11,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -133,20 +133,25 @@ def made(stage: Stage) -> set[int]:
     return {int(path.name) for path in stage.folder.iterdir() if path.name.isdigit()}
 
 
-def killing(find: Callable[[], int | None], times: int) -> list[int]:
+@contextmanager
+def killing(find: Callable[[], int | None], times: int) -> Iterator[list[int]]:
     """Kills the process that `find` finds, a few times; the list grows as it does."""
-    killed = list[int]()
+    killed, over = list[int](), threading.Event()
 
     def kill() -> None:
-        while len(killed) < times:
+        while len(killed) < times and not over.wait(0.005):
             pid = find()
             if pid is not None and pid not in killed:
                 os.kill(pid, signal.SIGKILL)
                 killed.append(pid)
-            time.sleep(0.005)
 
-    threading.Thread(target=kill, daemon=True).start()
-    return killed
+    thread = threading.Thread(target=kill)
+    thread.start()
+    try:
+        yield killed
+    finally:
+        over.set()  # other tests' processes are not its affair
+        thread.join()
 
 
 def test_a_killed_process_loses_nothing(small: Callable[..., Stage]) -> None:
@@ -159,8 +164,9 @@ def test_a_killed_process_loses_nothing(small: Callable[..., Stage]) -> None:
         lines = [line.split() for line in begun.read_text().splitlines()] if begun.exists() else []
         return next((int(pid) for number, pid in lines[::-1] if int(number) not in made(stage)), None)
 
-    killed, progress = killing(busy, 2), progress_of(stage)
-    processes(stage, range(len(stage.plan.shards)), progress)
+    progress = progress_of(stage)
+    with killing(busy, 2) as killed:
+        processes(stage, range(len(stage.plan.shards)), progress)
     progress.close()
     progress.check()
     assert len(killed) == 2
@@ -212,9 +218,9 @@ def test_killed_with_its_processes_and_without_them(recordings: Path, whole: Pat
                     return process.pid
         return None
 
-    killed = killing(busy, 2)
-    shard_codes(codes_settings(recordings, work, SMALL, "workers=2"))
-    shard_targets(targets_settings(work, "workers=2"))
+    with killing(busy, 2) as killed:
+        shard_codes(codes_settings(recordings, work, SMALL, "workers=2"))
+        shard_targets(targets_settings(work, "workers=2"))
     assert killed
     same(work, whole)
 
