@@ -32,11 +32,10 @@ class Maker:
         self._kind, self._settings = kind, settings
         self._stage: Stage | None = None
 
-    def ready(self) -> None:
-        """Answers as soon as Ray has found a place for it."""
-
-    def make(self, number: int) -> tuple[str | None, str]:
-        """→ what kept this shard from being made, and what concerns the whole run."""
+    def make(self, number: int | None) -> tuple[str | None, str]:
+        """→ what kept this shard from being made, and what concerns the whole run; to None, that it has a place."""
+        if number is None:
+            return None, ""
         try:
             if self._stage is None:
                 _use_cores_of_its_gpu()
@@ -83,17 +82,16 @@ def actors(stage: Stage, numbers: Sequence[int], progress: Progress) -> None:
         waiting, deaths = deque(numbers), Counter[int | None]()
         busy: dict[Any, tuple[Any, int | None]] = {}  # answer to come → the actor, and the shard that it makes
 
-        def start() -> None:
-            actor = maker.remote(type(stage), _of_one(settings))
-            busy[actor.ready.remote()] = actor, None
+        def give(actor: Any, number: int | None) -> None:
+            busy[actor.make.remote(number)] = actor, number
 
         for _ in range(min(size, len(numbers))):
-            start()
+            give(maker.remote(type(stage), _of_one(settings)), None)
         while waiting or any(number is not None for _, number in busy.values()):
             (came,), _ = ray.wait(list(busy))
             actor, number = busy.pop(came)
             try:
-                answered = ray.get(came)
+                problem, fatal = ray.get(came)
             except ray.exceptions.RayError as error:  # it died, or its node
                 ray.kill(actor)
                 deaths[number] += 1
@@ -101,17 +99,15 @@ def actors(stage: Stage, numbers: Sequence[int], progress: Progress) -> None:
                     raise UserError(f"Ray gave up: {first_line(error)}; the same command goes on") from error
                 if number is not None:
                     waiting.appendleft(number)
-                start()
+                give(maker.remote(type(stage), _of_one(settings)), None)
                 continue
             del deaths[number]
+            if fatal:
+                raise UserError(fatal)
             if number is not None:
-                problem, fatal = answered
-                if fatal:
-                    raise UserError(fatal)
                 progress.finish(number, problem)
             if waiting:
-                number = waiting.popleft()
-                busy[actor.make.remote(number)] = actor, number
+                give(actor, waiting.popleft())
 
 
 @contextmanager
