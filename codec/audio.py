@@ -27,6 +27,8 @@ EXTENSIONS = {".wav", ".flac", ".ogg", ".oga", ".mp3", ".opus"}  # of the files 
 DECODED = ".48k.wav"  # how names end that `just decode` gives: they are no recordings
 MIN_RATE, MAX_RATE = 8_000, 192_000
 BLOCK_FRAMES = 1 << 16
+AUDIBLE = 1e-5  # mean square of a block: −50 dB
+LEFT_OF_OPPOSITES = 0.01  # of the channels' energy, in their mean: their correlation is below −0.98
 MAX_HELD_FRAMES = 1 << 22  # that a decoder keeps: 87 s at 48 kHz, 16 MB
 DECODERS = 3  # of one file: a long recording is surveyed, heard by a model and cut
 SEEKABLE = {"WAV", "WAVEX", "RF64", "W64", "FLAC", "AIFF"}  # formats in which seeking is exact and quick
@@ -85,7 +87,9 @@ class Decoder:
         if not self._kept_from <= a <= self.position:
             self._go_to(a)
         while self.position < b:
-            self._keep(_mono(self._next(b)))
+            block = self._next(b)
+            with self._ending():
+                self._keep(_mono(block, (self.position - len(block)) / self._file.samplerate))
         start, pieces = self._kept_from, list[Samples]()
         for block in self._kept:
             pieces.append(block[max(a - start, 0) : max(b - start, 0)])
@@ -260,11 +264,16 @@ def _read(file: soundfile.SoundFile, position: int, frames: int) -> npt.NDArray[
     return block
 
 
-def _mono(block: npt.NDArray[np.float32]) -> Samples:
+def _mono(block: npt.NDArray[np.float32], seconds: float) -> Samples:
+    """The channels' mean. Raises AudioError where they are one sound in opposite phase: that is silence."""
     if block.shape[1] == 1:
         return block[:, 0]
-    with np.errstate(invalid="ignore"):  # whoever uses it looks for NaN
-        return block.mean(axis=1, dtype=np.float64).astype(np.float32)
+    with np.errstate(invalid="ignore", over="ignore"):  # whoever uses it looks for NaN
+        mean: Samples = block.mean(axis=1, dtype=np.float64).astype(np.float32)
+        energy = np.vdot(block, block) / block.size
+        if energy > AUDIBLE and np.vdot(mean, mean) < LEFT_OF_OPPOSITES * energy * len(mean):
+            raise AudioError(f"its channels cancel each other near {seconds:.3f} s: keep one of them alone")
+    return mean
 
 
 def _reason(error: Exception) -> str:

@@ -12,7 +12,7 @@ import soundfile
 import torch
 import torchaudio
 
-from codec.audio import BLOCK_FRAMES, AudioError, Header, Recording, Samples, output_length, probe
+from codec.audio import BLOCK_FRAMES, AudioError, File, Header, Recording, Samples, output_length, probe
 from codec.resample import BETA, KERNEL_WIDTH, ROLLOFF, Resampler, sinc_resampler
 from tests.helpers import speechlike
 
@@ -112,6 +112,22 @@ def test_part_of_a_file_is_a_recording_of_its_own(
     np.testing.assert_allclose(whole(path, 24_000, first, frames), whole(alone, 24_000), rtol=0, atol=1e-6)
     part = Recording(path, probe(path), first, frames)
     assert np.array_equal(np.concatenate(list(part.blocks())), decoded)
+
+
+def test_channels_that_cancel_each_other_are_a_reason(tmp_path: Path) -> None:
+    """For the stretches where they do; quiet rooms and wide sounds do not."""
+    audio, other, n = noise(6 * BLOCK_FRAMES), noise(6 * BLOCK_FRAMES, 1), 2 * BLOCK_FRAMES
+    right = np.concatenate([other[:n], -audio[n : 2 * n], audio[2 * n :]])
+    stereo = np.stack([audio, right], axis=1)
+    path = write(tmp_path / "a.wav", stereo, 24_000)
+    file = File(path, probe(path))
+    before = list(Recording(path, file.header, 0, n, file).blocks())
+    with pytest.raises(AudioError, match=r"^its channels cancel each other near 5\.461 s: keep one of them alone$"):
+        list(Recording(path, file.header, n, n, file).blocks())
+    behind = list(Recording(path, file.header, 2 * n, n, file).blocks())
+    assert sum(map(len, before)) == sum(map(len, behind)) == n
+    quiet = write(tmp_path / "quiet.wav", np.stack([0.01 * audio, -0.01 * audio], axis=1), 24_000)
+    assert not whole(quiet, 24_000).any()
 
 
 def test_channels_are_averaged(tmp_path: Path) -> None:
