@@ -193,13 +193,28 @@ def test_the_high_bands_level_has_a_floor() -> None:
 
 def test_silence_says_nothing() -> None:
     voice, silence = synthesize(0, 0, 1.0), np.zeros(TARGET_RATE, np.float32)
-    for measure in (signals.level_db, signals.lag_samples, signals.low_band_si_sdr_db):
+    for measure in (signals.lag_samples, signals.low_band_si_sdr_db):
         with pytest.raises(Undefined, match="output is silent"):
             measure(silence, voice)
+    for measure in (signals.level_db, signals.lag_samples, signals.low_band_si_sdr_db):
         with pytest.raises(Undefined, match="reference is silent"):
             measure(voice, silence)
+    assert score(voice, silence, ["high_band"])["undefined"] == ["high_band: the reference is silent"]
     for own in (signals.bandwidth_hz, signals.high_band_db):
-        with pytest.raises(Undefined, match="silent"):
-            own(silence)
         with pytest.raises(Undefined, match="fewer than a frame"):
             own(voice[35_000:36_000])
+
+
+def test_a_silent_output_counts() -> None:
+    """In level and bands it has their floors: a mean over the clips that sound would call a dumb decoder perfect."""
+    voice, silence = synthesize(0, 0, 1.0), np.zeros(TARGET_RATE, np.float32)
+    found = score(silence, voice, ["level", "high_band", "bandwidth"])
+    energy, share = signals.high_band_db(voice)
+    assert found == {
+        "level_db": pytest.approx(-120 - 10 * np.log10(np.square(voice, dtype=np.float64).mean())),
+        "high_band_level_db": pytest.approx(-120 - energy),
+        "high_band_share_db": -120,
+        "high_band_share_error_db": pytest.approx(-120 - share),
+        "bandwidth_hz": 0,
+        "undefined": [],
+    }

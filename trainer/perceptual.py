@@ -23,7 +23,7 @@ SPEECH_RATE = 16_000  # of PESQ-WB and DNSMOS
 
 def visqol(wav: Samples, reference: Samples) -> float:
     """ViSQOL v3 (arXiv 2004.09584), MOS-LQO of audio mode at 48 kHz with the SVR model; 4.73 for equal signals."""
-    check_sounds(wav, reference)
+    check_sounds(reference=reference, output=wav)
     try:
         result = _visqol().measure_from_arrays(reference.astype(np.float64), wav.astype(np.float64), TARGET_RATE)
     except ValueError as error:  # too short for a patch
@@ -35,7 +35,7 @@ def pesq_wb(wav: Samples, reference: Samples) -> float:
     """PESQ, wide band (ITU-T P.862.2), MOS-LQO of both resampled to 16 kHz; 4.64 for equal signals."""
     from pesq import BufferTooShortError, NoUtterancesError, pesq
 
-    check_sounds(wav, reference)
+    check_sounds(reference=reference, output=wav)
     try:
         return float(pesq(SPEECH_RATE, at_16_khz(reference), at_16_khz(wav), "wb"))
     except (BufferTooShortError, NoUtterancesError) as error:
@@ -46,7 +46,7 @@ def stoi(wav: Samples, reference: Samples) -> float:
     """STOI (Taal et al., 2011), 0 … 1; the package resamples to the 10 kHz that it is defined for."""
     from pystoi import stoi as measure
 
-    check_sounds(wav, reference)
+    check_sounds(reference=reference)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         try:

@@ -73,6 +73,7 @@ def _high_band(wav: Samples, reference: Samples) -> dict[str, float]:
     """Level: energy from 12 kHz on over the reference's, dB, both at least −120 dB re a full-scale sine. Share: of all
     energy, dB, at least −120; its error is that share less the reference's, which is also too large where the output
     is too quiet below 12 kHz."""
+    signals.check_sounds(reference=reference)
     energy, share = signals.high_band_db(wav)
     energy_there, share_there = signals.high_band_db(reference)
     return {

@@ -40,23 +40,24 @@ def rms_db(wav: Samples) -> float:
     return 20 * float(np.log10(max(np.sqrt(np.mean(np.square(wav, dtype=np.float64))), 1e-6)))
 
 
-def check_sounds(wav: Samples, reference: Samples) -> None:
-    """Raises Undefined where either is silent (RMS below −90 dB)."""
-    for name, signal in (("reference", reference), ("output", wav)):
+def check_sounds(**signals: Samples) -> None:
+    """Raises Undefined, with its name, for a signal that is silent (RMS below −90 dB)."""
+    for name, signal in signals.items():
         if rms_db(signal) < SILENT_DB:
             raise Undefined(f"the {name} is silent")
 
 
 def level_db(wav: Samples, reference: Samples) -> float:
-    """RMS over that of the reference, dB; 0 is right."""
-    check_sounds(wav, reference)
+    """RMS over that of the reference, dB; 0 is right. A silent output counts with its −120 dB: were it left out, a
+    decoder would gain by every clip in which it says nothing."""
+    check_sounds(reference=reference)
     return rms_db(wav) - rms_db(reference)
 
 
 def lag_samples(wav: Samples, reference: Samples) -> float:
     """Samples by which the output is late: the peak of the cross-correlation within ±50 ms, between samples by a
     parabola. Undefined where the normalised peak is below 0.3: re-synthesised speech has phases of its own."""
-    check_sounds(wav, reference)
+    check_sounds(reference=reference, output=wav)
     x, y = wav.astype(np.float64), reference.astype(np.float64)
     lag, correlation = _best_shift(x[None], y[None], MAX_LAG)
     if correlation < MIN_CORRELATION:
@@ -68,7 +69,7 @@ def envelope_lag_samples(wav: Samples, reference: Samples) -> float:
     """Samples by which the output is late, by what is heard and not by phase: within ±50 ms, to about half a
     millisecond. The shift at which the rises and falls of twelve bands (200 Hz to 10 kHz; power^0.25 of Hann 960 every
     millisecond) correlate best in sum."""
-    check_sounds(wav, reference)
+    check_sounds(reference=reference, output=wav)
     if len(wav) < N_FFT:
         raise Undefined(f"{len(wav)} samples are fewer than a frame of {N_FFT}")
     x, y = (_onsets(signal) for signal in (wav, reference))
@@ -111,7 +112,7 @@ def _best_shift(x_CN: Floats, y_CN: Floats, reach: int) -> tuple[float, float]:
 
 def low_band_si_sdr_db(wav: Samples, reference: Samples) -> float:
     """SI-SDR (Le Roux et al., 2019) of both resampled to 24 kHz, the codec's band, means removed; at most 100 dB."""
-    check_sounds(wav, reference)
+    check_sounds(reference=reference, output=wav)
     resample = sinc_resampler(2, 1)
     x, y = (resample(torch.from_numpy(signal)).double().numpy() for signal in (wav, reference))
     x, y = x - x.mean(), y - y.mean()
@@ -121,10 +122,11 @@ def low_band_si_sdr_db(wav: Samples, reference: Samples) -> float:
 
 
 def high_band_db(wav: Samples) -> tuple[float, float]:
-    """Energy from 12 kHz on, dB re a full-scale sine, and its share of all energy, dB; each at least −120."""
+    """Energy from 12 kHz on, dB re a full-scale sine, and its share of all energy, dB; each at least −120, as of
+    silence."""
     power = mean_power(wav)
     high, whole = power[FREQUENCIES_HZ >= SPLIT_HZ].sum(), power.sum()
-    energy, share = (10 * float(np.log10(max(ratio, RATIO_FLOOR))) for ratio in (high, high / whole))
+    energy, share = (10 * float(np.log10(max(ratio, RATIO_FLOOR))) for ratio in (high, high / max(whole, 1e-20)))
     return energy, share
 
 
@@ -146,8 +148,6 @@ def mean_power(wav: Samples) -> Floats:
 
     Frames that reach over the ends would see a cut there, which sounds at all frequencies.
     """
-    if rms_db(wav) < SILENT_DB:
-        raise Undefined("the signal is silent")
     if len(wav) < N_FFT:
         raise Undefined(f"{len(wav)} samples are fewer than a frame of {N_FFT}")
     window = torch.hann_window(N_FFT)
