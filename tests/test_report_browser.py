@@ -13,6 +13,7 @@ from typing import Any
 
 import matplotlib.image
 import pytest
+import scipy.stats
 import soundfile
 
 from benchmarks.browser import chromium
@@ -256,8 +257,11 @@ def test_a_blind_test_keeps_score_and_saves_it(page: Chrome) -> None:
         until(page, "!document.querySelector('.vote').disabled")
         until(page, "window.heard() > 0.001")
         keys(page, key)
+        assert not css(page, ".score").is_displayed(), "it would tell which was which"
+    css(page, "#blind-result summary").click()
     score = css(page, ".score").text
     page.refresh()
+    css(page, "#blind-result summary").click()
     assert css(page, ".score").text == score, "answers outlive the page"
     css(page, "#blind-csv").click()
     path = page.downloads / "blind_test.csv"  # type: ignore[attr-defined]
@@ -276,7 +280,9 @@ def test_a_blind_test_keeps_score_and_saves_it(page: Chrome) -> None:
     wins = {name: sum(row["preferred"] == name for row in rows) for name in ("stock", "target")}
     labels = {"stock": "stock 24 kHz + sinc", "target": "target: the recording"}
     counted = ", ".join(f"{label} {wins[name]}" for name, label in labels.items())
-    assert score.startswith(f"Preferred: {counted}; no difference 1 · sign test p = ")
+    by_clips = " to ".join(str(number) for number in wins.values())
+    p = scipy.stats.binomtest(wins["stock"], 3).pvalue
+    assert score == f"Preferred: {counted}; no difference 1 · by clips {by_clips}, sign test p = {p:.3f}"
     css(page, "#blind-reset").click()
     assert not page.find_elements("css selector", ".score")
 
@@ -298,6 +304,9 @@ def test_a_blind_test_takes_clips_that_hold_both_versions(page: Chrome, file: Pa
         keys(page, Keys.ARROW_LEFT)
     answers = page.execute_script("return JSON.parse(Object.values(localStorage)[0])")
     assert [answer["clip"] for answer in answers] == 3 * [held["clips"][0]["key"]]
+    css(page, "#blind-result summary").click()
+    score = css(page, ".score").text
+    assert score.endswith((" · by clips 1 to 0, sign test p = 1.000", " · by clips 0 to 1, sign test p = 1.000")), score
     css(page, "#blind-one option[value=warm_start]").click()
     css(page, "#blind-start").click()
     assert css(page, "#blind-state").text.startswith("Trial 4.")

@@ -94,21 +94,25 @@ function signTest(wins, losses) {
   return Math.min(1, 2 * tail);
 }
 
+/** Answers to one clip are not independent: it counts once, for the version that it had more answers for. */
 function showScore() {
   const pairs = new Map();
-  for (const { a, b, preferred } of answers) {
+  for (const { clip, a, b, preferred } of answers) {
     const pair = [a, b].sort();
     const key = JSON.stringify(pair);
-    const score = pairs.get(key) ?? { pair, wins: [0, 0], ties: 0 };
+    const score = pairs.get(key) ?? { pair, wins: [0, 0], ties: 0, lead: new Map() };
     if (preferred === "") score.ties += 1;
     else score.wins[pair.indexOf(preferred)] += 1;
+    score.lead.set(clip, (score.lead.get(clip) ?? 0) + (preferred === pair[0]) - (preferred === pair[1]));
     pairs.set(key, score);
   }
   const name = (system) => labels.get(system) ?? system;
-  const lines = [...pairs.values()].map(({ pair, wins, ties }) => {
-    const p = signTest(...wins);
+  const lines = [...pairs.values()].map(({ pair, wins, ties, lead }) => {
+    const clips = [1, -1].map((side) => [...lead.values()].filter((ahead) => side * ahead > 0).length);
+    const p = signTest(...clips);
     const text = `Preferred: ${name(pair[0])} ${wins[0]}, ${name(pair[1])} ${wins[1]}; no difference ${ties}`;
-    return element("p", { className: "score" }, `${text} · sign test p = ${p < 0.001 ? p.toExponential(1) : p.toFixed(3)}`);
+    const test = `by clips ${clips[0]} to ${clips[1]}, sign test p = ${p < 0.001 ? p.toExponential(1) : p.toFixed(3)}`;
+    return element("p", { className: "score" }, `${text} · ${test}`);
   });
   byId("blind-score").replaceChildren(...(lines.length ? lines : [element("p", { className: "note" }, "No answers yet.")]));
 }
@@ -146,6 +150,7 @@ function trialKey(key) {
 
 function start() {
   const differ = one.value !== two.value;
+  byId("blind-result").open = false;
   queue = shared();
   const ready = differ && queue.length > 0;
   byId("blind-trial").hidden = !ready;
