@@ -1,6 +1,6 @@
 """Which recipe gives the best 48 kHz voice? Stand-in SNAC, real speech, `teacher=recording`, voices held out.
 
-SPEECH/{letters,toys,channels}/LANGUAGE/… holds recordings; languages that the stand-in never heard are judged.
+SPEECH/{letters,toys,channels}/LANGUAGE/… holds recordings; folders that the stand-in never heard are judged.
 
 Recipes take turns of a few minutes, each at its own checkpoint, so the table means something after half an hour and
 more after hours: the same command goes on until every recipe has `steps`. It ends when `minutes` are over, and may be
@@ -28,7 +28,7 @@ from shards.files import replacing
 from trainer import checkpoint
 
 SNAC = "demo/snac_tiny_24khz"
-HELD_OUT = {"en_GB", "he", "hu", "sl", "el"}  # languages that neither the stand-in nor a decoder hears in training
+HELD_OUT = {"en_GB", "he", "hu", "sl", "el"}  # folders that neither the stand-in nor a decoder hears in training
 TURN_STEPS = 100
 ADVERSARIAL_FROM = 200  # steps of `mel`
 METRICS = "lsd,lsd_reached,mel,si_sdr,level,high_band,visqol"

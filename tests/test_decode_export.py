@@ -162,6 +162,12 @@ def test_the_card_says_what_it_is(run: Path, exported: Path, tmp_path: Path) -> 
     codec = load_codec(exported)
     published = replace(codec, provenance={**codec.provenance, "snac": "hubertsiuzdak/snac_24khz"})
     assert "\nbase_model: hubertsiuzdak/snac_24khz\n---\n" in snac_card(published, "a", True, None)
+    judged = replace(codec, provenance={**codec.provenance, "validation": {"lsd": 1.25}})
+    chosen = (
+        "never saw; by the same crops this step was chosen among others, which flatters it:\n\n| | |\n|-|-|\n| lsd |"
+    )
+    assert chosen in snac_card(judged, "a", True, None)
+    assert "chosen" not in card, "nothing was validated"
 
 
 def test_a_stream_writes_the_same_wav_and_reports_its_latency(run: Path, tmp_path: Path) -> None:

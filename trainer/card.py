@@ -37,7 +37,7 @@ Encoder and quantizer are those of {snac}, unchanged; the decoder has rates {rat
 
 ## Figures
 
-Validation on groups (speakers) that training never saw:
+Validation on groups (speakers) that training never saw{chosen}:
 
 {validation}
 
@@ -83,6 +83,7 @@ levels = {f"audio_codes.{level}": codes[level] for level in range(3)}  # int64 a
 
 Names are those of onnx-community/snac_24khz-ONNX. `encoder_model.onnx` takes `input_values` [B, 1, N] at 24 kHz, N a
 multiple of 2048. How far the files are from torch, half precision's too, stands in `parity.json`."""
+CHOSEN = "; by the same crops this step was chosen among others, which flatters it"
 STAND_IN = "\n**A stand-in**: its encoder and quantizer are not those of snac_24khz, and nor is its sound.\n"
 
 
@@ -110,6 +111,7 @@ def _card(codec: Codec48k, library: str, usage: str, license_name: str | None) -
         step=found.get("step", "an unknown number of"),
         provenance=PROVENANCE,
         settings=_table(found.get("settings")),
+        chosen=CHOSEN if found.get("validation") else "",
         validation=_table(found.get("validation")),
         license=f"New decoder: {_plain(license_name)}." if license_name else "New decoder: not stated by who made it.",
     )
