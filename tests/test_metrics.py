@@ -117,9 +117,16 @@ def test_the_lag_of_envelopes_does_not_need_phases(delay: int) -> None:
         signals.lag_samples(late, voice)
 
 
-def test_unrelated_waveforms_have_no_lag() -> None:
+@pytest.mark.parametrize("offset", [0.0, 3.0])
+def test_unrelated_waveforms_have_no_lag(offset: float) -> None:
+    """Also where both lie as far from zero."""
     with pytest.raises(Undefined, match="hardly correlate"):
-        signals.lag_samples(noise(1, 48_000), noise(2, 48_000))
+        signals.lag_samples(noise(1, 48_000) + np.float32(offset), noise(2, 48_000) + np.float32(offset))
+
+
+def test_polarity_is_no_lag() -> None:
+    voice = np.pad(synthesize(0, 0, 1.0), 2400)
+    assert signals.lag_samples(-np.roll(voice, 37), voice) == pytest.approx(37, abs=0.05)
 
 
 @pytest.mark.parametrize("snr_db", [0.0, 10.0, 30.0])

@@ -89,6 +89,15 @@ def test_dnsmos_is_that_of_16_khz(pair: tuple[Samples, Samples]) -> None:
 
 
 @pytest.mark.parametrize("name", ["visqol", "pesq", "stoi"])
+def test_level_is_not_heard(name: str, pair: tuple[Samples, Samples]) -> None:
+    for package in METRICS[name].packages:
+        pytest.importorskip(package, reason=EXTRA)
+    equal, quieter = (score(wav, pair[1], [name]) for wav in (pair[1], (0.1 * pair[1]).astype(np.float32)))
+    (column,) = METRICS[name].columns
+    assert quieter[column] == pytest.approx(equal[column], abs=1e-3)
+
+
+@pytest.mark.parametrize("name", ["visqol", "pesq", "stoi"])
 def test_silence_has_a_reason_not_a_value(name: str, pair: tuple[Samples, Samples]) -> None:
     """But STOI, which of a silent output is 0."""
     for package in METRICS[name].packages:

@@ -22,7 +22,8 @@ SPEECH_RATE = 16_000  # of PESQ-WB and DNSMOS
 
 
 def visqol(wav: Samples, reference: Samples) -> float:
-    """ViSQOL v3 (arXiv 2004.09584), MOS-LQO of audio mode at 48 kHz with the SVR model; 4.73 for equal signals."""
+    """ViSQOL v3 (arXiv 2004.09584), MOS-LQO of audio mode at 48 kHz with the SVR model; 4.73 for signals that
+    are equal but for their level, which it does not hear."""
     check_sounds(reference=reference, output=wav)
     try:
         result = _visqol().measure_from_arrays(reference.astype(np.float64), wav.astype(np.float64), TARGET_RATE)
@@ -32,7 +33,8 @@ def visqol(wav: Samples, reference: Samples) -> float:
 
 
 def pesq_wb(wav: Samples, reference: Samples) -> float:
-    """PESQ, wide band (ITU-T P.862.2), MOS-LQO of both resampled to 16 kHz; 4.64 for equal signals."""
+    """PESQ, wide band (ITU-T P.862.2), MOS-LQO of both resampled to 16 kHz; 4.64 for signals that are equal but for
+    their level, which it does not hear."""
     from pesq import BufferTooShortError, NoUtterancesError, pesq
 
     check_sounds(reference=reference, output=wav)

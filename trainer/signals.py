@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from operator import itemgetter
 
 import numpy as np
 import numpy.typing as npt
@@ -55,11 +56,12 @@ def level_db(wav: Samples, reference: Samples) -> float:
 
 
 def lag_samples(wav: Samples, reference: Samples) -> float:
-    """Samples by which the output is late: the peak of the cross-correlation within ±50 ms, between samples by a
-    parabola. Undefined where the normalised peak is below 0.3: re-synthesised speech has phases of its own."""
+    """Samples by which the output is late: the peak of the cross-correlation within ±50 ms, means removed, of either
+    polarity (no ear and no magnitude knows it), between samples by a parabola. Undefined where the normalised peak is
+    below 0.3: re-synthesised speech has phases of its own."""
     check_sounds(reference=reference, output=wav)
-    x, y = wav.astype(np.float64), reference.astype(np.float64)
-    lag, correlation = _best_shift(x[None], y[None], MAX_LAG)
+    x, y = (signal[None] - signal.mean(dtype=np.float64) for signal in (wav, reference))
+    lag, correlation = max((_best_shift(either, y, MAX_LAG) for either in (x, -x)), key=itemgetter(1))
     if correlation < MIN_CORRELATION:
         raise Undefined(f"the waveforms hardly correlate ({correlation:.2f})")
     return lag
