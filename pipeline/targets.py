@@ -30,6 +30,7 @@ from pipeline.plan import Plan
 from pipeline.settings import JudgeSettings, TargetsSettings
 from pipeline.stage import Advance, Stage, made_with
 from pipeline.teachers import RECORDING, Taught, Teacher
+from pipeline.twins import say_twins
 from shards.contract import (
     COARSE_48K,
     CODES_SUFFIX,
@@ -72,6 +73,7 @@ def shard_targets(settings: TargetsSettings) -> None:
             check_alignment(sidecars, settings.max_lag_samples / 2)
             with alone(settings, stage.folder):
                 compact(stage.folder, stage.plan.shards, {"calibration": stage.known.calibration})
+            say_twins(stage.folder)
 
 
 @dataclass(frozen=True)

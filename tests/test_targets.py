@@ -62,6 +62,26 @@ def test_segments_that_stage_1_mended_get_their_targets(audio: Path, tmp_path: P
     assert {row["status"] for row in rows(work)} <= {"ok", "too_short"}
 
 
+def test_a_recording_in_both_splits_is_said(audio: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Groups keep voices apart, but not copies of a file under two of them. Silence is no copy."""
+    for voice in ("anna", "ben", "carl"):
+        soundfile.write(audio / voice / "silence.wav", np.zeros(24_000), 24_000)
+    shard_codes(codes_settings(audio, tmp_path / "apart"))
+    shard_targets(targets_settings(tmp_path / "apart"))
+    assert "in training too" not in capsys.readouterr().out
+    for voice in ("anna", "ben", "carl"):
+        soundfile.write(audio / voice / "copy.wav", speechlike(1.0, 24_000, 9), 24_000)
+    shard_codes(codes_settings(audio, tmp_path / "work"))
+    shard_targets(targets_settings(tmp_path / "work"))
+    index = pq.read_table(tmp_path / "work" / "shards" / "index.parquet").to_pylist()
+    judged = [row["recording"] for row in index if (row["split"], row["status"]) == ("validation", "ok")]
+    copies, sounding = ([name for name in judged if name.endswith(end)] for end in ("copy.wav", ("copy.wav", "a.wav")))
+    assert (
+        f"warning: {len(copies)} of {len(sounding)} validation segments are in training too, under another group, such "
+        f"as {min(copies)}: put its copies into one group, or take them away"
+    ) in capsys.readouterr().out
+
+
 def test_targets_beyond_full_scale_are_rejected(audio: Path, tmp_path: Path) -> None:
     loud = (speechlike(1.0, 24_000, 7) * 2**15).astype(np.float32)  # floats that count in 16 bit steps
     soundfile.write(audio / "ben" / "a.wav", loud, 24_000, "FLOAT")
