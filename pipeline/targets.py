@@ -73,7 +73,7 @@ def shard_targets(settings: TargetsSettings) -> None:
             check_alignment(sidecars, settings.max_lag_samples / 2)
             with alone(settings, stage.folder):
                 compact(stage.folder, stage.plan.shards, {"calibration": stage.known.calibration})
-            say_twins(stage.folder)
+                say_twins(stage.folder)
 
 
 @dataclass(frozen=True)
