@@ -143,6 +143,7 @@ def _windows_of(
             for row in rows:
                 row["content_crc32"] = content_crc32(recording.path, row)
             for window, audio in read_windows(recording, rows, window_coarse):
+                opener.check()
                 yield len(audio), (id, window, audio)
         except AudioError as error:
             problems[id] = str(error)

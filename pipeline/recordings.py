@@ -14,7 +14,7 @@ from pipeline.sources import stored
 from shards.contract import COARSE_24K, CODEC_RATE, Row
 from shards.errors import UserError
 from shards.files import reason_of_one
-from shards.pieces import Stored, at_hand
+from shards.pieces import Stored, at_hand, version
 from shards.storage import locate
 
 
@@ -41,6 +41,11 @@ class Opener:
             return at_hand(stored(*(self._row[name] for name in ("path", "offset", "file_bytes"))))
 
     @cached_property
+    def _version(self) -> tuple[int, int | str]:
+        with _gone_is_a_reason(self._row):
+            return version(self._place)
+
+    @cached_property
     def _found(self) -> Header:
         return probe(self._place)
 
@@ -50,6 +55,7 @@ class Opener:
         Its header is compared with the plan where it is read; here, where the plan took a manifest at its word.
         """
         place, header = self._place, Header(row["file_frames"], row["rate"], row["channels"])
+        self.check()
         if row["channels"] is None:
             header = self._found
             if (header.frames, header.rate) != (row["file_frames"], row["rate"]):
@@ -60,6 +66,13 @@ class Opener:
         if self._file is None or self._file.header != header:
             self._file = File(place, header)
         return Recording(place, header, row["first_frame"], row["frames"], self._file)
+
+    def check(self) -> None:
+        """Raises AudioError where what was read since it was opened, content and samples, may be of two files."""
+        before = self._version
+        with _gone_is_a_reason(self._row):
+            if version(self._place) != before:
+                raise AudioError("the file changed while it was read")
 
 
 def open_recording(row: Row) -> Recording:

@@ -22,8 +22,8 @@ from pipeline.tars import members
 from shards.errors import UserError
 from shards.files import file_sha256
 from shards.groups import group_finder
-from shards.pieces import Part
-from shards.storage import Location, Stat, Url, locate
+from shards.pieces import Part, version
+from shards.storage import Location, Url, locate
 
 TAR = ".tar"
 TAR_THREADS = 16
@@ -85,10 +85,9 @@ def listed_sha256(audio: Location) -> str:
 def _version(tar: str) -> bytes:
     """Without reading it."""
     try:
-        stat = locate(tar).stat()
+        return "{} {}".format(*version(locate(tar))).encode()
     except OSError:
         return b""
-    return f"{stat.st_size} {stat.tag if isinstance(stat, Stat) else stat.st_mtime_ns}".encode()
 
 
 def stored(path: str, offset: int | None, file_bytes: int | None) -> Location | Part:

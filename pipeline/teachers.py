@@ -177,6 +177,7 @@ class Teacher:
                 if used != RECORDING:
                     padded = high_passed(heard.read(*window.padded) * np.float32(survey.gain))
                 part = source.read(window.start * UPSAMPLING, window.stop * UPSAMPLING)
+                opener.check()
                 yield Read(job, window, used, survey.gain if used != RECORDING else 1.0, part, padded)
         except AudioError as error:
             yield Read(job, window, problem=str(error))

@@ -96,6 +96,12 @@ class Skimmed:
 Stored = Path | Url | Part | Fetched | Skimmed  # where the bytes of one recording are
 
 
+def version(place: Stored) -> tuple[int, int | str]:
+    """Another one for other bytes: size, and time in ns or the storage's tag; of a member those of its tar."""
+    stat = (place.whole if isinstance(place, Part) else place).stat()
+    return stat.st_size, stat.tag if isinstance(stat, Stat) else stat.st_mtime_ns
+
+
 def at_hand(place: Path | Url | Part) -> Stored:
     """What is remote, fetched once; one above storage.WHOLE_BYTES is left where it is."""
     whole, offset = (place.whole, place.offset) if isinstance(place, Part) else (place, 0)
