@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import errno
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from operator import attrgetter
-from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
@@ -180,85 +179,83 @@ class Recording:
 class _Onward(soundfile.SoundFile):
     """soundfile seeks after every read, to where it stands: MP3 would go on there without what its frames share."""
 
+    def __init__(self, given: _Callbacks) -> None:
+        self.given = given
+        super().__init__(given)
+
     def seekable(self) -> bool:
         return False
 
 
 @contextmanager
-def _open(path: Stored) -> Iterator[soundfile.SoundFile]:
+def _open(path: Stored) -> Iterator[_Onward]:
     try:
-        size = path.stat().st_size
-    except OSError as error:  # a link to nowhere, or to itself
+        if path.stat().st_size == 0:
+            raise AudioError("the file is empty")
+        with ExitStack() as stack:
+            sound = stack.enter_context(_sound(stack.enter_context(path.open("rb"))))
+            if sound.format in MISTAKEN:
+                file = stack.enter_context(path.open("rb"))
+                try:
+                    told = mp3.whole(file, sound.frames)
+                except ValueError as error:
+                    raise AudioError(f"not readable as audio: {error}") from error
+                if told is not file:
+                    sound = stack.enter_context(_sound(told))
+            yield sound
+    except OSError as error:
         reason = reason_of_one(path, error)
-        raise AudioError("no such file" if error.errno in (errno.ENOENT, errno.ELOOP) else reason) from error
-    if size == 0:
-        raise AudioError("the file is empty")
-    with ExitStack() as stack:
-        sound = stack.enter_context(_sound(path))
-        if sound.format in MISTAKEN:
-            file = stack.enter_context(path.open("rb"))
-            try:
-                told = mp3.whole(file, sound.frames)
-            except ValueError as error:
-                raise AudioError(f"not readable as audio: {error}") from error
-            if told is not file:
-                sound = stack.enter_context(_sound(path, told))
-        yield sound
+        no_file = error.errno in (errno.ENOENT, errno.ELOOP)  # a link to nowhere, or to itself
+        raise AudioError("no such file" if no_file else f"not readable as audio: {reason}") from error
 
 
 @contextmanager
-def _sound(path: Stored, file: IO[bytes] | None = None) -> Iterator[soundfile.SoundFile]:
-    """For libsndfile: `file`, which holds what is at `path`, or else that."""
-    with ExitStack() as stack:
-        try:
-            if file is None and not isinstance(path, Path):
-                file = stack.enter_context(path.open("rb"))
-        except OSError as error:
-            raise AudioError(f"not readable as audio: {_reason(error)}") from error
-        given = _Callbacks(file) if file else path
-        try:
-            yield stack.enter_context(_Onward(given))
-        except (soundfile.LibsndfileError, OSError) as error:
-            _check_readable(path)
-            raise AudioError(f"not readable as audio: {_reason(error)}") from error
-        finally:
-            if isinstance(given, _Callbacks) and given.failure:
-                raise given.failure
-
-
-def _check_readable(path: Stored) -> None:
-    """Raises AudioError or UserError where it is the system that does not read a file: libsndfile does not say."""
-    if isinstance(path, Path) and path.is_file():
-        try:
-            with path.open("rb") as file:
-                file.read(1)
-        except OSError as error:
-            raise AudioError(f"not readable: {reason_of_one(path, error)}") from error
+def _sound(file: IO[bytes]) -> Iterator[_Onward]:
+    """Raises what `file` raises: libsndfile itself would not say which error of the system it was."""
+    given = _Callbacks(file)
+    try:
+        with _Onward(given) as sound:
+            given.check()  # of an Ogg whose end cannot be read it says that it is endless
+            yield sound
+    except soundfile.LibsndfileError as error:
+        raise AudioError(f"not readable as audio: {_reason(error)}") from error
+    finally:
+        given.check()
 
 
 class _Callbacks:
-    """A remote file for libsndfile, through which no error passes: for it the file ends there; the error is kept."""
+    """A file for libsndfile, through which no error passes: for it the file ends there; the error is kept."""
 
     def __init__(self, file: IO[bytes]) -> None:
-        self._file, self.seek, self.tell = file, file.seek, file.tell
-        self.failure: StorageError | AudioError | None = None
+        self._file, self.tell = file, file.tell
+        self._failure: OSError | StorageError | None = None
+
+    def check(self) -> None:
+        """Raises the error that was kept."""
+        if self._failure is not None:
+            raise self._failure
+
+    def seek(self, offset: int, whence: int) -> int:
+        return self._keeping(self._file.seek, offset, whence)
 
     def readinto(self, buffer: Any) -> int:
+        return self._keeping(self._file.readinto, buffer)  # type: ignore[attr-defined]
+
+    def _keeping(self, action: Callable[..., int], *given: Any) -> int:
         try:
-            return self._file.readinto(buffer)  # type: ignore[attr-defined]
-        except StorageError as error:
-            self.failure = error
-        except FileNotFoundError:
-            self.failure = AudioError("no such file")
-        return 0
+            return action(*given)
+        except (OSError, StorageError) as error:
+            self._failure = error
+            return 0
 
 
-def _read(file: soundfile.SoundFile, position: int, frames: int) -> npt.NDArray[np.float32]:
+def _read(file: _Onward, position: int, frames: int) -> npt.NDArray[np.float32]:
     """Frames [position, position + frames); the file stands there already, and may be of a kind that cannot seek."""
     try:
         block: npt.NDArray[np.float32] = file.read(frames, dtype="float32", always_2d=True)
-    except (soundfile.LibsndfileError, OSError) as error:
+    except soundfile.LibsndfileError as error:
         raise AudioError(f"broken near {position / file.samplerate:.3f} s: {_reason(error)}") from error
+    file.given.check()
     if len(block) < frames:
         raise AudioError(f"ends at frame {position + len(block)}, its header says {file.frames}")
     return block

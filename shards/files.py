@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import IO
 
 from shards.errors import UserError, printable
-from shards.pieces import Fetched
+from shards.pieces import Fetched, Part
 from shards.storage import Location, Url
 
 OF_ONE_FILE = {  # errors that say something of one file; others, such as EIO, ESTALE or EMFILE, of the system
@@ -142,6 +142,7 @@ def _holder(lock: IO[bytes]) -> str:
 def reason_of_one(path: object, error: OSError) -> str:
     """Why this file alone cannot be read. Raises UserError where the disk or server fails on which it should lie."""
     reason = error.strerror or str(error)
+    path = path.whole if isinstance(path, Part) else path
     if not isinstance(path, Path):
         return reason
     if error.errno not in OF_ONE_FILE:

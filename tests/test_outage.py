@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import os
 import shutil
 import threading
@@ -13,10 +14,11 @@ from typing import Any
 
 import pytest
 
-from codec.audio import AudioError, probe
+from codec.audio import AudioError, Recording, probe
 from pipeline.targets import TargetsStage
 from pipeline.tars import members
 from shards.errors import UserError
+from shards.pieces import Part, Stored
 from shards.writer import ShardWriter
 from tests.command_helpers import codes_words, in_process, refused, targets_words
 from tests.helpers import speechlike, targets_settings
@@ -89,9 +91,40 @@ def test_errors_of_the_system_are_no_reasons(
             read()
 
 
+class Failing(io.FileIO):
+    """A file whose disk fails once, `after` so many bytes; then it reads on."""
+
+    def __init__(self, path: Path, after: int) -> None:
+        super().__init__(path)
+        self._left = [after]
+
+    def readinto(self, buffer: Any) -> int:
+        if self._left and self.tell() >= self._left[0]:
+            self._left.clear()
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+        return super().readinto(buffer) or 0
+
+
+@pytest.mark.parametrize("extension", ["wav", "flac", "ogg", "mp3"])
+@pytest.mark.parametrize("in_a_tar", [False, True])
+def test_a_disk_that_fails_while_a_recording_is_read_is_no_reason(
+    in_a_tar: bool, extension: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Wherever it fails: in the header, or in any later part."""
+    file = write(tmp_path / f"a.{extension}", speechlike(20, 24_000, 0), 24_000, None)
+    path: Stored = Part(file, 0, file.stat().st_size) if in_a_tar else file
+    header = probe(path)
+    for share in (0, 0.3, 0.7):
+        after = int(share * file.stat().st_size)
+        with monkeypatch.context() as patched:
+            patched.setattr(Path, "open", lambda self, mode, after=after: io.BufferedReader(Failing(self, after)))
+            with pytest.raises(UserError, match="Stale file handle: its disk or server fails"):
+                list(Recording(path, header).blocks())
+
+
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
 def test_a_file_that_may_not_be_read_is_a_reason(tmp_path: Path) -> None:
     path = write(tmp_path / "a.wav", speechlike(0.5, 24_000, 0), 24_000)
     path.chmod(0)
-    with pytest.raises(AudioError, match="not readable: Permission denied"):
+    with pytest.raises(AudioError, match="not readable as audio: Permission denied"):
         probe(path)
