@@ -5,11 +5,13 @@ Recordings are rows of a table, because there may be millions.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -127,8 +129,10 @@ def _folder(folder: Location) -> Iterator[Item]:
     for path, file_bytes in _walk(folder):
         id, name = path[prefix:], path.rpartition("/")[2]
         suffix = os.path.splitext(name)[1].lower()  # noqa: PTH122 (a million of them)
-        if suffix not in (*EXTENSIONS, TAR):
-            yield suffix or name
+        if not name:
+            yield "empty folder"
+        elif suffix not in (*EXTENSIONS, TAR):
+            yield suffix or _without_suffix(path, id)
         elif name.endswith(DECODED):
             yield DECODED
         elif not _is_utf8(path):  # such a name fits in no Parquet file
@@ -157,6 +161,12 @@ def _tar(path: Location, id: str) -> Iterator[Item]:
             yield {"recording": f"{id}/{member.name}", "name": inside, **known}
 
 
+def _without_suffix(path: str, id: str) -> str:
+    """As it is said: of a link to a disk that is not mounted nobody knows that it is a folder."""
+    is_lost = "://" not in path and Path(path).is_symlink() and not Path(path).exists()
+    return f"{id} (a link to nowhere: is it mounted?)" if is_lost else path.rpartition("/")[2]
+
+
 def _misnamed(id: str) -> Item:
     readable = os.fsencode(id).decode("utf-8", "backslashreplace")
     return {"recording": readable, "path": "", "problem": "file name is not UTF-8: rename it"}
@@ -175,19 +185,36 @@ def _walk(folder: Location) -> Iterator[tuple[str, int | None]]:
     if isinstance(folder, Url):
         yield from ((str(url), size) for url, size in folder.files().items())
         return
-    seen = set()
-    for root, folders, files in os.walk(folder, followlinks=True, onerror=_raise):
-        status = Path(root).stat()
-        if (status.st_dev, status.st_ino) in seen:
-            folders.clear()
-            continue
-        seen.add((status.st_dev, status.st_ino))
-        folders.sort()
-        yield from ((f"{root.rstrip('/')}/{file}", None) for file in files)
+    try:
+        yield from ((path, None) for path in _below(str(folder), set()))
+    except OSError as error:
+        raise UserError(f"{error.filename}: {error.strerror}") from error
 
 
-def _raise(error: OSError) -> None:
-    raise UserError(f"{error.filename}: {error.strerror}") from error
+def _below(folder: str, seen: set[tuple[int, int]]) -> Iterator[str]:
+    """Files, and empty folders with a slash at their end. A link that cannot be looked at raises, as a folder does."""
+    status = Path(folder).stat()
+    if (status.st_dev, status.st_ino) in seen:
+        return
+    seen.add((status.st_dev, status.st_ino))
+    with os.scandir(folder) as found:
+        entries = sorted(found, key=attrgetter("name"))
+    if not entries:
+        yield f"{folder}/"
+    for entry in entries:
+        if _is_folder(entry):
+            yield from _below(entry.path, seen)
+        else:
+            yield entry.path
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError as error:
+        if error.errno != errno.ELOOP:  # of a link to itself
+            raise
+        return False
 
 
 def _groups(columns: dict[str, list[Any]], pattern: str | None) -> list[str]:

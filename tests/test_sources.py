@@ -71,6 +71,20 @@ def test_a_folder(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert "1 × .48k.wav" in printed, "what `just decode` made of a recording beside it"
 
 
+def test_a_disk_that_is_not_there_is_said(tmp_path: Path) -> None:
+    """Its mount point is empty, a link to it leads nowhere, or to what the system cannot look at."""
+    audio = tmp_path / "audio"
+    write(audio / "disk_1" / "a.wav")
+    (audio / "disk_2").mkdir()
+    (audio / "disk_3").symlink_to(tmp_path / "mnt" / "disk_3")
+    found, ignored = find(audio, None)
+    assert found["recording"].to_pylist() == ["disk_1/a.wav"]
+    assert ignored == {"empty folder": 1, "disk_3 (a link to nowhere: is it mounted?)": 1}
+    (audio / "disk_4").symlink_to(tmp_path / (256 * "x"))
+    with pytest.raises(UserError, match="disk_4: File name too long"):
+        find(audio, None)
+
+
 def test_a_folder_whose_own_name_is_not_utf8(tmp_path: Path) -> None:
     folder = Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xe9"))
     folder.mkdir()
