@@ -135,5 +135,12 @@ class ShardCache:
         """Held by one process or thread per shard. Raises BlockingIOError where it is held and `wait` is false."""
         self.folder.mkdir(parents=True, exist_ok=True)
         with path.with_suffix(".lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            except BlockingIOError:
+                raise
+            except OSError as error:
+                raise UserError(
+                    f"cache={self.folder} cannot be locked ({error.strerror}): name a cache= on a local disk"
+                ) from error
             yield

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import multiprocessing
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 from fsspec.implementations.local import LocalFileSystem
@@ -116,6 +118,18 @@ def test_on_a_full_disk_what_is_not_wanted_makes_room(
         read(cache, d)
     assert held(cache) == ["a", "c"]
     assert tried == ["a", "b", "c", "c", "d"], "trying again frees no disk"
+
+
+def test_a_cache_that_cannot_be_locked_is_named(work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = ShardCache(tmp_path / "cache", MANY)
+    index = load(remote(work / "shards"), "train", cache)
+
+    def none(lock: Any, how: int) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", none)
+    with pytest.raises(UserError, match=f"cache={cache.folder} cannot be locked .No locks available.*local disk"):
+        read_sample(index, 0)
 
 
 def test_what_a_killed_process_had_fetched_goes(tmp_path: Path) -> None:
