@@ -99,7 +99,7 @@ class CodesStage(Stage):
             return
         table = pa.Table.from_pylist(rows, schema=CODES_SCHEMA)
         about = {"fingerprint": self.fingerprint(number), "made_with": made_with()}
-        write_table(self.table(number), table, about)
+        write_table(self.split_folder(number) / self.table(number).name, table, about)
 
 
 def encode_shard(

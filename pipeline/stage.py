@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from functools import cached_property
+from pathlib import Path
 from typing import Any, ClassVar
 
 import pyarrow as pa
@@ -17,6 +18,7 @@ from codec.memory import keep_freed_memory
 from pipeline.plan import Plan
 from pipeline.settings import CodesSettings, TargetsSettings
 from shards.contract import FAILED, OK, PLAN_NAME, REJECTED, Row
+from shards.errors import UserError
 from shards.storage import Location
 from shards.writer import read_table, standing
 
@@ -62,6 +64,18 @@ class Stage(ABC):
         """The shard's codes or sidecar, which is written last."""
         split, shard = self.plan.shards[number]
         return self.folder / split / f"{shard:06d}.parquet"
+
+    def split_folder(self, number: int) -> Location:
+        """Where shard `number` is written. Made in one that stands: what is written below the mount point of a disk
+        that is gone fills another, and is not seen once the disk is back.
+        """
+        folder = self.folder / self.plan.shards[number][0]
+        if isinstance(folder, Path):
+            try:
+                folder.mkdir(exist_ok=True)
+            except FileNotFoundError as error:
+                raise UserError(f"{self.folder} is gone: is it mounted? Then the same command goes on") from error
+        return folder
 
     def footer(self, number: int) -> pq.FileMetaData | None:
         """Of the table of a shard that stands, with failures or without. Raises ShardError where another run's does."""

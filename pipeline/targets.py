@@ -165,7 +165,7 @@ class TargetsStage(Stage):
         standing = self._standing(number, kept, codes)
         with (
             closing(restoring),
-            ShardWriter(self.folder / split, shard, made_from, {"made_with": made_with()}) as writer,
+            ShardWriter(self.split_folder(number), shard, made_from, {"made_with": made_with()}) as writer,
         ):
             for place in range(len(planned)):
                 row, members = next(standing if place in kept else fresh)

@@ -109,9 +109,9 @@ def naming(path: Location | Fetched) -> Iterator[None]:
     except (pa.ArrowException, ValueError, OSError, MemoryError, RecursionError) as error:
         if isinstance(error, OSError) and error.errno:  # the system's, not pyarrow's
             raise
-        raise ShardError(
-            f"{path}: damaged, or no file of ours ({first_line(error)}); make it again by its stage"
-        ) from error
+        is_missing = isinstance(error, FileNotFoundError)  # pyarrow's has no number
+        what = "missing" if is_missing else f"damaged, or no file of ours ({first_line(error)})"
+        raise ShardError(f"{path}: {what}; make it again by its stage") from error
 
 
 def differences(found: Mapping[str, Any], expected: Mapping[str, Any]) -> str:

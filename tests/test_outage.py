@@ -9,19 +9,22 @@ import shutil
 import threading
 from collections.abc import Callable
 from functools import partial
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from codec.audio import AudioError, Recording, probe
+from pipeline.codes import CodesStage, shard_codes
+from pipeline.plan import make_plan
 from pipeline.targets import TargetsStage
 from pipeline.tars import members
 from shards.errors import UserError
 from shards.pieces import Part, Stored
 from shards.writer import ShardWriter
 from tests.command_helpers import codes_words, in_process, refused, targets_words
-from tests.helpers import speechlike, targets_settings
+from tests.helpers import codes_settings, speechlike, targets_settings
 from tests.test_audio import write
 
 
@@ -53,12 +56,40 @@ def test_recordings_whose_disk_goes_away_are_not_broken(recordings: Path, tmp_pa
     assert not list((work / "shards").rglob("*.tar"))
 
 
+def test_nothing_is_written_where_the_disk_of_the_shards_was(
+    recordings: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It goes away after the first shard, its mount point stays; the same command goes on once it is back."""
+    work, away = tmp_path / "work", tmp_path / "away"
+    settings = codes_settings(recordings, work, "segments_per_shard=4")
+    make, calls = CodesStage.make, count()
+
+    def make_or_go(*given: Any) -> None:
+        if next(calls) == 1:
+            work.rename(away)
+            work.mkdir()
+        make(*given)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(CodesStage, "make", make_or_go)
+        with pytest.raises(UserError, match="codes is gone: is it mounted"):
+            shard_codes(settings)
+    work.rmdir()  # which is empty
+    away.rename(work)
+    (first,) = (work / "codes").glob("*/*.parquet")
+    written = first.stat().st_mtime_ns
+    shard_codes(settings)
+    assert len(list((work / "codes").glob("*/*.parquet"))) == len(make_plan(settings).shards)
+    assert first.stat().st_mtime_ns == written
+
+
 def test_a_shard_that_cannot_be_written_leaves_no_thread(
     work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Ended later, by the garbage collector, one could keep another from starting, for good."""
     shutil.copytree(work / "codes", tmp_path / "codes")
     shutil.copy(work / "plan.parquet", tmp_path)
+    (tmp_path / "shards").mkdir()
     stage = TargetsStage(targets_settings(tmp_path))
 
     def fail(*_: Any) -> None:
