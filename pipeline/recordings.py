@@ -55,7 +55,6 @@ class Opener:
         Its header is compared with the plan where it is read; here, where the plan took a manifest at its word.
         """
         place, header = self._place, Header(row["file_frames"], row["rate"], row["channels"])
-        self.check()
         if row["channels"] is None:
             header = self._found
             if (header.frames, header.rate) != (row["file_frames"], row["rate"]):
@@ -63,6 +62,7 @@ class Opener:
                     f"the file holds {header.frames} frames at {header.rate} Hz, its manifest says "
                     f"{row['file_frames']} at {row['rate']} Hz"
                 )
+        self.check()
         if self._file is None or self._file.header != header:
             self._file = File(place, header)
         return Recording(place, header, row["first_frame"], row["frames"], self._file)
