@@ -15,11 +15,13 @@ import numpy as np
 import pytest
 import soundfile
 
+from codec.audio import AudioError
 from codec.snac import load_snac
 from pipeline import execute
 from pipeline.codes import shard_codes
 from pipeline.measure import measure
 from pipeline.plan import Plan, make_plan
+from pipeline.recordings import Opener
 from pipeline.settings import CodesSettings, VerifySettings
 from pipeline.sources import find
 from pipeline.targets import shard_targets
@@ -97,6 +99,27 @@ def same(found: Url, work: Path) -> None:
     for name, path in files.items():
         if name != "plan.parquet" and path.name != "settings.json":
             assert objects[name].read_bytes() == path.read_bytes(), name
+
+
+def test_a_large_recording_that_is_replaced_while_it_is_read(door: Door, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is fetched block by block, by another of the same size too."""
+    monkeypatch.setattr(storage, "WHOLE_BYTES", 1000)
+    url = Url("s3://corpus/replaced/a.wav")
+
+    def put(seed: int) -> None:
+        with replacing(url) as temporary:
+            soundfile.write(temporary, speechlike(1, 24_000, seed), 24_000)
+
+    put(0)
+    length = dict.fromkeys(("frames", "file_frames", "rate"), 24_000)
+    row = {"recording": "a.wav", "path": url.text, "offset": None, "file_bytes": url.stat().st_size, **length}
+    opener = Opener(row)
+    recording = opener.recording({**row, "channels": 1, "first_frame": 0})
+    assert sum(map(len, recording.blocks())) == 24_000
+    opener.check()
+    put(1)
+    with pytest.raises(AudioError, match="changed while it was read"):
+        opener.check()
 
 
 @pytest.mark.parametrize("kind", ["none", "error", "slow", "cut"])
