@@ -38,7 +38,7 @@ from shards.contract import (
     TOO_SHORT,
     coarse_tokens,
 )
-from shards.errors import ShardError, UserError
+from shards.errors import ShardError, UserError, printable
 from shards.files import exclusive, replacing
 from shards.storage import Location, Url
 from shards.writer import check_columns, differences, encode_metadata, naming, parquet_source, read_table, told_by
@@ -175,7 +175,7 @@ def _planning(settings: CodesSettings) -> AbstractContextManager[None]:
 def _found(settings: CodesSettings) -> pa.Table:
     found, ignored = find(settings.audio, settings.group_pattern)
     if ignored:
-        tqdm.write(f"ignored: {', '.join(f'{n} × {name}' for name, n in ignored.most_common())}")
+        tqdm.write(printable(f"ignored: {', '.join(f'{n} × {name}' for name, n in ignored.most_common())}"))
     return found
 
 

@@ -15,11 +15,12 @@ from typing import Any
 import pyarrow.compute as pc
 from tqdm import tqdm
 
+from codec.hub import make_repository
 from pipeline.settings import PushShardsSettings
 from pipeline.statuses import COLUMNS, Statuses
 from shards.contract import INDEX_NAME, OK, SPLITS, SUMS_NAME, TARGET_RATE
 from shards.damage import unlisted
-from shards.errors import ShardError, UserError, first_line
+from shards.errors import ShardError, UserError, first_line, in_markdown
 from shards.files import file_sha256
 from shards.index import check_index, shard_list
 from shards.writer import read_metadata, read_table
@@ -55,7 +56,7 @@ def push_shards(settings: PushShardsSettings) -> None:
 
     api = HfApi()
     try:
-        api.create_repo(settings.repo, repo_type="dataset", private=settings.private, exist_ok=True)
+        make_repository(api, settings.repo, "dataset", settings.private)
         _upload(api, settings.repo, _missing(api, settings.repo, uploads))
         if api.file_exists(settings.repo, CARD_NAME, repo_type="dataset"):
             tqdm.write(f"{settings.repo} keeps its {CARD_NAME}; `dry_run=true` prints ours")
@@ -74,7 +75,7 @@ def push_shards(settings: PushShardsSettings) -> None:
 
 def finished(folder: Path) -> list[Upload]:
     """Tar and sidecar of every shard in the index. Raises ShardError for what is missing or not in it."""
-    check_index(folder)
+    sums = check_index(folder)
     shards = shard_list(folder)
     for split in SPLITS:
         files = 2 * sum(of == split for of, _ in shards)
@@ -89,12 +90,11 @@ def finished(folder: Path) -> list[Upload]:
     for split, shard in shards:
         tar = folder / split / f"{shard:06d}.tar"
         sidecar = tar.with_suffix(".parquet")
-        made = read_metadata(sidecar)
-        if not tar.exists() or tar.stat().st_size != made["tar_bytes"]:
+        if not tar.exists() or tar.stat().st_size != read_metadata(sidecar)["tar_bytes"]:
             raise ShardError(f"{tar} is not what its sidecar says: `just verify shards={folder}` lists what is damaged")
-        uploads.append(Upload(tar, f"{split}/{tar.name}", made["tar_bytes"], made["tar_sha256"]))
-        name = f"{split}/{sidecar.name}"
-        uploads.append(Upload(sidecar, name, sidecar.stat().st_size, file_sha256(sidecar)))
+        for path in (tar, sidecar):
+            name = f"{split}/{path.name}"
+            uploads.append(Upload(path, name, path.stat().st_size, sums.get(name, "")))
     return uploads
 
 
@@ -122,9 +122,17 @@ def _upload(api: Any, repo: str, missing: list[Upload]) -> None:
     total = sum(upload.size for upload in missing)
     with tqdm(total=total, desc="uploading", unit="B", unit_scale=True, disable=None) as bar:
         for batch in _batches(missing):
+            _check(batch)
             names = f"{batch[0].name} … {batch[-1].name}"
             _commit(api, repo, [(upload.name, upload.path) for upload in batch], f"Shards {names}")
             bar.update(sum(upload.size for upload in batch))
+
+
+def _check(batch: Iterable[Upload]) -> None:
+    """Raises ShardError for damage that has the right size: what is published stays, and is never overwritten."""
+    for upload in batch:
+        if file_sha256(upload.path) != upload.sha256:
+            raise ShardError(f"{upload.path} is not what {SUMS_NAME} says: `just verify` lists what is damaged")
 
 
 def _batches(uploads: Iterable[Upload]) -> Iterator[list[Upload]]:
@@ -150,7 +158,7 @@ def dataset_card(folder: Path, repo: str) -> str:
     index = read_table(folder / INDEX_NAME, columns=["split", "n_samples", "group", *COLUMNS])
     made_from = read_metadata(folder / INDEX_NAME)["fingerprint"]
     usable = index.filter(pc.field("status") == OK)
-    lines = []
+    splits, lines = [split for split in SPLITS if split in usable["split"].unique().to_pylist()], []
     for split in SPLITS:
         rows = usable.filter(pc.field("split") == split)
         hours = (pc.sum(rows["n_samples"]).as_py() or 0) / TARGET_RATE / 3600
@@ -159,15 +167,27 @@ def dataset_card(folder: Path, repo: str) -> str:
     found.add(index)
     statuses = ", ".join(f"{n} {name}" for name, n in found.counts().most_common())
     return CARD.format(
-        repo=repo, table="\n".join(lines), statuses=statuses, teacher=made_from["teacher"], snac=made_from["snac"]
+        repo=repo,
+        configs="\n".join(SPLIT_FILES.format(split=split) for split in splits),
+        table="\n".join(lines),
+        statuses=in_markdown(statuses),
+        teacher=in_markdown(str(made_from["teacher"])),
+        snac=in_markdown(str(made_from["snac"])),
     )
 
 
+SPLIT_FILES = """\
+  - split: {split}
+    path: {split}/*.tar"""
 CARD = """---
 tags:
 - audio
 - snac
 - webdataset
+configs:
+- config_name: default
+  data_files:
+{configs}
 ---
 # SNAC 24 kHz tokens beside their 48 kHz targets
 
@@ -191,6 +211,10 @@ url = "https://huggingface.co/datasets/{repo}/resolve/main/train/000000.tar"
 for sample in webdataset.WebDataset(url, shardshuffle=False):
     print(sample["__key__"], sorted(name for name in sample if not name.startswith("__")))
 ```
+
+From a private repository that URL gives nothing. `hf download {repo} --repo-type dataset --local-dir corpus`, signed
+in, fetches all of it, with `--revision COMMIT` as it was then; `corpus/train/000000.tar` is read like the URL.
+`datasets.load_dataset("{repo}")` reads the samples too.
 
 The licence of the recordings is that of their source; state it here before you publish.
 """

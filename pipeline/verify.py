@@ -14,7 +14,7 @@ from pipeline.settings import VerifySettings
 from shards.cache import ShardCache
 from shards.contract import INDEX_NAME, SUMS_NAME
 from shards.damage import problems, unlisted
-from shards.errors import ShardError
+from shards.errors import ShardError, printable
 from shards.index import check_index, compact, listed, shard_list
 from shards.pieces import Fetched
 from shards.storage import Location, Url
@@ -85,7 +85,7 @@ def _index(folder: Location) -> tuple[dict[str, str], Path | Fetched]:
 
 def _said(problems: Sequence[str]) -> int:
     for problem in problems:
-        tqdm.write(problem)
+        tqdm.write(printable(problem))
     return len(problems)
 
 

@@ -25,3 +25,8 @@ def first_line(error: Exception) -> str:
 def printable(text: str) -> str:
     """What a terminal would obey instead of showing it, written out: names come from data."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def in_markdown(text: str) -> str:
+    """So that it is shown as it is: no markup, no new line, no other cell of a table."""
+    return "".join(f"\\{c}" if c in "\\`*_[]<>|#" else c for c in printable(text))

@@ -170,6 +170,25 @@ def test_the_card_says_what_it_is(run: Path, exported: Path, tmp_path: Path) -> 
     assert "chosen" not in card, "nothing was validated"
 
 
+def test_what_a_strangers_export_says_of_itself_is_text(exported: Path, tmp_path: Path) -> None:
+    model = Path(shutil.copytree(exported, tmp_path / "model"))
+    about = json.loads((model / "provenance.json").read_text())
+    about |= {"snac": "a\n<b>\x1b[2J", "step": "3\n---\n<i>", "data": {"from": "<img>\x1b[2J"}}
+    (model / "provenance.json").write_text(json.dumps(about))
+    code, output = call("export", f"model={model}", f"out={tmp_path / 'again'}")
+    assert (code, "\x1b" in output) == (0, False)
+    card = (tmp_path / "again" / "README.md").read_text()
+    assert "\x1b" not in card
+    assert not re.search(r"(?<!\\)<(b|i|img)", card)
+    assert card.splitlines().count("---") == 2
+
+
+def test_buckets_are_nobodys_business() -> None:
+    told = {"shards": ["s3://customer/x/shards", "gs://b/corpus", "hf://datasets/me/corpus", "/data/b"], "seed": 0}
+    found = {"shards": ["shards", "corpus", "hf://datasets/me/corpus", "b"], "seed": 0}
+    assert checkpoint._without_folders(told) == found
+
+
 def test_a_stream_writes_the_same_wav_and_reports_its_latency(run: Path, tmp_path: Path) -> None:
     np.save(tmp_path / "a.npy", flatten_codes(random_codes(9)))
     wavs: list[npt.NDArray[np.int64]] = []

@@ -21,7 +21,7 @@ from codec.audio import Recording, probe
 from codec.resample import Resampler
 from codec.snac import encode_whole, load_snac, snac_levels
 from shards.contract import FAILED, OK, TARGET_RATE
-from shards.errors import UserError
+from shards.errors import UserError, printable
 from shards.index import Index, load
 from shards.writer import read_metadata
 from tests.helpers import TINY_SNAC
@@ -243,7 +243,7 @@ def test_a_folder_of_recordings(recordings: Path, model: Path, tmp_path: Path) -
     """Each its own target; what cannot be used has a row that says why."""
     audio = tmp_path / "audio"
     shutil.copytree(recordings, audio)
-    (audio / "broken.wav").write_text("no audio")
+    (audio / "broken\x1b.wav").write_text("no audio")
     (audio / "notes.txt").write_text("no recording")
     shutil.copy(audio / "speaker_3" / "take_0.wav", audio / "speaker_3" / "take_0.48k.wav")  # as `just decode` names it
     code, output = call(
@@ -252,10 +252,10 @@ def test_a_folder_of_recordings(recordings: Path, model: Path, tmp_path: Path) -
     assert code == 0, output
     rows = rows_of(tmp_path / "eval")
     failed = {row["clip"]: row["reason"] for row in rows if row["status"] == FAILED}
-    assert failed.keys() == {"broken", "speaker_3/take_1"}
-    assert "not readable as audio" in failed["broken"]
+    assert failed.keys() == {"broken\x1b", "speaker_3/take_1"}
+    assert "not readable as audio" in failed["broken\x1b"]
     assert failed["speaker_3/take_1"] == "lasts 3.2 s, more than max_seconds=3"
-    assert all(f"not judged: {clip}: {reason}" in output for clip, reason in failed.items())
+    assert all(f"not judged: {printable(clip)}: {reason}" in output for clip, reason in failed.items())
     systems = {row["system"] for row in rows if row["status"] == OK}
     assert systems == {"stock", "warm_start", "mine", "target"}
     assert len(rows) == 2 + 7 * 4

@@ -65,6 +65,17 @@ def test_the_cards_snippet_decodes(exported: Path) -> None:
     assert names["wav_48k"].shape == (1, 1, 3 * COARSE_48K)
 
 
+def test_windows_with_the_context_that_the_card_names_are_the_whole(exported: Path) -> None:
+    assert "with 3 coarse tokens (6 middle, 12 fine) of its neighbours" in (exported / "README.md").read_text()
+    run, codes_T7 = session(exported / DECODER), np.random.default_rng(0).integers(0, 4096, (9, 7))
+    (whole,) = run.run(None, as_inputs(codes_T7[None]))
+    for start in range(0, 9, 2):
+        left, right, stop = max(start - 3, 0), min(start + 5, 9), min(start + 2, 9)
+        (wav,) = run.run(None, as_inputs(codes_T7[None, left:right]))
+        own = wav[..., (start - left) * COARSE_48K : (stop - left) * COARSE_48K]
+        np.testing.assert_allclose(own, whole[..., start * COARSE_48K : stop * COARSE_48K], atol=1e-5)
+
+
 @pytest.mark.parametrize("name", [DECODER, DECODER_FP16, ENCODER])
 def test_nothing_is_drawn_at_random_and_nothing_lies_outside_the_file(exported: Path, name: str) -> None:
     model = onnx.load(exported / name, load_external_data=False)

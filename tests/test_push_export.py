@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import huggingface_hub
@@ -27,6 +29,9 @@ def sent(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
         def create_repo(self, repo: str, **options: Any) -> None:
             calls.append(("create", repo, options))
 
+        def repo_info(self, repo: str, **_: Any) -> SimpleNamespace:
+            return SimpleNamespace(private=repo != "someone/public")
+
         def upload_folder(self, **options: Any) -> None:
             calls.append(("upload", options["repo_id"], options))
 
@@ -44,11 +49,18 @@ def test_a_dry_run_names_every_file_and_sends_nothing(exported: Path, sent: list
     assert sent == []
 
 
+def test_a_file_name_obeys_no_terminal(exported: Path, tmp_path: Path, sent: list[Any]) -> None:
+    model = Path(shutil.copytree(exported, tmp_path / "model"))
+    (model / "a\x1b[2J").touch()
+    code, output = call("push", f"model={model}", "repo=someone/x", "dry_run=true")
+    assert (code, "\x1b" in output, "a\\x1b[2J" in output) == (0, False, True)
+
+
 def test_a_push_makes_the_repository_and_one_commit(exported: Path, sent: list[Any]) -> None:
     code, _ = call("push", f"model={exported}", "repo=someone/snac_48khz", "private=false")
     assert code == 0
     create, upload = sent
-    assert create == ("create", "someone/snac_48khz", {"private": False, "exist_ok": True})
+    assert create == ("create", "someone/snac_48khz", {"repo_type": "model", "private": False, "exist_ok": True})
     assert upload[:2] == ("upload", "someone/snac_48khz")
     assert sorted(upload[2]["allow_patterns"]) == sorted(path.name for path in exported.iterdir())
 
@@ -63,6 +75,12 @@ def test_what_the_hub_refuses_is_one_line(exported: Path, monkeypatch: pytest.Mo
     assert code == 1
     ways = "see that the hub can be reached and that you are signed in (`hf auth login`)"
     assert output.splitlines()[-1] == f"error: repo=someone/x: 401 Client Error; {ways}"
+
+
+def test_a_public_repository_gets_nothing_private(exported: Path, sent: list[Any]) -> None:
+    code, output = call("push", f"model={exported}", "repo=someone/public", "private=true")
+    assert (code, [kind for kind, *_ in sent]) == (1, ["create"])
+    assert "error: someone/public stands and is public: private=false agrees to that" in output
 
 
 def test_what_is_no_export_is_refused(tmp_path: Path, exported: Path, sent: list[Any]) -> None:

@@ -13,8 +13,20 @@ import huggingface_hub
 import pytest
 
 from pipeline import push
-from shards.index import shard_list
+from shards.files import file_sha256
+from shards.index import read_sums, shard_list, write_sums
+from shards.writer import read_metadata, read_table, write_table
 from tests.command_helpers import in_process, refused
+
+FILES = """\
+configs:
+- config_name: default
+  data_files:
+  - split: train
+    path: train/*.tar
+  - split: validation
+    path: validation/*.tar
+"""
 
 
 @dataclass
@@ -25,10 +37,14 @@ class FakeHub:
     commits: list[list[str]] = field(default_factory=list)
     fail_at: int | None = None
     private: bool | None = None
+    public: bool = False  # whether it stood before, for all to see
 
     def create_repo(self, repo: str, *, repo_type: str, private: bool, exist_ok: bool) -> None:
         assert (repo, repo_type, exist_ok) == ("me/corpus", "dataset", True)
         self.private = private
+
+    def repo_info(self, repo: str, *, repo_type: str) -> SimpleNamespace:
+        return SimpleNamespace(private=self.private and not self.public)
 
     def list_repo_tree(self, repo: str, *, repo_type: str, recursive: bool) -> list[Any]:
         assert recursive
@@ -72,7 +88,7 @@ def test_everything_arrives_and_the_index_last(hub: FakeHub, shards: Path) -> No
     assert [name for commit in hub.commits[:-1] for name in commit] == names
     assert hub.private is True
     card = hub.files["README.md"].decode()
-    assert "codes by: stand-in or custom weights snac_tiny_24khz" in card
+    assert r"codes by: stand-in or custom weights snac\_tiny\_24khz" in card
     assert "targets by: recording" in card
     assert "| validation |" in card
 
@@ -88,6 +104,33 @@ def test_a_push_that_fails_goes_on(fail_at: int, hub: FakeHub, shards: Path) -> 
     again = [name for commit in hub.commits for name in commit]
     assert len(again) == len(set(again)) > len(sent), "nothing is sent twice"
     assert "index.parquet" in hub.files
+
+
+def test_nothing_goes_to_a_public_repository_unless_it_may(hub: FakeHub, shards: Path) -> None:
+    hub.public = True
+    refused(words(shards), "me/corpus stands and is public: private=false agrees to that")
+    assert not hub.commits
+    assert in_process(words(shards, "private=false")).exit_code == 0
+    assert "index.parquet" in hub.files
+
+
+def test_the_card_says_which_files_are_which_split(hub: FakeHub, shards: Path) -> None:
+    """Without it, stock `datasets` takes the sidecars for the data: no codes and no audio."""
+    assert in_process(words(shards)).exit_code == 0
+    _, front, _ = hub.files["README.md"].decode().split("---\n")
+    assert front.endswith(FILES)
+    assert "hf download me/corpus --repo-type dataset" in hub.files["README.md"].decode()
+
+
+def test_names_in_the_card_are_text(hub: FakeHub, shards: Path) -> None:
+    index = shards / "index.parquet"
+    about = read_metadata(index)
+    about["fingerprint"]["snac"] = "a\n<img src=x> [b](c)\x1b[2J"
+    write_table(index, read_table(index), about)
+    write_sums(shards, {**read_sums(shards), "index.parquet": file_sha256(index)})
+    assert "\x1b" not in in_process(words(shards, "dry_run=true")).output
+    assert in_process(words(shards)).exit_code == 0
+    assert r"- codes by: a\\n\<img src=x\> \[b\](c)\\x1b\[2J" in hub.files["README.md"].decode().splitlines()
 
 
 def test_a_dry_run_sends_nothing(hub: FakeHub, shards: Path) -> None:
@@ -123,6 +166,16 @@ def test_unfinished_or_damaged_shards_stay_here(hub: FakeHub, shards: Path) -> N
     (shards / "index.parquet").unlink()
     refused(words(shards), "run `just shard-targets` to its end")
     assert not hub.commits
+
+
+@pytest.mark.parametrize("name", ["train/000001.tar", "train/000001.parquet"])
+def test_damage_of_the_right_size_stays_here(name: str, hub: FakeHub, shards: Path) -> None:
+    data = bytearray((shards / name).read_bytes())
+    data[600] ^= 1
+    (shards / name).write_bytes(data)
+    refused(words(shards), f"{name} is not what SHA256SUMS says")
+    assert "index.parquet" not in hub.files
+    assert name not in hub.files
 
 
 def test_more_files_than_the_hub_takes_are_refused_at_once(

@@ -38,7 +38,7 @@ def test_a_folder(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     for name in ("anna/1.wav", "anna/deep/2.FLAC", "ben/3.ogg", "ben/4.mp3", "top.wav"):
         write(audio / name)
     os.truncate(audio / "ben/4.mp3", 0)
-    for name in ("notes.txt", "anna/cover.JPG", "ben/more.txt", "LICENSE", "anna/1.48k.wav"):
+    for name in ("notes.txt", "anna/cover.JPG", "ben/more.txt", "LICENSE\x1b", "anna/1.48k.wav"):
         (audio / name).touch()
     (audio / "anna" / "loop").symlink_to(audio, target_is_directory=True)
     (audio / "self.wav").symlink_to(audio / "self.wav")
@@ -67,7 +67,7 @@ def test_a_folder(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     printed = capfd.readouterr().out
     assert "ignored: 2 × .txt" in printed
     assert "1 × .jpg" in printed
-    assert "1 × LICENSE" in printed
+    assert "1 × LICENSE\\x1b" in printed
     assert "1 × .48k.wav" in printed, "what `just decode` made of a recording beside it"
 
 

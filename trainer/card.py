@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from codec.weights import PINS, read_pins
+from shards.errors import in_markdown
 from trainer.checkpoint import PROVENANCE, Codec48k
 from trainer.decoder import RATES_48K
 
@@ -81,6 +82,10 @@ levels = {f"audio_codes.{level}": codes[level] for level in range(3)}  # int64 a
 (wav_48k,) = decoder.run(None, levels)  # [B, 1, 4096 T]; codes as the 24 kHz model gives them
 ```
 
+Long or streamed: a window of tokens, with 3 coarse tokens (6 middle, 12 fine) of its neighbours on each side or as many
+as there are, decodes to what the whole has there; leave out the neighbours' 4096 samples per coarse token. Tokens are
+0 … 4095 and not checked; samples may exceed ±1.
+
 Names are those of onnx-community/snac_24khz-ONNX. `encoder_model.onnx` takes `input_values` [B, 1, N] at 24 kHz, N a
 multiple of 2048. How far the files are from torch, half precision's too, stands in `parity.json`."""
 CHOSEN = "; by the same crops this step was chosen among others, which flatters it"
@@ -108,7 +113,7 @@ def _card(codec: Codec48k, library: str, usage: str, license_name: str | None) -
         stand_in=STAND_IN if "stand-in" in codec.snac_name else "",
         usage=usage,
         data=_table(found.get("data")),
-        step=found.get("step", "an unknown number of"),
+        step=_plain(found.get("step", "an unknown number of")),
         provenance=PROVENANCE,
         settings=_table(found.get("settings")),
         chosen=CHOSEN if found.get("validation") else "",
@@ -125,6 +130,5 @@ def _table(values: Any) -> str:
 
 
 def _plain(value: Any) -> str:
-    """Names from data must not become markup, nor break a table."""
     text = value if isinstance(value, str) else f"{value:.4g}" if isinstance(value, float) else json.dumps(value)
-    return "".join(f"\\{c}" if c in "\\`*_[]<>|#" else " " if c in "\r\n" else c for c in text)
+    return in_markdown(text)

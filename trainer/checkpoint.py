@@ -16,7 +16,7 @@ from snac import SNAC
 from snac.layers import Decoder
 
 from codec.snac import GEOMETRY, load_snac, load_verified
-from shards.errors import UserError, first_line
+from shards.errors import UserError, first_line, printable
 from shards.files import file_sha256, replacing
 from shards.writer import differences
 from trainer.decoder import RATES_48K
@@ -63,8 +63,13 @@ def load(path: Path) -> dict[str, Any]:
 
 
 def _check_crc32(path: Path) -> None:
-    """torch.load takes flipped bits for weights, although the archive stores the crc32 of every record."""
+    """torch.load takes flipped bits for weights, although the archive stores the crc32 of every record.
+
+    It would also unpack what torch.save never packs: gigabytes from a file of megabytes.
+    """
     with zipfile.ZipFile(path) as archive:
+        if any(record.compress_type != zipfile.ZIP_STORED for record in archive.infolist()):
+            raise ValueError("its records are compressed")
         damaged = archive.testzip()
     if damaged:
         raise ValueError(f"crc32 of {damaged} differs")
@@ -150,7 +155,7 @@ class Codec48k:
 
     @property
     def snac_name(self) -> str:
-        return str(self.provenance["snac"])
+        return printable(str(self.provenance["snac"]))
 
 
 def load_codec(model: Path, pretrained_model: str | None = None) -> Codec48k:
@@ -185,12 +190,12 @@ def load_codec(model: Path, pretrained_model: str | None = None) -> Codec48k:
 
 
 def _without_folders(value: Any) -> Any:
-    """Paths of the machine that trained are nobody else's business: of an absolute one its name is left."""
+    """Folders and buckets of who trained are nobody else's business: of each its name is left."""
     if isinstance(value, dict):
         return {name: _without_folders(inner) for name, inner in value.items()}
     if isinstance(value, list):
         return [_without_folders(inner) for inner in value]
-    return Path(value).name if isinstance(value, str) and value.startswith("/") else value
+    return Path(value).name if isinstance(value, str) and value.startswith(("/", "s3://", "gs://")) else value
 
 
 def _from_export(directory: Path) -> Codec48k:

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from codec.audio import AudioError, Samples
 from codec.snac import device_of
 from shards.contract import FAILED, OK, TARGET_RATE
-from shards.errors import SettingsError, UserError
+from shards.errors import SettingsError, UserError, printable
 from shards.files import new_folder
 from shards.order import permutation
 from shards.writer import write_table
@@ -192,7 +192,7 @@ def _print(settings: EvalSettings, table: pa.Table, summary: pa.Table, provenanc
     )
     for row in rows:
         if row["status"] != OK:
-            click.echo(f"  not judged: {row['clip']}: {row['reason']}")
+            click.echo(printable(f"  not judged: {row['clip']}: {row['reason']}"))
     systems = dict.fromkeys(summary["system"].to_pylist())
     for line in lines(summary, [(name, label(name, provenance["teacher"])) for name in systems]):
         click.echo(line)

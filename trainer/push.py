@@ -6,7 +6,8 @@ from pathlib import Path
 
 import click
 
-from shards.errors import UserError, first_line
+from codec.hub import make_repository
+from shards.errors import UserError, first_line, printable
 from shards.files import file_sha256
 from trainer.checkpoint import PROVENANCE
 from trainer.settings import PushSettings
@@ -18,7 +19,7 @@ def push(settings: PushSettings) -> None:
     """Prints each file with size and sha256. Raises UserError for a folder that is no export, or what the hub says."""
     files = exported_files(settings.model)
     for path in files:
-        name = path.relative_to(settings.model)
+        name = printable(str(path.relative_to(settings.model)))
         click.echo(f"{path.stat().st_size:>12,} B  {file_sha256(path)[:12]}  {name}")
     visibility = "private" if settings.private else "public"
     where = f"https://huggingface.co/{settings.repo} ({visibility} if it is made now)"
@@ -40,13 +41,15 @@ def _upload(settings: PushSettings, names: list[str]) -> None:
 
     api = HfApi()
     try:
-        api.create_repo(settings.repo, private=settings.private, exist_ok=True)
+        make_repository(api, settings.repo, "model", settings.private)
         api.upload_folder(
             repo_id=settings.repo,
             folder_path=settings.model,
             allow_patterns=names,
             commit_message="A 48 kHz decoder for SNAC 24 kHz tokens",
         )
+    except UserError:
+        raise
     except Exception as error:  # the hub's client raises its own, requests' and the system's errors
         ways = "see that the hub can be reached and that you are signed in (`hf auth login`)"
         raise UserError(f"repo={settings.repo}: {first_line(error)}; {ways}") from error
