@@ -90,11 +90,11 @@ demo *args: _env
 
 # the figures of docs/speed.md, scale.md and use.md that need no GPU: just bench SPEECH (a folder of recordings; half an hour on 2 cores)
 bench speech: _env
-    @exec {{ python }} -m benchmarks "{{ speech }}"
+    @exec {{ python }} -m benchmarks "$1"
 
 # the figures of a GPU: just bench-gpu SPEECH
 bench-gpu speech: _env
-    @exec {{ python }} -m benchmarks --gpu "{{ speech }}"
+    @exec {{ python }} -m benchmarks --gpu "$1"
 
 # results of benchmarks → the tables in README.md and docs/
 bench-report: _env
@@ -115,16 +115,16 @@ test *args: _env
     @exec {{ python }} -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder --max-worker-restart 0 "$@"
 
 # kills, damage and strange input, many times over: just torture --times 20 (hours)
-torture *args="--times 10": _env
-    @exec {{ python }} -m pytest tests/torture tests/test_killed_pipeline.py tests/test_killed_training.py {{ args }}
+torture *args="--times=10": _env
+    @exec {{ python }} -m pytest tests/torture tests/test_killed_pipeline.py tests/test_killed_training.py "$@"
 
 # coverage-guided fuzzing of every reader, so many seconds for each: just fuzz 60 OUT (needs `just extras`; Linux)
 fuzz seconds out: _env
-    @exec {{ python }} -m tests.torture.fuzz "{{ seconds }}" "{{ out }}"
+    @exec {{ python }} -m tests.torture.fuzz "$@"
 
 # training killed again and again beside the same left alone, memory and files watched: just soak 4000 OUT
 soak steps out: _env
-    @exec {{ python }} -m tests.torture.soak "{{ steps }}" "{{ out }}"
+    @exec {{ python }} -m tests.torture.soak "$@"
 
 # everything optional too: metrics, ONNX, Ray, remote storage, W&B
 extras:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from functools import cache
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,13 @@ class Weights:
 
     def folder(self) -> Path:
         return next(iter(self.paths.values())).parent
+
+    def read(self, file: str) -> bytes:
+        """The bytes that were trusted, for what runs code as it loads. Raises UserError where the file has changed."""
+        data = self.paths[file].read_bytes()
+        if sha256(data).hexdigest() != self.sha256[file]:
+            raise UserError(f"{self.paths[file]} changed after its sha256 was checked: start again")
+        return data
 
     def describe(self) -> str:
         """The published name when every hash is the published one, else a name that says that it is not."""

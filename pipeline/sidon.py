@@ -7,6 +7,7 @@ left padding (480 at 48 kHz) are taken off again, and the output is exactly thre
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -60,7 +61,9 @@ class TorchScript:
         files = (f"feature_extractor_{device.type}.pt", f"decoder_{device.type}.pt")
         weights = resolve(name, files, pins, must_be_pinned=True)
         self.weights: tuple[Weights, ...] = (weights,)
-        self.encoder, self.decoder = (torch.jit.load(weights.paths[file], map_location=device).eval() for file in files)
+        self.encoder, self.decoder = (
+            torch.jit.load(io.BytesIO(weights.read(file)), map_location=device).eval() for file in files
+        )
 
     def encode(self, features_BTF: Tensor, frames: list[int]) -> Tensor:
         assert len(set(frames)) == 1, "these modules know no mask"

@@ -25,6 +25,7 @@ CODEBOOK_SIZE = 4096
 LATENT_PER_COARSE = 4  # latent frames in one coarse token (46.875 frames per second)
 COARSE_24K = 2048  # samples of one coarse token at 24 kHz
 COARSE_48K = 4096  # the same at 48 kHz: 85.33 ms
+MAX_COARSE = 703  # of a segment: 60 s
 CONTEXT_COARSE = 3  # coarse tokens that cover the decoder's receptive field (10 latent frames) on each side
 
 CODES_SUFFIX = "codes.npy"
@@ -203,7 +204,7 @@ def check_meta(data: bytes) -> dict[str, Any]:
 def check_sample(codes_T7: npt.NDArray[np.int16], target_frames: int, rate: int, meta: dict[str, Any]) -> None:
     """Codes, target and metadata must describe the same stretch of time. Raises ShardError."""
     before, core, after = meta["context_before"], meta["n_coarse"], meta["context_after"]
-    if not (0 <= before <= CONTEXT_COARSE and 0 <= after <= CONTEXT_COARSE and core > 0):
+    if not (0 <= before <= CONTEXT_COARSE and 0 <= after <= CONTEXT_COARSE and 0 < core <= MAX_COARSE):
         raise ShardError(f"context {before} + {core} + {after} coarse tokens is out of range")
     if len(codes_T7) != before + core + after:
         raise ShardError(f"{len(codes_T7)} coarse tokens, metadata says {before} + {core} + {after}")

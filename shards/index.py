@@ -26,6 +26,7 @@ from shards.contract import (
     INDEX_SCHEMA,
     OK,
     SIDECAR_SCHEMA,
+    SPLITS,
     SUMS_NAME,
     tar_path,
 )
@@ -257,11 +258,15 @@ def wrong_place(usable: pa.Table | pa.RecordBatch) -> str | None:
 
 
 def shard_list(folder: Location) -> list[tuple[str, int]]:
-    """(split, shard) of every shard in the index, in its order."""
+    """(split, shard) of every shard in the index, in its order. Raises ShardError for what would lie elsewhere."""
     table = read_table(folder / INDEX_NAME, columns=["split", "shard"])
     places = table.append_column("place", pa.array(np.arange(len(table))))
     shards = places.group_by(["split", "shard"]).aggregate([("place", "min")]).sort_by("place_min")
-    return list(zip(shards["split"].to_pylist(), shards["shard"].to_pylist(), strict=True))
+    found = list(zip(shards["split"].to_pylist(), shards["shard"].to_pylist(), strict=True))
+    for split, shard in found:
+        if split not in SPLITS or shard is None or shard < 0:
+            raise ShardError(f"{folder / INDEX_NAME}: {(split, shard)} is no shard")
+    return found
 
 
 def listed(shards: Sequence[tuple[str, int]]) -> Iterator[str]:

@@ -87,3 +87,15 @@ def test_what_a_killed_command_left_is_not_taken_for_whole(clone: Path) -> None:
     (clone / "bin" / "uv").write_text(UV)
     assert just(clone, "_env").wait(30) == 0
     assert installed(clone) == "requirements"
+
+
+@pytest.mark.parametrize("recipe", ["decode", "test", "torture", "bench", "bench-gpu", "fuzz", "soak"])
+def test_an_argument_is_one_word_and_no_code(recipe: str, clone: Path) -> None:
+    assert just(clone, "_env").wait(30) == 0
+    python = clone / ".venv" / "bin" / "python"
+    python.write_text("#!/bin/sh\nprintf '%s\\n' \"$@\"\n")
+    word = 'a b "$(touch made)" `touch made` \''
+    words = [word, "c"] if recipe in ("fuzz", "soak") else [word]
+    told = subprocess.run(["just", recipe, *words], cwd=clone, capture_output=True, text=True, check=True).stdout
+    assert told.splitlines()[-len(words) :] == words
+    assert not (clone / "made").exists()

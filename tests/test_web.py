@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import shutil
 import subprocess
+import tarfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -67,6 +70,24 @@ def opened(request: pytest.FixtureRequest, page: Path, browser: Any) -> Iterator
     with served(page, Handler) as url:
         browser.get(url)
         yield ready(browser)
+
+
+def test_a_package_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is unpacked is what was hashed, whatever lies there by then."""
+    package = tmp_path / "ort.tgz"
+    with tarfile.open(package, "w:gz") as archive:
+        for name in (web.RUNTIME, web.GLUE, web.WASM):
+            archive.addfile(tarfile.TarInfo(f"package/dist/{name}"))
+    digest = hashlib.sha512(package.read_bytes()).digest()
+    monkeypatch.setattr(web, "SHA512", base64.b64encode(digest).decode())
+
+    def hash_and_swap(data: bytes) -> Any:
+        package.write_bytes(b"another")
+        return sha512(data)
+
+    sha512 = hashlib.sha512
+    monkeypatch.setattr(hashlib, "sha512", hash_and_swap)
+    assert web.fetch_runtime(package, tmp_path).keys() == {web.RUNTIME, web.GLUE, web.WASM}
 
 
 def ready(browser: Any) -> Any:

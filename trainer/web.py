@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import io
 import json
 import shutil
 import subprocess
@@ -78,7 +79,7 @@ def fetch_runtime(package: Path | None, folder: Path) -> dict[str, bytes]:
     digest = base64.b64encode(hashlib.sha512(content).digest()).decode()
     if digest != SHA512:
         raise UserError(f"{path} has the sha512 {digest}, expected {SHA512}: it is not the published {PACKAGE}")
-    with tarfile.open(path) as archive:
+    with tarfile.open(fileobj=io.BytesIO(content)) as archive:
         found = {name: archive.extractfile(f"package/dist/{name}") for name in (RUNTIME, GLUE, WASM)}
         return {name: file.read() for name, file in found.items() if file}
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,12 @@ import soundfile
 import torch
 from pydantic import ValidationError
 
+from codec.weights import Weights, resolve
+from pipeline import sidon
 from pipeline.plan import Told
+from pipeline.sidon import TorchScript
 from pipeline.sidon_decoder import load_decoder
+from shards.contract import COARSE_48K, MAX_COARSE, TARGET_RATE, check_sample, coarse_tokens
 from shards.errors import ShardError, UserError
 from shards.index import compact, load
 from shards.storage import StorageError, Url
@@ -23,6 +28,7 @@ from shards.writer import ShardWriter
 from tests.command_helpers import codes_words, in_process, refused, rows_of
 from tests.helpers import TINY_SNAC
 from tests.shard_helpers import FINGERPRINT, SHARD, all_problems, some_members, some_row
+from tests.sidon_standin import build
 from trainer import checkpoint
 
 
@@ -56,6 +62,39 @@ def test_checkpoints_with_code_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"code\.pt is not a state dict of plain tensors"):
         load_decoder(path)
     assert not made.exists()
+
+
+def test_a_checkpoint_does_not_grow_as_it_is_read(untrained: Path, tmp_path: Path) -> None:
+    """Compressed, a thousandth of the bytes would do."""
+    path = tmp_path / "packed.pt"
+    with zipfile.ZipFile(untrained) as archive, zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as packed:
+        for name in archive.namelist():
+            packed.writestr(name, archive.read(name))
+    with pytest.raises(UserError, match=r"packed\.pt is not a readable checkpoint \(its records are compressed"):
+        checkpoint.load(path)
+
+
+def test_sidon_that_changes_once_it_is_hashed_does_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "sidon"
+    build(folder)
+    named, other = folder / "decoder_cpu.pt", folder / "feature_extractor_cpu.pt"
+
+    def resolve_and_swap(*given: Any, **more: Any) -> Weights:
+        weights = resolve(*given, **more)
+        shutil.copy(other, named)
+        return weights
+
+    monkeypatch.setattr(sidon, "resolve", resolve_and_swap)
+    with pytest.raises(UserError, match=r"decoder_cpu\.pt changed after its sha256 was checked"):
+        TorchScript(str(folder), folder / "weights.json", torch.device("cpu"))
+
+
+def test_a_segment_is_no_longer_than_one_can_be() -> None:
+    """Silence of any length is little FLAC, and all of memory."""
+    meta = {"n_coarse": MAX_COARSE + 1, "context_before": 0, "context_after": 0, "n_samples": 1}
+    with pytest.raises(ShardError, match=r"704 .* is out of range"):
+        check_sample(np.zeros((MAX_COARSE + 1, 7), np.int16), (MAX_COARSE + 1) * COARSE_48K, TARGET_RATE, meta)
+    assert coarse_tokens(60) == MAX_COARSE, "what segment_length allows"
 
 
 def test_a_codec_with_code_is_refused(recordings: Path, tmp_path: Path) -> None:
@@ -99,6 +138,18 @@ def test_a_key_names_no_place(key: str, tmp_path: Path) -> None:
     with pytest.raises(ShardError, match="is no key of a sample"):
         load(tmp_path, "train")
     assert any("is no key of a sample" in problem for problem in all_problems(tmp_path))
+
+
+def test_an_index_names_no_place(tmp_path: Path) -> None:
+    """What stands elsewhere is not set aside for damaged."""
+    folder, mine = tmp_path / "theirs" / "shards", tmp_path / "mine"
+    for place in (folder / "train", mine):
+        with ShardWriter(place, 0, FINGERPRINT) as writer:
+            writer.add(some_row(0), some_members(0))
+    compact(folder, [SHARD, ("../../mine", 0)])
+    (mine / "000000.tar").write_bytes(b"mine")
+    refused(["verify", f"shards={folder}", "set_aside=true"], "('../../mine', 0) is no shard")
+    assert (mine / "000000.tar").read_bytes() == b"mine"
 
 
 @pytest.mark.parametrize("shard", [("../../outside", 0), ("train/x", 0), ("train", -1)])
