@@ -20,7 +20,7 @@ from pipeline.settings import PushShardsSettings
 from pipeline.statuses import COLUMNS, Statuses
 from shards.contract import INDEX_NAME, OK, SPLITS, SUMS_NAME, TARGET_RATE
 from shards.damage import unlisted
-from shards.errors import ShardError, UserError, first_line, in_markdown
+from shards.errors import ShardError, UserError, in_markdown
 from shards.files import file_sha256
 from shards.index import check_index, shard_list
 from shards.writer import read_metadata, read_table
@@ -66,9 +66,9 @@ def push_shards(settings: PushShardsSettings) -> None:
     except UserError:
         raise
     except Exception as error:  # the hub's client raises its own, its transport's and the system's kinds
-        reason = f"{type(error).__name__}: {first_line(error)}"
         raise UserError(
-            f"{settings.repo}: {reason}. Readers see no new shard until the index is there; the same command goes on"
+            f"{settings.repo}: {type(error).__name__}: {error}. Readers see no new shard until the index is there; "
+            "the same command goes on"
         ) from error
     tqdm.write(f"{settings.repo}: {len(uploads)} files, then {' and '.join(name for name, _ in last)}")
 

@@ -68,13 +68,14 @@ def test_a_push_makes_the_repository_and_one_commit(exported: Path, sent: list[A
 def test_what_the_hub_refuses_is_one_line(exported: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Hub:
         def create_repo(self, *_: Any, **__: Any) -> None:
-            raise ValueError("401 Client Error\nmore")
+            raise ValueError('Invalid metadata in README.md.\n- "license" must be one of [mit, other]')
 
     monkeypatch.setattr(huggingface_hub, "HfApi", Hub)
     code, output = call("push", f"model={exported}", "repo=someone/x")
     assert code == 1
     ways = "see that the hub can be reached and that you are signed in (`hf auth login`)"
-    assert output.splitlines()[-1] == f"error: repo=someone/x: 401 Client Error; {ways}"
+    said = 'ValueError: Invalid metadata in README.md. - "license" must be one of [mit, other]'
+    assert output.splitlines()[-1] == f"error: repo=someone/x: {said}; {ways}"
 
 
 def test_a_public_repository_gets_nothing_private(exported: Path, sent: list[Any]) -> None:

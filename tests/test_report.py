@@ -142,6 +142,18 @@ def test_a_clip_without_its_recording_shows_the_others(tmp_path: Path) -> None:
         listening(tmp_path, "a", systems, 1.0)
 
 
+@pytest.mark.parametrize("key", ["../../mine/a", "linked"])
+def test_a_page_holds_no_audio_of_elsewhere(key: str, tmp_path: Path) -> None:
+    """The clips' names come with the evaluation, and pages are passed on."""
+    (tmp_path / "mine").mkdir()
+    soundfile.write(tmp_path / "mine" / "a.flac", speechlike(0.5, TARGET_RATE, 0), TARGET_RATE)
+    audio = tmp_path / "audio"
+    (audio / "target").mkdir(parents=True)
+    (audio / "target" / "linked.flac").symlink_to(tmp_path / "mine" / "a.flac")
+    with pytest.raises(UserError, match=r"\.flac lies outside of"):
+        listening(audio, key, ["target"], 1.0)
+
+
 def test_clips_that_are_cut_say_so(page: str) -> None:
     assert "first 0.5 of" in page
     for number, clip in enumerate(data_of(page)["clips"]):

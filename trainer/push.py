@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from codec.hub import make_repository
-from shards.errors import UserError, first_line, printable
+from shards.errors import UserError, printable
 from shards.files import file_sha256
 from trainer.checkpoint import PROVENANCE
 from trainer.settings import PushSettings
@@ -52,4 +52,4 @@ def _upload(settings: PushSettings, names: list[str]) -> None:
         raise
     except Exception as error:  # the hub's client raises its own, requests' and the system's errors
         ways = "see that the hub can be reached and that you are signed in (`hf auth login`)"
-        raise UserError(f"repo={settings.repo}: {first_line(error)}; {ways}") from error
+        raise UserError(f"repo={settings.repo}: {type(error).__name__}: {error}; {ways}") from error

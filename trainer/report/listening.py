@@ -48,12 +48,14 @@ class Listening:
 
 
 def listening(audio: Path, key: str, systems: Iterable[str], seconds: float) -> Listening:
-    """Raises UserError for audio that is missing or no longer one length at 48 kHz."""
+    """Raises UserError for audio that is missing, elsewhere or no longer one length at 48 kHz."""
     wavs: dict[str, Samples] = {}
     for system in systems:
         path = audio / system / f"{key}.flac"
         if system == SOURCE and not path.exists():  # the recording is gone
             continue
+        if not path.resolve().is_relative_to(audio.resolve()):
+            raise UserError(f"{path} lies outside of {audio}: its name is none of `just eval`")
         wavs[system] = _read(path)
     lengths = {len(wav) for wav in wavs.values()}
     if len(lengths) != 1:
