@@ -281,12 +281,12 @@ def test_the_recording_behind_a_restored_target_is_judged_too(
 
     def load_as_sidon(folder: Path, split: str) -> Index:
         index = load(folder, split)
-        return replace(index, fingerprint={**index.fingerprint, "teacher": "sidon"})
+        return replace(index, fingerprint={**index.fingerprint, "teacher": "sidon\x1b"})
 
     monkeypatch.setattr("trainer.clips.load", load_as_sidon)
     code, output = call("eval", f"shards={work / 'shards'}", f"out={tmp_path / 'eval'}", *QUICK)
     assert code == 0, output
-    assert "targets by sidon" in output
+    assert ("targets by sidon\\x1b" in output, "\x1b" in output) == (True, False)
     rows = rows_of(tmp_path / "eval")
     assert list(dict.fromkeys(row["system"] for row in rows)) == ["stock", "warm_start", "source", "target"]
     sources = [row for row in rows if row["system"] == "source"]

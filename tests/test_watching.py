@@ -18,6 +18,7 @@ from shards.files import exclusive
 from tests.helpers import ROOT
 from tests.training_helpers import ADVERSARIAL, call, logged_steps, metrics, small_training
 from trainer.boards import WeightsAndBiases, spectrogram
+from trainer.log import RunLog
 from trainer.status import report
 
 PAGE = ROOT / "docs" / "training.md"
@@ -170,3 +171,11 @@ def test_l1_is_warned_of_where_waveforms_differ(l1_weight: float, warned: bool, 
     first, *_ = [line for line in metrics(tmp_path / "run") if line["kind"] == "validation"]
     assert first["si_sdr_lf_db"] < 0
     assert ("L1 will pull the level down" in (tmp_path / "run" / "training.log").read_text()) == warned
+
+
+def test_a_log_obeys_no_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The teacher's name comes with the shards."""
+    RunLog(tmp_path, 0, 1, writes=True).say("targets by \x1b[2J")
+    for text in (capsys.readouterr().out, (tmp_path / "training.log").read_text()):
+        assert "\x1b" not in text
+        assert text.endswith("targets by \\x1b[2J\n")

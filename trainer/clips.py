@@ -19,7 +19,7 @@ from codec.audio import DECODED, EXTENSIONS, AudioError, Recording, Samples, pro
 from codec.resample import Resampler
 from codec.snac import encode_whole
 from shards.contract import COARSE_48K, PLAN_NAME, TARGET_RATE, sample_key
-from shards.errors import UserError
+from shards.errors import UserError, printable
 from shards.groups import group_finder
 from shards.index import load
 from shards.reader import decode_sample, read_sample
@@ -124,7 +124,7 @@ class ShardClips:
             recording = Recording(path, header, row["first_frame"], row["frames"])
             return Resampler(recording, TARGET_RATE).read(start, start + entry.n_samples)
         except AudioError as error:
-            tqdm.write(f"{entry.key}: its recording is not judged: {path}: {error}")
+            tqdm.write(printable(f"{entry.key}: its recording is not judged: {path}: {error}"))
             return None
 
 

@@ -186,15 +186,16 @@ def _print(settings: EvalSettings, table: pa.Table, summary: pa.Table, provenanc
     rows = table.to_pylist()
     used = {row["clip"]: row["seconds"] for row in rows if row["status"] == OK}
     groups = len({row["group"] for row in rows if row["status"] == OK})
+    teacher = printable(provenance["teacher"])
     click.echo(
         f"{len(used)} clips of {voice_text(groups)}, {sum(used.values()):.1f} s: {provenance['title']}; codes by "
-        f"{provenance['snac']}, targets by {provenance['teacher']}"
+        f"{provenance['snac']}, targets by {teacher}"
     )
     for row in rows:
         if row["status"] != OK:
             click.echo(printable(f"  not judged: {row['clip']}: {row['reason']}"))
     systems = dict.fromkeys(summary["system"].to_pylist())
-    for line in lines(summary, [(name, label(name, provenance["teacher"])) for name in systems]):
+    for line in lines(summary, [(name, label(name, teacher)) for name in systems]):
         click.echo(line)
     why = why_no_intervals(groups)
     how = f"; {why}" if why else f" [95 % interval over voices]; * differs from {settings.baseline} clip by clip"

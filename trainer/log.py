@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
+from shards.errors import printable
 from shards.files import replacing
 
 if TYPE_CHECKING:
@@ -44,8 +45,9 @@ class RunLog:
 
     def say(self, text: str) -> None:
         if self._writes:
-            self._logger.info(text)
-            tqdm.write(text)
+            line = printable(text)
+            self._logger.info(line)
+            tqdm.write(line)
 
     def metrics(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
         if self._writes:
