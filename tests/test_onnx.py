@@ -60,9 +60,10 @@ def test_the_cards_snippet_decodes(exported: Path) -> None:
     assert "**A stand-in**" in card
     assert 'license: "mit"' in card
     (snippet,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
-    names: dict[str, Any] = {"codes": [np.zeros((1, 3 * n), np.int64) for n in TOKENS_PER_COARSE]}
+    names: dict[str, Any] = {}
     exec(snippet.replace(DECODER, str(exported / DECODER)), names)
-    assert names["wav_48k"].shape == (1, 1, 3 * COARSE_48K)
+    assert [level.shape[1] for level in names["codes"]] == [8 * n for n in TOKENS_PER_COARSE]
+    assert names["wav_48k"].shape == (1, 1, 8 * COARSE_48K)
 
 
 def test_windows_with_the_context_that_the_card_names_are_the_whole(exported: Path) -> None:

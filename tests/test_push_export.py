@@ -84,6 +84,16 @@ def test_a_public_repository_gets_nothing_private(exported: Path, sent: list[Any
     assert "error: someone/public stands and is public: private=false agrees to that" in output
 
 
+def test_a_link_publishes_nothing_of_elsewhere(exported: Path, tmp_path: Path, sent: list[Any]) -> None:
+    """Exports may come from others."""
+    (tmp_path / "secret").write_text("mine")
+    model = Path(shutil.copytree(exported, tmp_path / "model"))
+    (model / "notes.txt").symlink_to(tmp_path / "secret")
+    code, output = call("push", f"model={model}", "repo=someone/x")
+    assert (code, sent) == (1, [])
+    assert "notes.txt is a link to what lies elsewhere, which would be published" in output
+
+
 def test_what_is_no_export_is_refused(tmp_path: Path, exported: Path, sent: list[Any]) -> None:
     code, output = call("push", f"model={tmp_path}", "repo=someone/x")
     assert (code, output.count("\n")) == (1, 1)

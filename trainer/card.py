@@ -50,10 +50,13 @@ model SIDON: their terms hold too.
 """
 WITH_SNAC = """\
 ```python
+import torch
 from snac import SNAC
 
 codec = SNAC.from_pretrained({name}).eval()  # this folder, or USER/NAME of this page
-wav_48k = codec.decode(codes)  # codes as the 24 kHz model gives them; 4096 samples for each coarse token
+codes = [torch.zeros(1, 8 << level, dtype=torch.long) for level in range(3)]  # instead of the 24 kHz model's
+with torch.inference_mode():
+    wav_48k = codec.decode(codes)  # [B, T], [B, 2T], [B, 4T] → [B, 1, 4096 T]
 ```
 
 `encode` still takes 24 kHz audio, which is what `codec.sampling_rate` says. `forward` trims to the 24 kHz length, so
@@ -75,11 +78,13 @@ codec.load_state_dict(load_file("decoder_only.safetensors"), strict=False)  # le
 """
 WITH_ONNX = """\
 ```python
+import numpy as np
 import onnxruntime
 
 decoder = onnxruntime.InferenceSession("decoder_model.onnx")
-levels = {f"audio_codes.{level}": codes[level] for level in range(3)}  # int64 arrays: [B, T], [B, 2T], [B, 4T]
-(wav_48k,) = decoder.run(None, levels)  # [B, 1, 4096 T]; codes as the 24 kHz model gives them
+codes = [np.zeros((1, 8 << level), np.int64) for level in range(3)]  # instead of the 24 kHz model's
+levels = {f"audio_codes.{level}": codes[level] for level in range(3)}  # [B, T], [B, 2T], [B, 4T]
+(wav_48k,) = decoder.run(None, levels)  # [B, 1, 4096 T] at 48 kHz
 ```
 
 Long or streamed: a window of tokens, with 3 coarse tokens (6 middle, 12 fine) of its neighbours on each side or as many

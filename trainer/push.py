@@ -33,7 +33,13 @@ def push(settings: PushSettings) -> None:
 def exported_files(folder: Path) -> list[Path]:
     if not (folder / PROVENANCE).is_file() or not any((folder / model).is_file() for model in MODELS):
         raise UserError(f"model={folder}: expected a directory made by `just export` or `just export-onnx`")
-    return sorted(path for path in folder.rglob("*") if path.is_file())
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    for path in files:
+        if not path.resolve().is_relative_to(folder.resolve()):
+            raise UserError(
+                f"{path} is a link to what lies elsewhere, which would be published: delete it or copy that"
+            )
+    return files
 
 
 def _upload(settings: PushSettings, names: list[str]) -> None:
