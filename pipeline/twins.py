@@ -7,6 +7,7 @@ import pyarrow.compute as pc
 from tqdm import tqdm
 
 from shards.contract import INDEX_NAME, OK, SPLITS
+from shards.errors import printable
 from shards.storage import Location
 from shards.writer import read_table
 
@@ -21,9 +22,10 @@ def say_twins(folder: Location) -> None:
     training, validation = (_usable(folder, split) for split in SPLITS)
     twins = validation.join(training, SAME, join_type="left semi")
     if len(twins):
+        such = printable(min(twins["recording"].to_pylist()))
         tqdm.write(
             f"warning: {len(twins)} of {len(validation)} validation segments are in training too, under another group, "
-            f"such as {min(twins['recording'].to_pylist())}: put its copies into one group, or take them away"
+            f"such as {such}: put its copies into one group, or take them away"
         )
 
 

@@ -16,7 +16,7 @@ from pipeline.codes import shard_codes
 from pipeline.plan import Plan, make_plan
 from pipeline.targets import shard_targets
 from shards.contract import PLAN_NAME
-from shards.errors import ShardError, UserError
+from shards.errors import ShardError, UserError, printable
 from shards.writer import read_metadata, write_table
 from tests.helpers import codes_settings, speechlike, targets_settings
 
@@ -70,7 +70,7 @@ def test_a_recording_in_both_splits_is_said(audio: Path, tmp_path: Path, capsys:
     shard_targets(targets_settings(tmp_path / "apart"))
     assert "in training too" not in capsys.readouterr().out
     for voice in ("anna", "ben", "carl"):
-        soundfile.write(audio / voice / "copy.wav", speechlike(1.0, 24_000, 9), 24_000)
+        soundfile.write(audio / voice / "\x1bcopy.wav", speechlike(1.0, 24_000, 9), 24_000)
     shard_codes(codes_settings(audio, tmp_path / "work"))
     shard_targets(targets_settings(tmp_path / "work"))
     index = pq.read_table(tmp_path / "work" / "shards" / "index.parquet").to_pylist()
@@ -78,7 +78,7 @@ def test_a_recording_in_both_splits_is_said(audio: Path, tmp_path: Path, capsys:
     copies, sounding = ([name for name in judged if name.endswith(end)] for end in ("copy.wav", ("copy.wav", "a.wav")))
     assert (
         f"warning: {len(copies)} of {len(sounding)} validation segments are in training too, under another group, such "
-        f"as {min(copies)}: put its copies into one group, or take them away"
+        f"as {printable(min(copies))}: put its copies into one group, or take them away"
     ) in capsys.readouterr().out
 
 
