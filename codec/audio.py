@@ -193,7 +193,13 @@ def _open(path: Stored) -> Iterator[_Onward]:
         if path.stat().st_size == 0:
             raise AudioError("the file is empty")
         with ExitStack() as stack:
-            sound = stack.enter_context(_sound(stack.enter_context(path.open("rb"))))
+            file = stack.enter_context(path.open("rb"))
+            try:
+                sound = stack.enter_context(_sound(file))
+            except AudioError:
+                if not (begun := mp3.begun(file)):
+                    raise
+                sound = stack.enter_context(_sound(begun))
             if sound.format in MISTAKEN:
                 file = stack.enter_context(path.open("rb"))
                 try:

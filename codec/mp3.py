@@ -21,7 +21,8 @@ KBPS = {
 HZ = {MPEG1: (44_100, 48_000, 32_000), MPEG2: (22_050, 24_000, 16_000), MPEG25: (11_025, 12_000, 8_000)}
 MONO = 3
 TAGS_AT_THE_END = (b"TAG", b"APETAGEX", b"LYRICSBEGIN")
-SCRAP_BYTES = 1441 + 128  # before the first frame or behind the last: the longest frame, not whole, and a tag
+LEADING_BYTES = 1 << 16  # before the first frame
+SCRAP_BYTES = 1441 + 128  # behind the last frame: the longest one, not whole, and a tag
 JOINED_FRAMES = (
     32  # that go on behind a stated end: it is that of a part; programs differ by a frame in what they state
 )
@@ -76,13 +77,22 @@ def whole(file: IO[bytes], samples: int) -> IO[bytes]:
     return _joined(_stating(_at(file, start, 4), n), file, stated.begin, stop)
 
 
-def _first(file: IO[bytes], start: int, size: int) -> tuple[int, Kind | None]:
-    """Where frames begin to follow each other, at byte `start` or a scrap of another frame later; and their kind (None:
-    nowhere).
+def begun(file: IO[bytes]) -> IO[bytes] | None:
+    """`file` from its first frame on, behind a scrap of another: libsndfile knows MP3 by its first bytes. None without
+    frames.
     """
-    scrap = _at(file, start, SCRAP_BYTES)
-    for place in range(len(scrap)):
-        kind, _ = _frame(scrap[place : place + 4])
+    start, kind = _first(file, _behind_tags(file, 0), size := file.seek(0, io.SEEK_END))
+    return _joined(b"", file, start, size) if kind else None
+
+
+def _first(file: IO[bytes], start: int, size: int) -> tuple[int, Kind | None]:
+    """Where frames begin to follow each other, at byte `start` or behind a scrap of another frame, padding or a tag of
+    unknown kind; and their kind (None: nowhere).
+    """
+    leading = _at(file, start, LEADING_BYTES)
+    place = -1
+    while (place := leading.find(0xFF, place + 1)) >= 0:
+        kind, _ = _frame(leading[place : place + 4])
         if kind:
             n, stop = _count(file, start + place, size, JOINED_FRAMES)
             if n == JOINED_FRAMES or (n and size - stop <= SCRAP_BYTES):

@@ -94,11 +94,14 @@ def test_an_mp3_without_a_length_is_read_to_its_end(
         assert len(found) >= len(expected) + LAME_DELAY - 1152
 
 
-def test_an_mp3_that_begins_amid_a_frame_is_read_to_its_end(tmp_path: Path) -> None:
-    """As what was cut out of a stream does."""
+@pytest.mark.parametrize("before", [lambda data: data[-20:], lambda data: bytes(20_000), lambda data: b"\xff" * 999])
+def test_an_mp3_that_begins_late_is_read_to_its_end(before: Callable[[bytes], bytes], tmp_path: Path) -> None:
+    """Behind a scrap of a frame, as what was cut out of a stream does, or behind padding."""
     data = unstated(mp3())
     expected = read(written(tmp_path, "mp3", data))
-    assert np.array_equal(read(written(tmp_path, "mp3", data[-20:] + data)), expected)
+    path = written(tmp_path, "mp3", before(data) + data)
+    for place in (path, Fetched(path.read_bytes())):
+        assert np.array_equal(read(place), expected)
 
 
 def test_its_stretches_are_cut_from_the_whole(tmp_path: Path) -> None:
