@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import errno
+import io
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from operator import attrgetter
@@ -18,7 +19,6 @@ from codec import mp3
 from codec.whole import why_not
 from shards.files import reason_of_one
 from shards.pieces import Stored
-from shards.storage import StorageError
 
 Samples = npt.NDArray[np.float32]
 
@@ -119,7 +119,7 @@ class Decoder:
         """With an error, which leaves through `_open`. What is broken stays so for all that lies behind it."""
         try:
             yield
-        except Exception as error:
+        except BaseException as error:
             self._problem = str(error)
             with self._opened:
                 raise
@@ -177,14 +177,46 @@ class Recording:
 
 
 class _Onward(soundfile.SoundFile):
-    """soundfile seeks after every read, to where it stands: MP3 would go on there without what its frames share."""
+    """A file for libsndfile, through which no error passes: for it the file ends there; the error is kept.
 
-    def __init__(self, given: _Callbacks) -> None:
-        self.given = given
-        super().__init__(given)
+    soundfile's own callbacks print errors, Ctrl-C among them, and go on. And it seeks after every read, to where it
+    stands: MP3 would go on there without what its frames share.
+    """
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._failures = list[BaseException]()
+        try:
+            super().__init__(file)
+        finally:
+            self.check()  # of an Ogg whose end cannot be read libsndfile says that it is endless
 
     def seekable(self) -> bool:
         return False
+
+    def check(self) -> None:
+        """Raises what was kept: libsndfile itself would not say which error of the system it was."""
+        if self._failures:
+            raise self._failures[0]
+
+    def _init_virtual_io(self, file: Any) -> Any:
+        ffi, failures = soundfile._ffi, self._failures
+
+        def size(_: Any) -> int:
+            place, end = file.tell(), file.seek(0, io.SEEK_END)
+            file.seek(place)
+            return int(end)
+
+        calls = {
+            "get_filelen": size,
+            "seek": lambda offset, whence, _: file.seek(offset, whence),
+            "read": lambda place, n, _: file.readinto(ffi.buffer(place, n)),
+            "tell": lambda _: file.tell(),
+        }
+        self._virtual_io = {
+            name: ffi.callback(f"sf_vio_{name}", call, onerror=lambda _kind, error, _trace: failures.append(error))
+            for name, call in calls.items()
+        }
+        return ffi.new("SF_VIRTUAL_IO*", self._virtual_io)
 
 
 @contextmanager
@@ -217,42 +249,15 @@ def _open(path: Stored) -> Iterator[_Onward]:
 
 @contextmanager
 def _sound(file: IO[bytes]) -> Iterator[_Onward]:
-    """Raises what `file` raises: libsndfile itself would not say which error of the system it was."""
-    given = _Callbacks(file)
+    """Raises what `file` raises."""
     try:
-        with _Onward(given) as sound:
-            given.check()  # of an Ogg whose end cannot be read it says that it is endless
-            yield sound
+        with _Onward(file) as sound:
+            try:
+                yield sound
+            finally:
+                sound.check()
     except soundfile.LibsndfileError as error:
         raise AudioError(f"not readable as audio: {_reason(error)}") from error
-    finally:
-        given.check()
-
-
-class _Callbacks:
-    """A file for libsndfile, through which no error passes: for it the file ends there; the error is kept."""
-
-    def __init__(self, file: IO[bytes]) -> None:
-        self._file, self.tell = file, file.tell
-        self._failure: OSError | StorageError | None = None
-
-    def check(self) -> None:
-        """Raises the error that was kept."""
-        if self._failure is not None:
-            raise self._failure
-
-    def seek(self, offset: int, whence: int) -> int:
-        return self._keeping(self._file.seek, offset, whence)
-
-    def readinto(self, buffer: Any) -> int:
-        return self._keeping(self._file.readinto, buffer)  # type: ignore[attr-defined]
-
-    def _keeping(self, action: Callable[..., int], *given: Any) -> int:
-        try:
-            return action(*given)
-        except (OSError, StorageError) as error:
-            self._failure = error
-            return 0
 
 
 def _read(file: _Onward, position: int, frames: int) -> npt.NDArray[np.float32]:
@@ -261,7 +266,7 @@ def _read(file: _Onward, position: int, frames: int) -> npt.NDArray[np.float32]:
         block: npt.NDArray[np.float32] = file.read(frames, dtype="float32", always_2d=True)
     except soundfile.LibsndfileError as error:
         raise AudioError(f"broken near {position / file.samplerate:.3f} s: {_reason(error)}") from error
-    file.given.check()
+    file.check()
     if len(block) < frames:
         raise AudioError(f"ends at frame {position + len(block)}, its header says {file.frames}")
     return block

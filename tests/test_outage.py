@@ -6,6 +6,7 @@ import errno
 import io
 import os
 import shutil
+import signal
 import threading
 from collections.abc import Callable
 from functools import partial
@@ -136,6 +137,18 @@ class Failing(io.FileIO):
         return super().readinto(buffer) or 0
 
 
+class Interrupted(io.FileIO):
+    """A file amid which Ctrl-C is pressed, once."""
+
+    _is_pressed = False
+
+    def readinto(self, buffer: Any) -> int:
+        if self.tell() > 20_000 and not self._is_pressed:
+            self._is_pressed = True
+            signal.raise_signal(signal.SIGINT)
+        return super().readinto(buffer) or 0
+
+
 @pytest.mark.parametrize("extension", ["wav", "flac", "ogg", "mp3"])
 @pytest.mark.parametrize("in_a_tar", [False, True])
 def test_a_disk_that_fails_while_a_recording_is_read_is_no_reason(
@@ -151,6 +164,18 @@ def test_a_disk_that_fails_while_a_recording_is_read_is_no_reason(
             patched.setattr(Path, "open", lambda self, mode, after=after: io.BufferedReader(Failing(self, after)))
             with pytest.raises(UserError, match="Stale file handle: its disk or server fails"):
                 list(Recording(path, header).blocks())
+
+
+@pytest.mark.parametrize("extension", ["wav", "flac", "ogg", "mp3"])
+def test_ctrl_c_while_a_recording_is_read_is_no_reason(
+    extension: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """libsndfile lets no error through, and soundfile would print it and go on."""
+    path = write(tmp_path / f"a.{extension}", speechlike(20, 24_000, 0), 24_000, None)
+    header = probe(path)
+    monkeypatch.setattr(Path, "open", lambda self, mode: io.BufferedReader(Interrupted(self)))
+    with pytest.raises(KeyboardInterrupt):
+        list(Recording(path, header).blocks())
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
