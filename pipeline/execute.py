@@ -30,7 +30,7 @@ from pipeline.settings import ExecutionSettings
 from pipeline.stage import Stage
 from pipeline.statuses import COLUMNS, Statuses
 from shards.contract import FAILED, OK, REJECTED
-from shards.errors import UserError, first_line
+from shards.errors import UserError, first_line, last_line
 from shards.files import exclusive
 from shards.storage import Location, Url
 from shards.writer import AHEAD, finish, read_table
@@ -70,9 +70,11 @@ class Progress:
             return
         self._in_a_row += 1
         self._problems[number] = problem
-        tqdm.write(f"{self._name(number)} could not be made:\n{problem}", file=sys.stderr)
+        tqdm.write(f"{self.name(number)} could not be made:\n{problem}", file=sys.stderr)
         if self._in_a_row == MAX_IN_A_ROW:
-            raise UserError(f"{MAX_IN_A_ROW} shards in a row could not be made, the last because of: {_last(problem)}")
+            raise UserError(
+                f"{MAX_IN_A_ROW} shards in a row could not be made, the last because of: {last_line(problem)}"
+            )
 
     def close(self) -> None:
         self._bar.close()
@@ -82,11 +84,11 @@ class Progress:
         if self._problems:
             number, problem = next(iter(self._problems.items()))
             raise UserError(
-                f"{len(self._problems)} shards could not be made, such as {self._name(number)}: {_last(problem)}. "
+                f"{len(self._problems)} shards could not be made, such as {self.name(number)}: {last_line(problem)}. "
                 "All others stand; the same command tries these again"
             )
 
-    def _name(self, number: int) -> str:
+    def name(self, number: int) -> str:
         return "{}/{:06d}".format(*self._plan.shards[number])
 
 
@@ -258,7 +260,3 @@ def summarize(paths: Sequence[Location], max_failed_fraction: float, title: str)
         )
     if total and not statuses[OK]:
         raise UserError(f"{title}: no segment is usable")
-
-
-def _last(problem: str) -> str:
-    return problem.strip().splitlines()[-1]

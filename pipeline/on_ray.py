@@ -16,13 +16,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from tqdm import tqdm
+
 from pipeline.execute import FATAL, Progress, attempt, described
 from pipeline.processes import MAX_DEATHS, answer
 from pipeline.settings import ExecutionSettings
 from pipeline.stage import Stage
-from shards.errors import UserError, first_line
+from shards.errors import UserError, first_line, last_line
 
 ROOT = Path(__file__).parent.parent
+PATIENCE_SECONDS = 60
 
 
 class Maker:
@@ -61,11 +64,11 @@ def ask(kind: type[Stage], settings: ExecutionSettings) -> Any:
     with _connected(settings):
         import ray
 
-        asked = ray.remote(num_cpus=1, num_gpus=0 if settings.gpu == "cpu" else 1, max_calls=1)(answer)
+        asked = ray.remote(max_calls=1, **_place(settings))(answer)
         try:
-            found, problem = ray.get(asked.remote(kind, _of_one(settings)))
+            found, problem = ray.get(_first([asked.remote(kind, _of_one(settings))], PATIENCE_SECONDS))
         except ray.exceptions.RayError as error:
-            raise UserError(f"Ray gave up: {first_line(error)}; the same command goes on") from error
+            raise UserError(f"Ray gave up: {last_line(str(error))}; the same command goes on") from error
     if problem:
         raise UserError(problem)
     return found
@@ -73,12 +76,12 @@ def ask(kind: type[Stage], settings: ExecutionSettings) -> Any:
 
 def actors(stage: Stage, numbers: Sequence[int], progress: Progress) -> None:
     """Makes these shards. Raises UserError for what an actor says concerns the whole run, or when Ray gives up."""
-    settings, on_gpu = stage.settings, stage.settings.gpu != "cpu"
+    settings = stage.settings
     with _connected(settings):
         import ray
 
-        size = settings.workers or (int(ray.cluster_resources().get("GPU", 0)) if on_gpu else 1)
-        maker = ray.remote(num_cpus=1, num_gpus=1 if on_gpu else 0)(Maker)
+        size = settings.workers or (1 if settings.gpu == "cpu" else int(ray.cluster_resources().get("GPU", 0)))
+        maker = ray.remote(**_place(settings))(Maker)
         waiting, deaths = deque(numbers), Counter[int | None]()
         busy: dict[Any, tuple[Any, int | None]] = {}  # answer to come → the actor, and the shard that it makes
 
@@ -87,16 +90,20 @@ def actors(stage: Stage, numbers: Sequence[int], progress: Progress) -> None:
 
         for _ in range(min(size, len(numbers))):
             give(maker.remote(type(stage), _of_one(settings)), None)
-        while waiting or any(number is not None for _, number in busy.values()):
-            (came,), _ = ray.wait(list(busy))
+        while (are_working := any(number is not None for _, number in busy.values())) or waiting:
+            came = _first(list(busy), None if are_working else PATIENCE_SECONDS)
             actor, number = busy.pop(came)
             try:
                 problem, fatal = ray.get(came)
             except ray.exceptions.RayError as error:  # it died, or its node
                 ray.kill(actor)
                 deaths[number] += 1
-                if deaths[number] == MAX_DEATHS:
-                    raise UserError(f"Ray gave up: {first_line(error)}; the same command goes on") from error
+                if deaths[number] == MAX_DEATHS * (size if number is None else 1):  # a node dies with all of its actors
+                    over = "before they had a shard" if number is None else f"over shard {progress.name(number)}"
+                    raise UserError(
+                        f"{deaths[number]} actors died {over}, the last because of: {last_line(str(error))}. Where "
+                        "memory ran out, lower batch_seconds or window_seconds; the same command goes on"
+                    ) from error
                 if number is not None:
                     waiting.appendleft(number)
                 give(maker.remote(type(stage), _of_one(settings)), None)
@@ -108,6 +115,20 @@ def actors(stage: Stage, numbers: Sequence[int], progress: Progress) -> None:
                 progress.finish(number, problem)
             if waiting:
                 give(actor, waiting.popleft())
+
+
+def _first(answers: list[Any], patience: float | None) -> Any:
+    """The one that comes first. Says where none comes in `patience` seconds: Ray waits for a place without a word."""
+    import ray
+
+    came, _ = ray.wait(answers, timeout=patience)
+    if not came:
+        tqdm.write(
+            f"no answer of Ray for {patience:g} s: a node still imports or loads models, or none has a CPU (and GPU) "
+            "free, as `ray status` says"
+        )
+        came, _ = ray.wait(answers)
+    return came[0]
 
 
 @contextmanager
@@ -131,6 +152,10 @@ def _connected(settings: ExecutionSettings) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def _place(settings: ExecutionSettings) -> dict[str, int]:
+    return {"num_cpus": 1, "num_gpus": 0 if settings.gpu == "cpu" else 1}
 
 
 def _of_one(settings: ExecutionSettings) -> ExecutionSettings:

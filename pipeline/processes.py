@@ -59,7 +59,7 @@ def processes(stage: Stage, numbers: Sequence[int], progress: Progress) -> None:
                     _listen(worker, progress)
                 except (EOFError, ConnectionResetError):  # the latter where it died before it read its number
                     workers.remove(worker)
-                    _bury(worker, waiting, deaths, stage)
+                    _bury(worker, waiting, deaths, progress)
                     workers.append(_start(context, stage, worker.device, len(devices)))
     finally:
         for worker in workers:
@@ -102,17 +102,17 @@ def _listen(worker: Worker, progress: Progress) -> None:
         progress.finish(number, value)
 
 
-def _bury(worker: Worker, waiting: deque[int], deaths: Counter[int], stage: Stage) -> None:
+def _bury(worker: Worker, waiting: deque[int], deaths: Counter[int], progress: Progress) -> None:
     """Its shard comes first again. Raises UserError when this shard keeps killing."""
     worker.connection.close()
     worker.process.join()
     assert worker.number is not None
     deaths[worker.number] += 1
     if deaths[worker.number] == MAX_DEATHS:
-        name = "{}/{:06d}".format(*stage.plan.shards[worker.number])
         raise UserError(
-            f"{MAX_DEATHS} processes died over shard {name} (exit code {worker.process.exitcode}; −9 is what the "
-            "system does when memory runs out): lower batch_seconds or window_seconds, or the number of processes"
+            f"{MAX_DEATHS} processes died over shard {progress.name(worker.number)} (exit code "
+            f"{worker.process.exitcode}; −9 is what the system does when memory runs out): lower batch_seconds or "
+            "window_seconds, or the number of processes"
         )
     waiting.appendleft(worker.number)
 

@@ -22,6 +22,11 @@ def first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
+def last_line(text: str) -> str:
+    """Of a traceback, what was wrong."""
+    return text.strip().splitlines()[-1]
+
+
 def printable(text: str) -> str:
     """What a terminal would obey instead of showing it, written out: names come from data."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

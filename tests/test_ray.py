@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -13,9 +15,11 @@ from typing import Any
 import psutil
 import pytest
 
+from pipeline import on_ray
 from pipeline.codes import shard_codes
-from pipeline.on_ray import actors
-from pipeline.settings import CalibrateSettings
+from pipeline.on_ray import Maker, actors, ask
+from pipeline.processes import MAX_DEATHS
+from pipeline.settings import CalibrateSettings, TargetsSettings
 from pipeline.stage import Stage
 from pipeline.targets import shard_targets
 from shards.contract import PLAN_NAME
@@ -23,7 +27,7 @@ from shards.errors import UserError
 from tests.command_helpers import refused, targets_words
 from tests.helpers import codes_settings, targets_settings
 from tests.test_calibrate import assert_same_without_a_model, coded, settings, standin
-from tests.test_execute import SMALL, Fatal, made, progress_of, same, small, whole
+from tests.test_execute import SMALL, Fatal, Slow, made, progress_of, same, small, whole
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::ResourceWarning"),  # Ray leaves sockets and processes to the collector
@@ -131,6 +135,44 @@ def test_a_cluster_that_is_not_there_is_one_line(whole: Path, tmp_path: Path) ->
 
 def test_a_shard_that_keeps_killing_ends_the_run(cluster: Any, small: Callable[..., Stage]) -> None:
     stage = small(Fatal, "die", "execute=ray", f"ray_address={cluster.address}", "workers=1")
-    with pytest.raises(UserError, match=r"Ray gave up: .*; the same command goes on"):
+    with pytest.raises(UserError, match=r"3 actors died over shard train/000001, the last because of: .*process has d"):
         actors(stage, range(len(stage.plan.shards)), progress_of(stage))
     assert made(stage) == {0}
+
+
+class DiesWhereItStarts(Maker):
+    """As actors do whose node dies: MAX_DEATHS of them at once."""
+
+    def make(self, number: int | None) -> tuple[str | None, str]:
+        folder = self._settings.work / "slow"
+        if number is None and len(list(folder.glob("*.died"))) < MAX_DEATHS:
+            (folder / f"{os.getpid()}.died").touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().make(number)
+
+
+def test_actors_that_die_with_their_node_before_they_begin_do_not_end_the_run(
+    cluster: Any, small: Callable[..., Stage], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Nor does a place that is long in coming, of which is told."""
+    monkeypatch.setattr(on_ray, "Maker", DiesWhereItStarts)
+    monkeypatch.setattr(on_ray, "PATIENCE_SECONDS", 0.01)
+    stage = small(Slow, "", "execute=ray", f"ray_address={cluster.address}", "workers=2")
+    actors(stage, range(3), progress_of(stage))
+    assert made(stage) == {0, 1, 2}
+    assert "no answer of Ray for 0.01 s" in capfd.readouterr().out
+
+
+class Broken(Slow):
+    """Where shards are made, not here."""
+
+    def __init__(self, settings: TargetsSettings) -> None:
+        super().__init__(settings)
+        if settings.execute == "local":
+            raise ZeroDivisionError("planted")
+
+
+def test_what_a_node_did_not_foresee_is_said(cluster: Any, small: Callable[..., Stage]) -> None:
+    stage = small(Broken, "", "execute=ray", f"ray_address={cluster.address}")
+    with pytest.raises(UserError, match=r"^Ray gave up: ZeroDivisionError: planted; the same command goes on$"):
+        ask(Broken, stage.settings)
