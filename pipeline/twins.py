@@ -20,7 +20,7 @@ def say_twins(folder: Location) -> None:
     By what was measured of them: in three million segments of one length no two were alike by chance.
     """
     training, validation = (_usable(folder, split) for split in SPLITS)
-    twins = validation.join(training, SAME, join_type="left semi")
+    twins = training.join(validation, SAME, join_type="right semi")  # the table on the right is held as a hash table
     if len(twins):
         such = printable(min(twins["recording"].to_pylist()))
         tqdm.write(
