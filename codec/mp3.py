@@ -89,14 +89,14 @@ def _first(file: IO[bytes], start: int, size: int) -> tuple[int, Kind | None]:
     """Where frames begin to follow each other, at byte `start` or behind a scrap of another frame, padding or a tag of
     unknown kind; and their kind (None: nowhere).
     """
-    leading = _at(file, start, LEADING_BYTES)
-    place = -1
-    while (place := leading.find(0xFF, place + 1)) >= 0:
-        kind, _ = _frame(leading[place : place + 4])
-        if kind:
-            n, stop = _count(file, start + place, size, JOINED_FRAMES)
-            if n == JOINED_FRAMES or (n and size - stop <= SCRAP_BYTES):
-                return start + place, kind
+    for begin in range(start, start + LEADING_BYTES, SCRAP_BYTES):  # of a remote file, no more than is needed
+        piece, place = _at(file, begin, SCRAP_BYTES + 3), -1
+        while 0 <= (place := piece.find(0xFF, place + 1)) < SCRAP_BYTES:
+            kind, _ = _frame(piece[place : place + 4])
+            if kind:
+                n, stop = _count(file, begin + place, size, JOINED_FRAMES)
+                if n == JOINED_FRAMES or (n and size - stop <= SCRAP_BYTES):
+                    return begin + place, kind
     return start, None
 
 
