@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -140,13 +141,16 @@ def _connected(settings: ExecutionSettings) -> Iterator[None]:
     except ImportError as error:
         raise UserError(f"execute=ray: {error}: `just extras` installs Ray") from error
 
+    at_sigterm = signal.getsignal(signal.SIGTERM)
     environment = {"env_vars": {"PYTHONPATH": str(ROOT)}}
+    address = settings.ray_address or "local"  # without one Ray would join whichever was last started on this machine
     try:
-        ray.init(settings.ray_address, runtime_env=environment, log_to_driver=False, logging_level=logging.ERROR)
+        ray.init(address, runtime_env=environment, log_to_driver=False, logging_level=logging.ERROR)
     except Exception as error:  # Ray raises its own, gRPC's and the system's kinds
         ray.shutdown()  # half connected is possible
-        raise UserError(f"ray_address={settings.ray_address}: {first_line(error)}") from error
+        raise UserError(f"ray_address={address}: {first_line(error)}") from error
     try:
+        signal.signal(signal.SIGTERM, at_sigterm)  # Ray's own prints a stack, and may abort
         if settings.gpu != "cpu" and not ray.cluster_resources().get("GPU"):
             raise UserError("execute=ray: the cluster has no GPU; gpu=cpu runs on its CPUs")
         yield

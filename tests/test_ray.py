@@ -17,7 +17,7 @@ import pytest
 
 from pipeline import on_ray
 from pipeline.codes import shard_codes
-from pipeline.on_ray import Maker, actors, ask
+from pipeline.on_ray import Maker, _connected, actors, ask
 from pipeline.processes import MAX_DEATHS
 from pipeline.settings import CalibrateSettings, TargetsSettings
 from pipeline.stage import Stage
@@ -125,7 +125,23 @@ def test_what_an_actor_refuses_is_one_line(cluster: Any, whole: Path, tmp_path: 
     assert (work / PLAN_NAME).exists()
     (work / "shards" / "train" / "000000.tar").mkdir(parents=True)
     words = ["execute=ray", f"ray_address={cluster.address}"]
-    refused(targets_words(work, *words), "Is a directory")
+    refused(targets_words(work, *words), "000000.tar is a folder: take another name, or delete it")
+
+
+def test_without_an_address_no_cluster_that_stands_here_is_joined(
+    recordings: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ray's own words of "local": start one, even if there is one already; of None: the latest, or RAY_ADDRESS."""
+    asked: list[str] = []
+    monkeypatch.setattr(ray, "init", lambda address, **_: asked.append(address))
+    with _connected(codes_settings(recordings, tmp_path, "execute=ray")):
+        assert asked == ["local"]
+
+
+def test_sigterm_does_what_it_does_without_ray(cluster: Any, recordings: Path, tmp_path: Path) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    with _connected(codes_settings(recordings, tmp_path, "execute=ray", f"ray_address={cluster.address}")):
+        assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_a_cluster_that_is_not_there_is_one_line(whole: Path, tmp_path: Path) -> None:
