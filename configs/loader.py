@@ -18,7 +18,11 @@ FOLDER = Path(__file__).parent
 
 
 def _at_home(value: Any) -> Any:
-    """What shells leave as it is after `key=`, or after a comma: ~ is the home."""
+    """What shells leave as it is after `key=`, or after a comma: ~ is the home. Raises ValueError for no path at all,
+    as `work=$UNSET` gives: it would be taken for the folder where the command runs.
+    """
+    if value == "":
+        raise ValueError("is empty; the folder where the command runs is .")
     return Path(value).expanduser() if isinstance(value, str) and value.startswith("~/") else value
 
 

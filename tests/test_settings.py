@@ -345,6 +345,12 @@ def test_the_home_is_found_where_no_shell_has_found_it() -> None:
     assert list(judged.models.values()) == [home / "a", home / "b"]
 
 
+@pytest.mark.parametrize("word", ["shards=", 'shards=["a", ""]', "run=", "init_from="])
+def test_an_unset_variable_is_not_taken_for_the_folder_where_the_command_runs(word: str) -> None:
+    with pytest.raises(SettingsError, match=r"is empty; the folder where the command runs is \. \(given: ''\)"):
+        load_settings(TrainSettings, "decoder_48khz.json", [word])
+
+
 @pytest.mark.parametrize(
     ("word", "said"),
     [
