@@ -28,12 +28,15 @@ OF_ONE_FILE = {  # errors that say something of one file; others, such as EIO, E
 def replacing(path: Location) -> Iterator[Path]:
     """Yields a temporary name beside `path`; on success its bytes reach the disk, then the name is taken over.
 
-    Raises UserError where another process is at it. For a Url the temporary name is of a local file, which is uploaded.
+    Raises UserError where another process is at it, or a folder stands there. For a Url the temporary name is of a
+    local file, which is uploaded.
     """
     if isinstance(path, Url):
         with path.replacing() as temporary:
             yield temporary
         return
+    if path.is_dir():
+        raise UserError(f"{path} is a folder: take another name, or delete it")
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
     with temporary.open("ab") as lock:

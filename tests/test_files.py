@@ -40,6 +40,12 @@ def test_bytes_reach_the_disk_before_the_name_is_taken(tmp_path: Path, monkeypat
     assert calls == ["fsync file.tmp", "rename file", f"fsync {tmp_path.name}"]
 
 
+def test_a_folder_is_named_before_anything_is_written(tmp_path: Path) -> None:
+    said = rf"^{re.escape(str(tmp_path))} is a folder: take another name, or delete it$"
+    with pytest.raises(UserError, match=said), replacing(tmp_path):
+        pytest.fail("too late")
+
+
 @contextmanager
 def another(program: str, path: Path, killed: bool) -> Iterator[None]:
     """While another process is in the midst of writing `path`; then it is killed, or comes to its end."""
