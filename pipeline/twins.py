@@ -15,10 +15,7 @@ SAME = ["n_samples", "peak", "level_db", "speech_share", "source_bandwidth_hz"] 
 
 
 def say_twins(folder: Location) -> None:
-    """Prints how many there are: of them validation says what training has learned by heart.
-
-    By what was measured of them: in three million segments of one length no two were alike by chance.
-    """
+    """Prints how many there are, by what was measured of them: there validation says what training knows by heart."""
     training, validation = (_usable(folder, split) for split in SPLITS)
     twins = training.join(validation, SAME, join_type="right semi")  # the table on the right is held as a hash table
     if len(twins):
