@@ -172,11 +172,19 @@ def test_the_settings_work_without_anything_heavy() -> None:
     import_without("torch,pyarrow,transformers,numpy,soundfile,webdataset", modules_of("configs"))
 
 
+def anchors(page: Path) -> set[str]:
+    """Names that a Markdown page's headings have on the web."""
+    headings = re.findall(r"^#+ (.+)$", page.read_text(), flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
 @pytest.mark.parametrize(
     "page", [str(path.relative_to(ROOT)) for pages in ("*.md", "docs/*.md", "shards/*.md") for path in ROOT.glob(pages)]
 )
 def test_pages_are_finished_and_their_links_lead_somewhere(page: str) -> None:
     text = (ROOT / page).read_text()
     assert not re.findall(r"\b(?:TODO|FIXME|[A-Z]+_(?:TIME|TABLE|FIGURE))\b", text)
-    for target in re.findall(r"\]\((?!http)([^)#]+)\)", text):
-        assert ((ROOT / page).parent / target).exists(), target
+    for target, anchor in re.findall(r"\]\((?!http)([^)#\s]*)#?([^)\s]*)\)", text):
+        led = (ROOT / page).parent / target if target else ROOT / page
+        assert led.exists(), target
+        assert not anchor or anchor in anchors(led), f"{target}#{anchor}"
