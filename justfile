@@ -5,8 +5,9 @@ set no-exit-message
 
 python := ".venv/bin/python"
 sync := "uv pip sync --python " + python
-resolve := "uv pip compile --universal --python-version 3.11 --no-emit-index-url --group dev pyproject.toml " \
+resolve := "uv pip compile --python-version 3.11 --no-emit-index-url --group dev pyproject.toml " \
     + "--custom-compile-command 'just pins' --quiet"
+everything := "--group extras-tests --group fuzz --all-extras -o requirements-all.lock"
 
 [private]
 default:
@@ -130,11 +131,12 @@ soak steps out: _env
 extras:
     @just _install requirements-all.lock
 
-# resolve newer versions into requirements.lock and requirements-all.lock
+# resolve newer versions into requirements.lock and requirements-all.lock: one of each package, for every Python
 pins:
-    {{ resolve }} --upgrade -o requirements.lock
-    cp requirements.lock requirements-all.lock
-    {{ resolve }} --group extras-tests --group fuzz --all-extras -o requirements-all.lock
+    {{ resolve }} {{ everything }} --upgrade
+    {{ resolve }} {{ everything }} --universal
+    cp requirements-all.lock requirements.lock
+    {{ resolve }} --universal -o requirements.lock
 
 # .venv holds exactly requirements.lock, or requirements-all.lock once `just extras` has run
 _env:
