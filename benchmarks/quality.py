@@ -111,9 +111,9 @@ def turn(name: str, out: Path, shards: Path, steps: int) -> bool:
     return True
 
 
-def judge(out: Path, shards: Path, names: list[str]) -> None:
+def judge(out: Path, shards: Path) -> None:
     """The running mean of each recipe's newest weights, on whole unseen clips; prints and writes the table."""
-    trained = {name: checkpoint.newest(out / name) for name in names}
+    trained = {name: checkpoint.newest(out / name) for name in RECIPES}
     models = {name: path for name, path in trained.items() if path}
     shutil.rmtree(out / "eval", ignore_errors=True)
     command(
@@ -154,7 +154,7 @@ def main(speech: Path, out: Path, minutes: float, steps: int, names: list[str]) 
         for name in names:
             if time.monotonic() < until:
                 moving = turn(name, out, shards, steps) or moving
-    judge(out, shards, names)
+    judge(out, shards)
 
 
 if __name__ == "__main__":
