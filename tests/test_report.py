@@ -208,6 +208,13 @@ def test_versions_are_matched_in_level_and_none_clips() -> None:
     assert max(np.abs(wav).max() for wav in matched.values()) <= 1.0001
 
 
+def test_a_version_that_is_all_but_silent_silences_no_other() -> None:
+    voice = speechlike(1.0, 48_000, 0)
+    gains = matching_gains({"voice": 0.5 * voice, "broken": 1e-4 * voice})
+    assert gains["voice"] == pytest.approx(0)
+    assert gains["broken"] == pytest.approx(74, abs=0.1)
+
+
 @pytest.mark.parametrize("frequency", [1000, 12_000, 21_000])
 def test_a_spectrogram_shows_a_tone_where_it_is(frequency: int) -> None:
     """Row 0 is 24 kHz; the scale's ends are its colour map's."""

@@ -71,11 +71,14 @@ def listening(audio: Path, key: str, systems: Iterable[str], seconds: float) -> 
 
 
 def matching_gains(wavs: Mapping[str, Samples]) -> dict[str, float]:
-    """dB for each version, so that all have one RMS: the loudest at which none exceeds full scale. 0 for silence."""
+    """dB for each version, so that all have one RMS: the loudest one's, or less where one would exceed full scale.
+
+    Never the quietest's: beside a version that is all but silent nothing would be heard. 0 for silence.
+    """
     levels = {name: rms_db(wav) for name, wav in wavs.items()}
     sounding = {name: level for name, level in levels.items() if level > -119}
     headroom = [sounding[name] - 20 * math.log10(float(np.abs(wavs[name]).max())) for name in sounding]
-    common = min([*headroom, *sounding.values()], default=0.0)
+    common = min([*headroom, max(sounding.values(), default=0.0)])
     return {name: common - sounding[name] if name in sounding else 0.0 for name in wavs}
 
 
