@@ -178,6 +178,33 @@ def test_everything_works_from_the_keyboard(page: Chrome) -> None:
     assert page.switch_to.active_element.get_attribute("aria-label") == f"Play {sorted(EVIL_KEYS)[1]}"
 
 
+def test_keys_belong_to_the_clip_that_has_the_focus(page: Chrome) -> None:
+    page.execute_script("document.querySelectorAll('.play')[2].focus()")
+    keys(page, "4")
+    assert [pressed(page, clip) for clip in range(4)] == ["stock", "stock", "target", "stock"]
+    page.execute_script("document.querySelectorAll('.seek')[1].focus()")
+    keys(page, Keys.ARROW_RIGHT, Keys.ARROW_RIGHT)
+    assert [position(page, clip) for clip in range(4)] == pytest.approx([0, 1, 0, 0]), "half a second each"
+
+
+def test_switching_draws_no_more_often(page: Chrome) -> None:
+    page.execute_script("""
+        const request = window.requestAnimationFrame;
+        window.drawn = 0;
+        window.requestAnimationFrame = (draw) => request((time) => { window.drawn += 1; draw(time); });
+    """)
+    css(page, ".play").click()
+    until(page, "window.drawn > 0")
+    page.execute_script("for (let n = 0; n < 50; n++) document.querySelector('.version').click()")
+    script = """
+        const done = arguments[0], before = window.drawn;
+        let frames = 0;
+        const count = () => (++frames < 10 ? requestAnimationFrame(count) : done((window.drawn - before) / frames));
+        requestAnimationFrame(count);
+    """
+    assert page.execute_async_script(script) < 3, "once a frame, and this count itself"
+
+
 def test_without_loop_it_ends(page: Chrome) -> None:
     css(page, "#loop").click()
     css(page, ".play").click()
@@ -312,6 +339,21 @@ def test_a_blind_test_takes_clips_that_hold_both_versions(page: Chrome, file: Pa
     assert css(page, "#blind-state").text.startswith("Trial 4.")
 
 
+def test_a_choice_amid_a_blind_test_waits_for_start(page: Chrome) -> None:
+    page.execute_script("localStorage.clear()")
+    page.refresh()
+    css(page, "#blind-start").click()
+    chosen = [css(page, f"#blind-{place}").get_attribute("value") for place in ("one", "two")]
+    css(page, f"#blind-two option[value={chosen[0]}]").click()
+    for _ in range(2):
+        css(page, "#blind-a").click()
+        css(page, "#blind-b").click()
+        until(page, "!document.querySelector('.vote').disabled")
+        css(page, ".vote[data-choice=none]").click()
+    answers = page.execute_script("return JSON.parse(Object.values(localStorage)[0])")
+    assert [{answer["a"], answer["b"]} for answer in answers] == 2 * [set(chosen)]
+
+
 def test_the_same_version_is_not_compared_with_itself(page: Chrome) -> None:
     css(page, "#blind-two option[value=stock]").click()
     css(page, "#blind-start").click()
@@ -355,6 +397,21 @@ return [...document.querySelectorAll(arguments[0])].filter((element) => element.
 });
 """
 TEXTS = "h1, .lead, .note, .banner, nav a, .name, kbd, small, thead button, .primary, summary, .star"
+
+
+def test_where_the_system_chooses_colours_controls_still_show(page: Chrome) -> None:
+    """As with Windows' high contrast: it takes away backgrounds, of which a play button and a choice were made."""
+    page.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [{"name": "forced-colors", "value": "active"}]})
+    try:
+        css(page, "#blind-start").click()
+        css(page, "#blind-a").click()
+        colours = "return [...document.querySelectorAll(arguments[0])].map((e) => getComputedStyle(e)[arguments[1]])"
+        icon, button = (page.execute_script(colours, name, "backgroundColor")[0] for name in (".icon", ".play"))
+        assert icon != button
+        for chosen, other in (("#blind-a", "#blind-b"), (".version[aria-pressed=true]", ".version:last-child")):
+            assert page.execute_script(colours, chosen, "border") != page.execute_script(colours, other, "border")
+    finally:
+        page.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": []})
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

@@ -10,6 +10,7 @@ one.value = names.includes("stock") ? "stock" : names[0];
 two.value = names.findLast((name) => !["target", "source", one.value].includes(name)) ?? names[0];
 
 let answers = restored();
+let pair = []; // what is compared since Start, whatever is chosen meanwhile
 let queue = []; // clips still to come before they are shuffled again
 let trial = null; // { deck, a, b, heard }
 
@@ -34,7 +35,7 @@ const random = (below) => Math.floor((crypto.getRandomValues(new Uint32Array(1))
 /** Clips that hold both versions: of some the source is gone. */
 function shared() {
   const held = data.clips.map(({ versions }) => versions.map(({ system }) => system));
-  return [...held.keys()].filter((clip) => held[clip].includes(one.value) && held[clip].includes(two.value));
+  return [...held.keys()].filter((clip) => pair.every((system) => held[clip].includes(system)));
 }
 
 function nextTrial() {
@@ -42,7 +43,7 @@ function nextTrial() {
   trial?.deck.pause();
   if (!queue.length) queue = shared();
   const [clip] = queue.splice(random(queue.length), 1);
-  const [a, b] = random(2) ? [one.value, two.value] : [two.value, one.value];
+  const [a, b] = random(2) ? pair : [...pair].reverse();
   trial = { deck: new Deck(clip), a, b, heard: new Set() };
   trial.deck.listeners.push(showTrial);
   showTrial();
@@ -149,7 +150,8 @@ function trialKey(key) {
 }
 
 function start() {
-  const differ = one.value !== two.value;
+  pair = [one.value, two.value];
+  const differ = pair[0] !== pair[1];
   byId("blind-result").open = false;
   queue = shared();
   const ready = differ && queue.length > 0;
@@ -165,7 +167,6 @@ function start() {
 }
 
 // The keys belong to the part of the page that was touched last.
-for (const { element: card } of cards) card.addEventListener("focusin", () => (blindKeys = null));
 byId("blind").addEventListener("focusin", () => (blindKeys = trial && trialKey));
 
 byId("blind-start").addEventListener("click", start);

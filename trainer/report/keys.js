@@ -34,7 +34,7 @@ function listenKey(key) {
 document.addEventListener("keydown", (event) => {
   if (event.ctrlKey || event.metaKey || event.altKey) return;
   const target = event.target;
-  if (target.matches("select, summary, a, .scroll") || (target.matches("input") && !/^[0-9np]$/.test(event.key))) return;
+  if (target.matches("select, summary, a, .scroll") || (target.matches("input:not(.seek)") && !/^[0-9np]$/.test(event.key))) return;
   if (target.matches("button") && (event.key === " " || event.key === "Enter")) return; // it presses the button
   const key = event.key.length === 1 ? event.key.toLowerCase() : event.key;
   if (blindKeys ? blindKeys(key) : listenKey(key)) event.preventDefault();

@@ -136,6 +136,7 @@ const cards = [...document.querySelectorAll(".clip")].map((element) => {
     versions: [...element.querySelectorAll(".version")],
   };
   deck.listeners.push(() => show(card));
+  element.addEventListener("focusin", () => steer(card, () => null));
   card.play.addEventListener("click", () => steer(card, () => deck.toggle()));
   card.seek.addEventListener("input", () => steer(card, () => deck.seek(Number(card.seek.value))));
   for (const version of card.versions) {
@@ -148,6 +149,7 @@ let steered = cards[0]; // what the keys mean
 
 function steer(card, action) {
   steered = card;
+  blindKeys = null;
   for (const { element } of cards) element.classList.toggle("steered", element === card.element);
   return action();
 }
@@ -160,13 +162,12 @@ function show(card) {
     version.setAttribute("aria-pressed", String(version.dataset.system === deck.current));
   }
   showPosition(card);
-  if (deck.isPlaying) requestAnimationFrame(() => follow(card));
+  if (deck.isPlaying) card.frame ??= requestAnimationFrame(() => follow(card));
 }
 
 function follow(card) {
-  if (!card.deck.isPlaying) return;
-  showPosition(card);
-  requestAnimationFrame(() => follow(card));
+  card.frame = null;
+  if (card.deck.isPlaying) show(card);
 }
 
 function showPosition({ deck, seek, time, versions }) {
