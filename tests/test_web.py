@@ -147,6 +147,33 @@ def test_it_plays_from_the_keyboard_and_saves_a_wav(opened: Any, tmp_path: Path)
     assert opened.execute_script("return [...document.querySelectorAll('*')].every(e => e.tabIndex <= 0)")
 
 
+DROP = """
+const [name, bytes] = arguments, carried = new DataTransfer();
+carried.items.add(new File([Uint8Array.from(bytes)], name));
+element("drop").dispatchEvent(new DragEvent("drop", { dataTransfer: carried, cancelable: true }));
+"""
+
+
+def test_of_files_dropped_at_once_the_last_is_shown(opened: Any) -> None:
+    opened.execute_script("say('waiting')")
+    for length in (30, 2):
+        opened.execute_script(DROP, f"{length}.npy", list(npy_bytes(flatten_codes(CODES[:length]))))
+    opened.execute_async_script("const done = arguments[0]; work.then(() => done())")
+    shown = "return [element('name').textContent, window.result.seconds.toFixed(2), element('seconds').textContent]"
+    assert opened.execute_script(shown) == ["2.npy", "0.17", "0.17 s"]
+    assert opened.execute_script("return document.querySelector('progress').hidden")
+
+
+def test_what_plays_stops_when_its_controls_go(opened: Any, tmp_path: Path) -> None:
+    (tmp_path / "a.npy").write_bytes(npy_bytes(flatten_codes(CODES)))
+    (tmp_path / "wrong.npy").write_bytes(b"no codes")
+    choose(opened, tmp_path / "a.npy")
+    opened.find_element("id", "player").send_keys(" ")
+    assert opened.execute_script("return !element('player').paused")
+    assert "not a .npy file" in choose(opened, tmp_path / "wrong.npy")
+    assert opened.execute_script("return element('player').paused && element('result').hidden")
+
+
 @pytest.mark.parametrize(
     ("content", "reason"),
     [

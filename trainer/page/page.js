@@ -116,10 +116,10 @@ function draw(samples, canvas) {
 }
 
 async function decode(file) {
-  if (!session) return say("The decoder is still being loaded; choose the file again in a moment.", true);
+  if (!session) return; // why has been said
+  element("player").pause();
   element("result").hidden = true;
   element("bar").hidden = false;
-  element("file").disabled = true;
   try {
     const codes = parsed(await file.arrayBuffer()), began = performance.now();
     say("Decoding …");
@@ -140,16 +140,23 @@ async function decode(file) {
     say(`${file.name}: ${error.message}`, true);
   } finally {
     element("bar").hidden = true;
-    element("file").disabled = false;
   }
 }
 
 element("about").textContent = window.about;
-element("file").addEventListener("change", (event) => event.target.files.length && decode(event.target.files[0]));
+let work = load().catch((error) => say(`The decoder could not be loaded: ${error.message}`, true));
+
+// One file after another, the first once the decoder is there: of those chosen meanwhile the last is shown last.
+function take(files) {
+  const [file] = files;
+  if (file) work = work.then(() => decode(file));
+}
+
+element("file").addEventListener("click", (event) => { event.target.value = ""; }); // so that one can be chosen again
+element("file").addEventListener("change", (event) => take(event.target.files));
 for (const kind of ["dragover", "dragleave", "drop"])
   element("drop").addEventListener(kind, (event) => {
     event.preventDefault();
     element("drop").classList.toggle("over", kind === "dragover");
-    if (kind === "drop" && event.dataTransfer.files.length) decode(event.dataTransfer.files[0]);
+    if (kind === "drop") take(event.dataTransfer.files);
   });
-load().catch((error) => say(`The decoder could not be loaded: ${error.message}`, true));
