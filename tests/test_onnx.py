@@ -87,6 +87,13 @@ def test_nothing_is_drawn_at_random_and_nothing_lies_outside_the_file(exported: 
     assert not [tensor.name for tensor in model.graph.initializer if tensor.external_data]
 
 
+@pytest.mark.parametrize("name", [DECODER, DECODER_FP16, ENCODER])
+def test_a_model_names_no_folder_of_who_made_it(exported: Path, name: str) -> None:
+    content = (exported / name).read_bytes()
+    assert b"site-packages" not in content
+    assert str(Path(__file__).parents[1]).encode() not in content
+
+
 @torch.inference_mode()
 def test_200_random_lengths_and_batches_decode_as_torch_does(exported: Path, untrained: Path) -> None:
     codec, run, random = load_codec(untrained), session(exported / DECODER), np.random.default_rng(0)

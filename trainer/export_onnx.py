@@ -129,6 +129,8 @@ def _write(
             verbose=False,
         )
     assert program is not None
+    for node in program.model.graph.all_nodes():
+        node.metadata_props.clear()  # stack traces: the paths of this machine
     with replacing(path) as temporary:
         program.save(temporary)
 
