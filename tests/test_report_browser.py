@@ -375,7 +375,8 @@ def test_a_phone_needs_no_sideways_scrolling(page: Chrome) -> None:
     page.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
     try:
         page.refresh()
-        assert page.execute_script("return document.documentElement.scrollWidth") <= 360
+        long = "for (const option of document.querySelectorAll('option')) option.textContent += ' and on'.repeat(20);"
+        assert page.execute_script(long + "return document.documentElement.scrollWidth") <= 360
         for button in page.find_elements("css selector", ".play, .version, #blind-start"):
             assert min(button.size["width"], button.size["height"]) >= 32, "large enough for a finger"
     finally:
