@@ -18,8 +18,7 @@ import click
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from benchmarks.harness import RESULTS, of_speech, report
-from codec.audio import EXTENSIONS
+from benchmarks.harness import RESULTS, of_speech, recordings_in, report
 from shards.contract import OK, TARGET_RATE
 
 SPEECH_BYTES = 2_500_000  # some minutes
@@ -40,7 +39,7 @@ PATTERNS = {"codes": "codes/*/*.parquet", "tars": "shards/*/*.tar", "sidecars": 
 
 
 def bytes_per_hour(speech: Path, work: Path) -> dict[str, float]:
-    files = sorted(path for path in speech.rglob("*") if path.suffix.lower() in EXTENSIONS)[::7]
+    files = recordings_in(speech)[::7]
     listed = list[str]()
     while files and sum(path.stat().st_size for path in files[: len(listed)]) < SPEECH_BYTES:
         listed.append(f"{files[len(listed)].resolve()},speaker {len(listed) % 2}")

@@ -18,8 +18,8 @@ import soundfile
 import torch
 from snac import SNAC
 
-from benchmarks.harness import interleaved, of_speech, on_device, report
-from codec.audio import EXTENSIONS, Recording, probe
+from benchmarks.harness import interleaved, of_speech, on_device, recordings_in, report
+from codec.audio import Recording, probe
 from codec.encoder import prepared
 from codec.memory import keep_freed_memory
 from codec.resample import Resampler
@@ -27,7 +27,7 @@ from codec.snac import device_of
 from configs.loader import load_settings
 from pipeline.codes import encode_shard
 from pipeline.plan import make_plan
-from pipeline.recordings import open_recording
+from pipeline.recordings import Opener
 from pipeline.settings import CodesSettings
 from shards.contract import CODEC_RATE, OK, TARGET_RATE, flatten_codes
 
@@ -68,7 +68,7 @@ def plan_rows(speech: Path, folder: Path, times: int) -> tuple[list[dict[str, An
 
 def _clips(speech: Path) -> Iterator[np.ndarray[Any, Any]]:
     """At RATE, of all of the collection."""
-    files = sorted(path for path in speech.rglob("*") if path.suffix.lower() in EXTENSIONS)
+    files = recordings_in(speech)
     for path in files[:: max(len(files) // 200, 1)]:
         recording = Recording(path, probe(path))
         yield Resampler(recording, RATE).read(0, recording.length(RATE))
@@ -79,7 +79,7 @@ def one_by_one(rows: list[dict[str, Any]], model: SNAC, device: torch.device) ->
     """Recording → the three levels of its tokens, flat."""
     tokens = {}
     for row in {row["recording"]: row for row in rows if row["status"] == OK}.values():
-        recording = open_recording(row)
+        recording = Opener(row).recording(row)
         audio = Resampler(recording, CODEC_RATE).read(0, recording.length(CODEC_RATE))
         levels = model.encode(torch.from_numpy(audio)[None, None].to(device))
         tokens[row["recording"]] = [level[0].cpu().numpy().astype(np.int16) for level in levels]

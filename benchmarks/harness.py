@@ -27,8 +27,12 @@ RESULTS = Path(__file__).parent / "results"
 PACKAGES = ("torch", "torchaudio", "snac", "transformers", "numpy", "webdataset", "soundfile", "pyarrow")
 
 
+def recordings_in(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.suffix.lower() in EXTENSIONS)
+
+
 def _of_recordings(_: click.Context, __: click.Parameter, folder: Path) -> Path:
-    if not any(path.suffix.lower() in EXTENSIONS for path in folder.rglob("*")):
+    if not recordings_in(folder):
         raise click.BadParameter(f"{folder} holds no recordings ({', '.join(sorted(EXTENSIONS))})")
     return folder
 

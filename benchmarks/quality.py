@@ -22,8 +22,7 @@ from typing import Any
 import click
 import pyarrow.parquet as pq
 
-from benchmarks.harness import of_speech, report
-from codec.audio import EXTENSIONS
+from benchmarks.harness import of_speech, recordings_in, report
 from shards.files import replacing
 from trainer import checkpoint
 
@@ -36,7 +35,7 @@ CLIPS = 96
 MINUTES = click.FloatRange(min=0, min_open=True)
 COMMON = {
     "pretrained_model": SNAC, "gpu": "cpu", "resume": "auto", "batch_size": 6, "segment_length": 0.51,
-    "learning_rate": 3e-4, "rate_schedule": "constant", "warmup_steps": 20, "ema_decay": 0.99, "phase1_steps": 0,
+    "learning_rate": 3e-4, "final_rate": 1.0, "warmup_steps": 20, "ema_decay": 0.99, "phase1_steps": 0,
     "eval_samples": 24, "eval_batch_size": 4, "eval_every": 1000, "eval_clips": 0, "keep_last": 100_000,
     "checkpoint_every": TURN_STEPS, "num_workers": 1, "log_every": 10, "seed": 0,
 }  # fmt: skip
@@ -56,11 +55,10 @@ RECIPES: dict[str, dict[str, Any]] = {
 
 
 def write_manifest(speech: Path, manifest: Path) -> None:
-    files = sorted(path for path in speech.rglob("*") if path.suffix.lower() in EXTENSIONS)
     with replacing(manifest) as temporary, temporary.open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["path", "id", "speaker", "split"])
-        for path in files:
+        for path in recordings_in(speech):
             parts = path.relative_to(speech).parts
             if len(parts) < 3:
                 raise click.ClickException(f"{path} is not in {speech}/PART/LANGUAGE: its language is not known")

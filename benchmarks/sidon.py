@@ -25,6 +25,7 @@ from torch import Tensor
 from transformers import SeamlessM4TFeatureExtractor, Wav2Vec2BertConfig, Wav2Vec2BertModel
 
 from benchmarks.harness import interleaved, of_speech, on_device, report
+from benchmarks.training_step import gflops, wait
 from codec.audio import AudioError, Recording, Samples, probe
 from codec.encoder import quicken
 from codec.resample import Resampler
@@ -109,10 +110,6 @@ class Bench:
     def audio(self) -> float:
         return self.seconds * len(self.paths)
 
-    def done(self, value: object) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-
 
 def chosen(speech: Path, number: int, seconds: int) -> list[Path]:
     paths = []
@@ -143,7 +140,7 @@ def parts(bench: Bench) -> list[dict[str, Any]]:
         frames_FN = wav_BN.double().unfold(1, FRAME_LENGTH, HOP).flatten(0, 1).contiguous()
         given_BTF = bench.sidon._features(windows)
         hidden_BTC = bench.sidon.model.encode(given_BTF, frames)
-        gflops = matmul_gflops(bench)
+        product = gflops(bench.device, torch.bfloat16 if bench.sidon.precision == "bf16" else torch.float32)
         on_gpu = bench.device.type == "cuda"
         return [
             _row(bench, "reading, one core", _on_one_core(lambda: [_read(p, INPUT_RATE, length) for p in bench.paths]),
@@ -155,10 +152,10 @@ def parts(bench: Bench) -> list[dict[str, Any]]:
                  _on_one_core(partial(_spectra, frames_FN)), "its float64 spectra alone"),
             _row(bench, "encoder", lambda: bench.sidon.model.encode(given_BTF, frames),
                  lambda: [bench.plain.encoder(row[None]) for row in given_BTF],
-                 gflops / ENCODER_GFLOP, "a matrix product at the same precision"),
+                 product / ENCODER_GFLOP, "a matrix product at the same precision"),
             _row(bench, "decoder", lambda: bench.sidon.model.decode(hidden_BTC, frames),
                  lambda: [bench.plain.decoder(row[None].float().transpose(1, 2)) for row in hidden_BTC],
-                 gflops / DECODER_GFLOP, "a matrix product at the same precision"),
+                 product / DECODER_GFLOP, "a matrix product at the same precision"),
             _row(bench, "judging, one core", _on_one_core(lambda: [judge(s, s, HOST) for s in sources]), None,
                  _on_one_core(partial(_judged_spectra, sources)), "its four spectra alone"),
             _row(bench, "FLAC, one core", lambda: [flac_bytes(s, 16) for s in sources], None,
@@ -211,15 +208,6 @@ def _judged_spectra(sources: list[Samples]) -> None:
                 torch.fft.rfft(block)
 
 
-def matmul_gflops(bench: Bench) -> float:
-    """What one large matrix product reaches here, in the precision of the model."""
-    dtype = torch.bfloat16 if bench.sidon.precision == "bf16" else torch.float32
-    size = 8192 if bench.device.type == "cuda" else 2048
-    matrix = torch.randn(size, size, device=bench.device, dtype=dtype)
-    seconds = interleaved({"matmul": lambda: bench.done(matrix @ matrix)}, rounds=5)["matmul"]
-    return 2 * size**3 / seconds / 1e9
-
-
 def _row(
     bench: Bench,
     what: str,
@@ -248,7 +236,8 @@ def _row(
 
 
 def _finished(bench: Bench, way: Callable[[], object]) -> None:
-    bench.done(way())
+    way()
+    wait(bench.device)
 
 
 def whole(bench: Bench) -> dict[str, Any]:

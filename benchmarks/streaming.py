@@ -20,8 +20,8 @@ import numpy.typing as npt
 import torch
 
 from benchmarks.decoding import true_size_48k
-from benchmarks.harness import of_speech, report
-from codec.audio import EXTENSIONS, Recording, Samples, probe
+from benchmarks.harness import of_speech, recordings_in, report
+from codec.audio import Recording, Samples, probe
 from codec.resample import Resampler
 from codec.snac import Window, coarse_length, encode, load_snac
 from shards.contract import COARSE_24K, COARSE_48K, CODEC_RATE, TARGET_RATE
@@ -40,7 +40,7 @@ Tokens = npt.NDArray[np.int16]
 def speech_tokens(folder: Path) -> list[Tokens]:
     """Of RECORDINGS files spread over the folder, their first seconds."""
     snac = load_snac(SNAC)[0]
-    files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in EXTENSIONS)
+    files = recordings_in(folder)
     found = []
     for path in files[:: max(len(files) // RECORDINGS, 1)][:RECORDINGS]:
         recording = Recording(path, probe(path))

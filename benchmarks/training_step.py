@@ -57,7 +57,7 @@ def plain(snac: SNAC, batch: Batch, settings: TrainSettings, device: torch.devic
             (weighted(terms, settings.weights).sum() / len(batch)).backward()
         torch.nn.utils.clip_grad_norm_(decoder.parameters(), settings.gradient_clip)
         optimizer.step()
-        _wait(device)
+        wait(device)
 
     return step
 
@@ -69,7 +69,7 @@ def ours(snac: SNAC, batch: Batch, device: torch.device, *changes: str) -> Calla
 
     def step() -> None:
         learner.step(batch, 0, len(batch), 1.0)
-        _wait(device)
+        wait(device)
 
     return step
 
@@ -81,13 +81,13 @@ def gflops(device: torch.device, dtype: torch.dtype) -> float:
 
     def product() -> None:
         a @ b
-        _wait(device)
+        wait(device)
 
     seconds = interleaved({"product": product}, rounds=5)["product"]
     return 2 * size**3 / seconds / 1e9
 
 
-def _wait(device: torch.device) -> None:
+def wait(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
