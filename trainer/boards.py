@@ -5,7 +5,7 @@ from __future__ import annotations
 import uuid
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -28,18 +28,12 @@ PICTURE_N_FFT = 2048
 RANGE_DB = 100.0  # of a picture's colours, below full scale
 
 
-class Scalars(Protocol):
-    def metrics(self, kind: str, step: int, values: Mapping[str, float]) -> None: ...
-
-    def close(self) -> None: ...
-
-
 class Boards:
     """All boards of a run, and the validation clips that TensorBoard shows. For the first process only."""
 
     def __init__(self, settings: TrainSettings, corpus: Corpus, snac: SNAC, first_step: int) -> None:
         self._tensorboard = TensorBoard(settings.run, first_step)
-        self._boards: list[Scalars] = [self._tensorboard]
+        self._boards: list[TensorBoard | WeightsAndBiases] = [self._tensorboard]
         if settings.wandb is not None:
             self._boards.append(WeightsAndBiases(settings.wandb, settings.run, settings.model_dump(mode="json")))
         length = coarse_tokens(settings.segment_length)

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -51,18 +50,6 @@ class Clip:
     before: int  # coarse tokens of context before the clip
     target: Samples
     source: Samples | None  # None where the target is the recording, or where it cannot be had
-
-
-class Clips(Protocol):
-    """`load` raises AudioError for a recording that cannot be used."""
-
-    title: str
-    teacher: str
-
-    @property
-    def entries(self) -> Sequence[Entry]: ...
-
-    def load(self, place: int) -> Clip: ...
 
 
 class ShardClips:
@@ -174,6 +161,7 @@ class RecordingClips:
         return Entry(key, length)
 
     def load(self, place: int) -> Clip:
+        """Raises AudioError for a recording that cannot be used."""
         path, entry = self.paths[place], self.entries[place]
         recording = Recording(path, probe(path))
         return Clip(
@@ -186,3 +174,6 @@ class RecordingClips:
             target=Resampler(recording, TARGET_RATE).read(0, entry.n_samples),
             source=None,
         )
+
+
+Clips = ShardClips | RecordingClips

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from shards.contract import COARSE_48K, CONTEXT_COARSE, TOKENS
-from shards.errors import UserError
+from shards.errors import UserError, last_line
 from shards.index import Index
 from shards.order import Order, random_words, rank_slice
 from shards.reader import decode_sample, read_sample
@@ -137,8 +137,7 @@ def training_batches(
         ) from error
     except UserError as error:  # a worker's error arrives as its whole traceback
         kind = type(error)
-        last = str(error).strip().splitlines()[-1]
-        raise kind(last.removeprefix(f"{kind.__module__}.{kind.__qualname__}: ")) from error
+        raise kind(last_line(str(error)).removeprefix(f"{kind.__module__}.{kind.__qualname__}: ")) from error
 
 
 def to_batch(step: dict[str, Any], seed: int) -> Batch:

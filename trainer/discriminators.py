@@ -30,7 +30,8 @@ class PeriodDiscriminator(nn.Module):
     def forward(self, wav_BN: Tensor) -> list[Tensor]:
         missing = -wav_BN.shape[1] % self.period
         x = pad(wav_BN[:, None], (0, missing), mode="reflect").unflatten(2, (-1, self.period))
-        return _maps(self.convs, self.score, x)
+        maps = _activations(self.convs, x)
+        return [*maps, self.score(maps[-1])]
 
 
 class SpectrogramDiscriminator(nn.Module):
@@ -92,8 +93,3 @@ def _activations(layers: nn.ModuleList, x: Tensor) -> list[Tensor]:
         x = leaky_relu(layer(x), SLOPE)
         maps.append(x)
     return maps
-
-
-def _maps(layers: nn.ModuleList, score: nn.Module, x: Tensor) -> list[Tensor]:
-    maps = _activations(layers, x)
-    return [*maps, score(maps[-1])]

@@ -20,6 +20,7 @@ from shards.errors import SettingsError, UserError, printable
 from shards.files import new_folder
 from shards.order import permutation
 from shards.writer import write_table
+from trainer.checkpoint import load_codec
 from trainer.clips import Clip, Clips, Entry, RecordingClips, ShardClips
 from trainer.pool import ordered
 from trainer.scores import check_installed, schema, score
@@ -35,7 +36,6 @@ from trainer.systems import (
     external_systems,
     find_stock,
     label,
-    load_codecs,
 )
 
 CLIPS, SUMMARY, SETTINGS, AUDIO = "clips.parquet", "summary.parquet", "settings.json", "audio"
@@ -47,7 +47,7 @@ def evaluate(settings: EvalSettings) -> None:
     _check(settings)
     check_installed(settings.metrics)
     device = device_of(settings.gpu)
-    codecs = load_codecs(settings.models, settings.pretrained_model)
+    codecs = {name: load_codec(path, settings.pretrained_model) for name, path in settings.models.items()}
     stock = find_stock(settings.pretrained_model, codecs)
     decoded = decoded_systems(stock, codecs, device, settings.seed)
     stock.snac.to(device)

@@ -9,7 +9,6 @@ README.md, provenance.json       the model card, and where weights, codes and ta
 
 from __future__ import annotations
 
-import copy
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -50,7 +49,7 @@ def write_export(codec: Codec48k, folder: Path, fold: bool) -> None:
         PROVENANCE: json.dumps(codec.provenance, indent=2, sort_keys=True),
     }
     write_texts(folder, texts)
-    state = copy.copy(whole.state_dict())
+    state = whole.state_dict()
     save(folder / "pytorch_model.bin", state)
     save_safetensors(folder / "model.safetensors", state)
     save_safetensors(folder / "decoder_only.safetensors", decoding_weights(whole, fold), weight_norm=not fold)

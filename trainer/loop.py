@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from snac.layers import Decoder
 
 from codec.memory import keep_freed_memory
 from codec.snac import load_snac
@@ -69,7 +70,7 @@ class Trainer:
         self.total_steps = settings.max_steps or self.stream.steps(settings.num_epochs)
         self.phase1_steps = settings.phase1_steps
         if settings.phase1_epochs is not None:
-            self.phase1_steps = self.stream.steps(settings.phase1_epochs) if settings.phase1_epochs else 0
+            self.phase1_steps = self.stream.steps(settings.phase1_epochs)
         self.alone_steps = settings.discriminator_start if settings.is_adversarial else 0
         self.step, self.validations_since_best = 0, 0
         self.validated_step: int | None = None
@@ -87,16 +88,7 @@ class Trainer:
             settings = self.settings = settings.model_copy(update=began)
         decoder = warm_start(self.snac, settings.noise, settings.seed)
         if settings.init_from is not None and state is None:
-            source = checkpoint.load_codec(settings.init_from, settings.pretrained_model)
-            if not CodesToLatent(self.snac).same_tokens(CodesToLatent(source.snac)):
-                raise UserError(
-                    f"init_from={settings.init_from} speaks the tokens of {source.snac_name}, not of "
-                    f"{self.weights.describe()}"
-                )
-            self.begins_from = f"begins from {settings.init_from}, step {source.provenance.get('step', 'unknown')}"
-            decoder.load_state_dict(source.decoder.state_dict())
-            if settings.noise == "zero":
-                silence_noise(decoder)
+            self._begin_from(settings.init_from, decoder)
         self.learner = Learner(CodesToLatent(self.snac), decoder, settings, process, self._say)
         if state is not None:
             self._resume(state)
@@ -109,6 +101,18 @@ class Trainer:
         self.log = RunLog(settings.run, self.step, self.total_steps, process.is_first, self.boards)
         if process.is_first and state is not None:
             self._keep_former_best()
+
+    def _begin_from(self, init_from: Path, decoder: Decoder) -> None:
+        """Gives `decoder` the weights of another training. Raises UserError where that had other tokens."""
+        source = checkpoint.load_codec(init_from, self.settings.pretrained_model)
+        if not CodesToLatent(self.snac).same_tokens(CodesToLatent(source.snac)):
+            raise UserError(
+                f"init_from={init_from} speaks the tokens of {source.snac_name}, not of {self.weights.describe()}"
+            )
+        self.begins_from = f"begins from {init_from}, step {source.provenance.get('step', 'unknown')}"
+        decoder.load_state_dict(source.decoder.state_dict())
+        if self.settings.noise == "zero":
+            silence_noise(decoder)
 
     def run(self) -> bool:
         """Whether training came to its end; False when a signal asked it to leave."""
@@ -199,12 +203,11 @@ class Trainer:
             raise UserError(
                 f"best_metric={settings.best_metric} has no value on these validation crops: choose another, like lsd"
             )
-        better, self.validations_since_best = (
-            value < self.best,
-            self.validations_since_best + (self.step > self.alone_steps),
-        )
+        better = value < self.best
         if better:
             self.best, self.validations_since_best = value, 0
+        elif self.step > self.alone_steps:
+            self.validations_since_best += 1
         if self.process.is_first:
             self._keep_best(means, better)
         return means

@@ -19,7 +19,7 @@ from codec.snac import load_snac
 from codec.weights import PINS, read_pins
 from shards.contract import COARSE_24K, COARSE_48K, CONTEXT_COARSE, TARGET_RATE
 from shards.errors import UserError
-from trainer.checkpoint import Codec48k, load_codec
+from trainer.checkpoint import Codec48k
 from trainer.clips import Clip, Entry
 from trainer.decoder import CodesToLatent, CropDecoder, padded, warm_start
 
@@ -62,11 +62,6 @@ def find_stock(pretrained_model: str | None, codecs: Mapping[str, Codec48k]) -> 
         pretrained_model = published[0]
     snac, weights = load_snac(pretrained_model)
     return Stock(snac, weights.describe())
-
-
-def load_codecs(models: Mapping[str, Path], pretrained_model: str | None) -> dict[str, Codec48k]:
-    """Raises UserError naming the model that cannot be loaded."""
-    return {name: load_codec(path, pretrained_model) for name, path in models.items()}
 
 
 def decoded_systems(stock: Stock, codecs: Mapping[str, Codec48k], device: torch.device, seed: int) -> dict[str, System]:

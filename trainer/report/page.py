@@ -48,14 +48,14 @@ def render(
         lstrip_blocks=True,
     )
     style, scripts = ("\n".join((FOLDER / name).read_text() for name in names) for names in (STYLES, SCRIPTS))
-    groups = _first_rows(evaluation, "group")
+    groups, seconds = (_first_rows(evaluation, column) for column in ("group", "seconds"))
     script = f'(() => {{\n"use strict";\n{scripts}}})();\n'
     return environment.get_template("page.html.jinja").render(
         about=evaluation.about,
         settings=evaluation.about["settings"],
         failed=evaluation.failed,
-        seconds=sum(_first_rows(evaluation, "seconds").values()),
-        clip_count=len(_first_rows(evaluation, "seconds")),
+        seconds=sum(seconds.values()),
+        clip_count=len(seconds),
         groups=groups,
         voices=voice_text(len(set(groups.values()))),
         why_no_intervals=why_no_intervals(len(set(groups.values()))),
