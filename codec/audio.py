@@ -284,5 +284,5 @@ def _mono(block: npt.NDArray[np.float32], seconds: float) -> Samples:
     return mean
 
 
-def _reason(error: Exception) -> str:
-    return str(getattr(error, "error_string", error)).strip().rstrip(".")
+def _reason(error: soundfile.LibsndfileError) -> str:
+    return str(error.error_string).strip().rstrip(".")

@@ -11,7 +11,7 @@ import io
 import struct
 from typing import IO, NamedTuple
 
-from shards.stretch import Stretch
+from shards.stretch import Stretch, read_at
 
 MPEG1, MPEG2, MPEG25 = 3, 2, 0  # the version's two bits
 KBPS = {
@@ -23,9 +23,7 @@ MONO = 3
 TAGS_AT_THE_END = (b"TAG", b"APETAGEX", b"LYRICSBEGIN")
 LEADING_BYTES = 1 << 16  # before the first frame
 SCRAP_BYTES = 1441 + 128  # behind the last frame: the longest one, not whole, and a tag
-JOINED_FRAMES = (
-    32  # that go on behind a stated end: it is that of a part; programs differ by a frame in what they state
-)
+JOINED_FRAMES = 32  # that go on behind a stated end: a part ends there; programs differ by a frame in what they state
 
 
 class Kind(NamedTuple):
@@ -61,7 +59,7 @@ def whole(file: IO[bytes], samples: int) -> IO[bytes]:
     Raises ValueError where the frames end before the file, or others follow.
     """
     start, size = _behind_tags(file, 0), file.seek(0, io.SEEK_END)
-    if _at(file, start, 4) == b"fLaC":
+    if read_at(file, start, 4) == b"fLaC":
         return _joined(b"", file, start, size) if start else file
     start, kind = _first(file, start, size)
     if kind is None:
@@ -70,11 +68,11 @@ def whole(file: IO[bytes], samples: int) -> IO[bytes]:
     if stated.frames and (not stated.stop or _count(file, stated.stop, size, JOINED_FRAMES)[0] < JOINED_FRAMES):
         return file
     n, stop = _count(file, stated.begin, size)
-    if size - stop > SCRAP_BYTES and not _at(file, stop, 16).startswith(TAGS_AT_THE_END):
+    if size - stop > SCRAP_BYTES and not read_at(file, stop, 16).startswith(TAGS_AT_THE_END):
         raise ValueError(f"its MP3 frames end or change at byte {stop} of {size}: it is damaged, or several in one")
     if n * kind.samples == samples and not stated.frames:
         return file
-    return _joined(_stating(_at(file, start, 4), n), file, stated.begin, stop)
+    return _joined(_stating(read_at(file, start, 4), n), file, stated.begin, stop)
 
 
 def begun(file: IO[bytes]) -> IO[bytes] | None:
@@ -90,7 +88,7 @@ def _first(file: IO[bytes], start: int, size: int) -> tuple[int, Kind | None]:
     unknown kind; and their kind (None: nowhere).
     """
     for begin in range(start, start + LEADING_BYTES, SCRAP_BYTES):  # of a remote file, no more than is needed
-        piece, place = _at(file, begin, SCRAP_BYTES + 3), -1
+        piece, place = read_at(file, begin, SCRAP_BYTES + 3), -1
         while 0 <= (place := piece.find(0xFF, place + 1)) < SCRAP_BYTES:
             kind, _ = _frame(piece[place : place + 4])
             if kind:
@@ -102,8 +100,8 @@ def _first(file: IO[bytes], start: int, size: int) -> tuple[int, Kind | None]:
 
 def _stated(file: IO[bytes], start: int) -> Stated:
     """By the frame at byte `start`."""
-    kind, length = _frame(_at(file, start, 4))
-    told = _at(file, start, length)[4 + (kind.side_bytes if kind else 0) :]
+    kind, length = _frame(read_at(file, start, 4))
+    told = read_at(file, start, length)[4 + (kind.side_bytes if kind else 0) :]
     if told[:4] not in (b"Xing", b"Info") or len(told) < 16:
         return Stated(0, 0, start)
     flags, frames, n_bytes = struct.unpack_from(">III", told, 4)
@@ -117,8 +115,8 @@ def _count(file: IO[bytes], at: int, size: int, most: int | None = None) -> tupl
     """
     n, kind = 0, None
     while n != most:
-        here = at if (found := _frame(_at(file, at, 4)))[0] else _behind_tags(file, at)
-        now, length = found if here == at else _frame(_at(file, here, 4))
+        here = at if (found := _frame(read_at(file, at, 4)))[0] else _behind_tags(file, at)
+        now, length = found if here == at else _frame(read_at(file, here, 4))
         if now is None or now != (kind or now) or here + length > size:
             break
         n, at, kind = n + 1, here + length, now
@@ -147,21 +145,16 @@ def _stating(head: bytes, frames: int) -> bytes:
 
 def _behind_tags(file: IO[bytes], at: int) -> int:
     """Where the ID3v2 tags end that begin at byte `at`."""
-    while (head := _at(file, at, 10))[:3] == b"ID3" and len(head) == 10:
+    while (head := read_at(file, at, 10))[:3] == b"ID3" and len(head) == 10:
         size = sum(byte << shift for byte, shift in zip(head[6:], (21, 14, 7, 0), strict=True))
         at += 10 + size + (10 if head[5] & 0x10 else 0)
     return at
-
-
-def _at(file: IO[bytes], place: int, n: int) -> bytes:
-    file.seek(place)
-    return file.read(n)
 
 
 def _joined(before: bytes, file: IO[bytes], start: int, stop: int) -> IO[bytes]:
     """`before`, then bytes [start, stop) of `file`."""
 
     def read(a: int, b: int) -> bytes:
-        return before[a:b] if a < len(before) else _at(file, start + a - len(before), b - a)
+        return before[a:b] if a < len(before) else read_at(file, start + a - len(before), b - a)
 
     return io.BufferedReader(Stretch(read, 0, len(before) + stop - start))

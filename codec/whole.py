@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import re
 import struct
-from typing import IO
 
 import soundfile
 
 from shards.pieces import Stored
+from shards.stretch import read_at
 
 MAX_OGG_PAGE = 27 + 255 + 255 * 255  # bytes
 # What programs write that stream to a pipe. SoX writes the second (src/wav.c), in whole frames.
@@ -45,14 +45,14 @@ def _behind_samples(path: Stored) -> tuple[int, int]:
     """How many bytes follow a WAV's samples, unless they are chunks; how many bytes the samples are."""
     size, at = path.stat().st_size, 12
     with path.open("rb") as file:
-        while len(head := _at(file, at, 8)) == 8:
+        while len(head := read_at(file, at, 8)) == 8:
             name, length = struct.unpack("<4sI", head)
             at += 8 + length + length % 2
             if name == b"data":
                 break
         else:
             return 0, 0
-        name, behind = struct.unpack("<4sI", _at(file, at, 8).ljust(8, b"\0"))
+        name, behind = struct.unpack("<4sI", read_at(file, at, 8).ljust(8, b"\0"))
     is_chunk = name.isascii() and name.decode().isprintable() and at + 8 + behind <= size
     return 0 if is_chunk else size - at, length
 
@@ -60,16 +60,11 @@ def _behind_samples(path: Stored) -> tuple[int, int]:
 def _of_ogg(path: Stored) -> str | None:
     """It ends at its last whole page, and where another stream begins; the last page shows both."""
     with path.open("rb") as file:
-        first = _at(file, 14, 4)
-        page = _at(file, max(path.stat().st_size - MAX_OGG_PAGE, 0), MAX_OGG_PAGE).rpartition(b"OggS\0")[2]
+        first = read_at(file, 14, 4)
+        page = read_at(file, max(path.stat().st_size - MAX_OGG_PAGE, 0), MAX_OGG_PAGE).rpartition(b"OggS\0")[2]
     # what follows: flags, position (8), serial (4), number (4), checksum (4), sizes, their payload
     if len(page) < 22 or len(page) < 22 + page[21] + sum(page[22 : 22 + page[21]]):
         return "cut off: its last Ogg page is incomplete"
     if page[9:13] != first:
         return "holds several Ogg streams, of which only the first would be read: convert it to FLAC"
     return None
-
-
-def _at(file: IO[bytes], place: int, n: int) -> bytes:
-    file.seek(place)
-    return file.read(n)

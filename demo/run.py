@@ -15,6 +15,7 @@ from demo.settings import DemoSettings
 from demo.voice import write_voices
 from pipeline.workflow import run_module
 from shards.contract import OK
+from shards.stretch import read_at
 
 SNAC = Path(__file__).parent / "snac_tiny_24khz"
 CODES = {"min_seconds": 0.3, "segment_length": 2.0, "segments_per_shard": 32, "validation_fraction": 0.2}
@@ -90,6 +91,5 @@ def _unseen_recording(plan: Path, out: Path) -> Path:
         return Path(row["path"])
     copy = out / Path(row["recording"]).name
     with Path(row["path"]).open("rb") as tar:
-        tar.seek(row["offset"])
-        copy.write_bytes(tar.read(row["file_bytes"]))
+        copy.write_bytes(read_at(tar, row["offset"], row["file_bytes"]))
     return copy

@@ -26,7 +26,7 @@ from codec.audio import AudioError, Samples
 from codec.resample import Resampler
 from codec.weights import PINS
 from pipeline.plan import Plan
-from pipeline.recordings import open_recording
+from pipeline.recordings import Opener
 from pipeline.settings import TargetsSettings
 from pipeline.teachers import Teacher
 from shards.contract import COARSE_48K, INDEX_NAME, OK, PLAN_NAME, REJECTED, TARGET_RATE, Row, tar_path
@@ -156,7 +156,7 @@ def _source(plan: Row | None) -> Samples | str:
         return "the plan is gone"
     start = plan["start_coarse"] * COARSE_48K
     try:
-        return Resampler(open_recording(plan), TARGET_RATE).read(start, start + plan["n_samples"])
+        return Resampler(Opener(plan).recording(plan), TARGET_RATE).read(start, start + plan["n_samples"])
     except AudioError as error:
         return str(error)
 

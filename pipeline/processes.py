@@ -13,7 +13,7 @@ import threading
 from collections import Counter, deque
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import ForkServerContext
 from multiprocessing.process import BaseProcess
@@ -36,7 +36,7 @@ class Worker:
     device: str
     process: BaseProcess
     connection: Connection[Any, Any]
-    number: int | None = field(default=None)  # of the shard that it makes
+    number: int | None = None  # of the shard that it makes
 
 
 def processes(stage: Stage, numbers: Sequence[int], progress: Progress) -> None:

@@ -16,6 +16,7 @@ from shards.errors import UserError
 from shards.files import reason_of_one
 from shards.pieces import Stored, at_hand, version
 from shards.storage import locate
+from shards.stretch import read_at
 
 
 def by_file(row: Row) -> tuple[Any, ...]:
@@ -75,11 +76,6 @@ class Opener:
                 raise AudioError("the file changed while it was read")
 
 
-def open_recording(row: Row) -> Recording:
-    """One alone."""
-    return Opener(row).recording(row)
-
-
 def check_content(recording: Recording, rows: Iterable[Row]) -> None:
     """Raises AudioError where rows know the content that their codes were made from, and it is another."""
     for row in rows:
@@ -101,8 +97,7 @@ def content_crc32(file: Stored, row: Row) -> int:
         if start == stop:  # a named pipe would wait for a writer
             return 0
         with file.open("rb") as opened:
-            opened.seek(start)
-            return zlib.crc32(opened.read(stop - start))
+            return zlib.crc32(read_at(opened, start, stop - start))
 
 
 @contextmanager

@@ -55,7 +55,7 @@ def _renamed(name: str) -> str:
 
 
 class DacDecoder(nn.Module):
-    """(B, C, T) with the real frames of each member → (B, samples), zero beyond `output_length` of its frames."""
+    """(B, C, T) with the real frames of each member → (B, samples), zero beyond each member's own length."""
 
     def __init__(self, decoder: Decoder, rates: list[int]) -> None:
         super().__init__()
@@ -82,8 +82,8 @@ class DacDecoder(nn.Module):
         self._clear(wav_B1N, len(self.rates))
         return wav_B1N[:, 0]
 
-    def output_length(self, frames: int, depth: int | None = None) -> int:
-        """Samples after `depth` transposed convolutions (None: all)."""
+    def output_length(self, frames: int, depth: int) -> int:
+        """Samples after `depth` transposed convolutions."""
         for rate in self.rates[:depth]:
             frames = frames * rate - rate % 2
         return frames

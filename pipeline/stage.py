@@ -90,8 +90,11 @@ class Stage(ABC):
         return footer is not None and not self.can_be_mended(number, footer)
 
     def can_be_mended(self, number: int, footer: pq.FileMetaData) -> bool:
-        """Whether this run makes a shard again that stands."""
-        return self.settings.retry == "failed" and self.has_failures(number)
+        """Whether this run makes a shard again that stands, because a segment failed that a second try may mend."""
+        if self.settings.retry != "failed":
+            return False
+        failed = (pc.field("status") == FAILED) & self.mendable
+        return len(read_table(self.table(number), columns=["status"], filters=failed)) > 0
 
     def kept(self, number: int) -> dict[int, Row]:
         """Of a shard that stands and is made again: its rows that stay as they are, by their place."""
@@ -104,8 +107,3 @@ class Stage(ABC):
         """Whether a shard that stands has these rows, by their place: then it is left as it is."""
         found = read_table(self.table(number)).take(pa.array(rows, pa.int64()))
         return bool(found.equals(pa.Table.from_pylist([*rows.values()], found.schema)))
-
-    def has_failures(self, number: int) -> bool:
-        """Whether a segment of this shard failed that `retry=failed` may mend."""
-        failed = (pc.field("status") == FAILED) & self.mendable
-        return len(read_table(self.table(number), columns=["status"], filters=failed)) > 0

@@ -51,6 +51,7 @@ from shards.errors import ShardError, UserError
 from shards.index import compact, forget
 from shards.reader import split_members
 from shards.storage import Location
+from shards.stretch import read_at
 from shards.writer import ShardWriter, fingerprint_of, may_hold, naming, read_footer, read_table, told_by
 
 # Raise it when the same recordings, codes and settings give other shards than before: read, resampled, restored, judged
@@ -184,8 +185,7 @@ class TargetsStage(Stage):
                 if row["status"] != OK:
                     yield row, None
                     continue
-                tar.seek(row["offset"])
-                data = tar.read(row["length"])
+                data = read_at(tar, row["offset"], row["length"])
                 if zlib.crc32(data) != row["crc32"]:
                     raise ShardError(f"{path}: {row['key']} is damaged: delete the tar, its shard is made anew")
                 members = split_members(data, row["key"], path)

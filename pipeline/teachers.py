@@ -87,7 +87,10 @@ class Teacher:
         self.sidon = sidon
         if sidon is None and settings.teacher != RECORDING:
             self.sidon = load_sidon(settings, device_of(settings.devices()[0]))
-        self.name = self.names()[settings.teacher] if settings.teacher != "auto" else self._auto_name()
+        names = self.names()
+        self.name = names.get(settings.teacher) or (
+            f"recording from {settings.min_bandwidth_hz:g} Hz of bandwidth, else {names[SIDON]}"
+        )
 
     def names(self) -> dict[str, str]:
         """What `used` says, in full: for the json of each sample."""
@@ -96,9 +99,6 @@ class Teacher:
         restored = f"sidon: {self.sidon.describe()}"
         mixed = f"recording below {self.settings.crossover_hz:g} Hz, {restored}"
         return {RECORDING: RECORDING, SIDON: restored, HYBRID: mixed}
-
-    def _auto_name(self) -> str:
-        return f"recording from {self.settings.min_bandwidth_hz:g} Hz of bandwidth, else {self.names()[SIDON]}"
 
     @property
     def provenance(self) -> Row:

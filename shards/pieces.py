@@ -13,7 +13,7 @@ from typing import IO
 
 from shards import storage
 from shards.storage import Location, Stat, Url
-from shards.stretch import Stretch
+from shards.stretch import Stretch, read_at
 
 HEADER_BYTES = 1 << 14  # fetched at first where headers alone are wanted
 END_BYTES = 1 << 16  # fetched at once of their end: an Ogg page
@@ -27,9 +27,6 @@ class Part:
     offset: int
     size: int
 
-    def exists(self) -> bool:
-        return self.whole.exists()
-
     def stat(self) -> Stat:
         """Less than `size` where the file ends early."""
         return Stat(max(min(self.size, self.whole.stat().st_size - self.offset), 0))
@@ -39,12 +36,8 @@ class Part:
         if isinstance(self.whole, Url):
             return self.whole.open_stretch(self.offset, self.size)
         file = self.whole.open("rb")
-
-        def read(start: int, stop: int) -> bytes:
-            file.seek(start)
-            return file.read(stop - start)
-
-        return io.BufferedReader(Stretch(read, self.offset, self.size, file.close))
+        stretch = Stretch(lambda a, b: read_at(file, a, b - a), self.offset, self.size, file.close)
+        return io.BufferedReader(stretch)
 
 
 @dataclass(frozen=True, eq=False)

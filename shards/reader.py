@@ -26,6 +26,7 @@ from shards.contract import (
 from shards.errors import ShardError
 from shards.flac import Flac
 from shards.storage import Location, StorageError
+from shards.stretch import read_at
 
 if TYPE_CHECKING:
     from shards.index import Index
@@ -53,8 +54,7 @@ def split_members(data: bytes, key: str, path: Location) -> dict[str, Any]:
 
 def sample_at(tar: IO[bytes], row: Mapping[str, Any], path: Location) -> dict[str, Any]:
     """What `split_members` makes of a row's stretch of an open tar. Raises ShardError naming shard and key."""
-    tar.seek(row["offset"])
-    data = tar.read(row["length"])
+    data = read_at(tar, row["offset"], row["length"])
     if zlib.crc32(data) != row["crc32"]:
         raise ShardError(f"{path}: {row['key']}: crc32 differs")
     return split_members(data, row["key"], path)

@@ -1,10 +1,15 @@
-"""A stretch of something longer, as a file of its own."""
+"""A stretch of something longer: read, or as a file of its own."""
 
 from __future__ import annotations
 
 import io
 from collections.abc import Callable
-from typing import Any
+from typing import IO, Any
+
+
+def read_at(file: IO[bytes], place: int, n: int) -> bytes:
+    file.seek(place)
+    return file.read(n)
 
 
 class Stretch(io.RawIOBase):
