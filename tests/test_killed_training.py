@@ -40,7 +40,7 @@ TOGETHER = SETTINGS | {"batch_size": 3}  # ranks take one crop and two
 
 FORTY = {
     "checkpoint_every": 17, "eval_every": 20, "max_steps": 40, "keep_last": 9, "phase1_steps": 10, "ema_decay": 0.9,
-    "rate_schedule": "cosine", "warmup_steps": 3, "segment_schedule": [[0, 0.085], [20, 0.17]], "batch_size": 4,
+    "final_rate": 0.01, "warmup_steps": 3, "segment_schedule": [[0, 0.085], [20, 0.17]], "batch_size": 4,
 }  # fmt: skip
 
 

@@ -176,6 +176,19 @@ def test_a_setting_that_a_checkpoint_does_not_know(work: Path, finished: Path, t
         Trainer(train_settings(work, run, balance_losses=True), CPU)
 
 
+def test_a_checkpoint_of_a_former_setting_goes_on(work: Path, finished: Path, tmp_path: Path) -> None:
+    """`rate_schedule=constant` gave what `final_rate=1` gives."""
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    state = last_state(run)
+    for schedule, final_rate in (("constant", 1), ("cosine", 0.01)):
+        state["settings"] |= {"rate_schedule": schedule, "final_rate": 0.01}
+        checkpoint.save(checkpoint.step_path(run, 6), state)
+        assert Trainer(train_settings(work, run, final_rate=final_rate), CPU).step == 6
+        with pytest.raises(UserError, match=f"other settings or data: final_rate is {float(final_rate)}, now 0.5"):
+            Trainer(train_settings(work, run, final_rate=0.5), CPU)
+
+
 @dataclass(frozen=True)
 class OneOfTwo(Process):
     """The other has these numbers."""

@@ -127,7 +127,7 @@ def test_the_rate_is_a_cosine_after_a_warm_up() -> None:
     assert rate_factor(1000, 0, 1000, chosen) == pytest.approx(0.1)
     assert rate_factor(500, 500, 1000, chosen) == pytest.approx(cosine[500] / 10), "a phase begins with a warm-up"
     assert rate_factor(499, 500, 1000, chosen) == 0
-    assert rate_factor(700, 0, 1000, settings("rate_schedule=constant")) == 1.0
+    assert rate_factor(700, 0, 1000, settings("final_rate=1")) == 1.0
 
 
 def test_names_of_settings_are_in_both_recipes() -> None:

@@ -23,7 +23,7 @@ SMALL = {
     "batch_size": 2,
     "segment_length": 0.085,
     "n_ffts": [64, 256],
-    "rate_schedule": "constant",
+    "final_rate": 1,
     "warmup_steps": 0,
     "ema_decay": 0,
     "phase1_steps": 2,

@@ -46,6 +46,8 @@ def newest_state(settings: TrainSettings, data: dict[str, Any], snac_sha256: dic
     before = _samples(state["data"])
     samples = before if settings.resume == "other_samples" else _samples(data)
     then = {**state["settings"], **before, "snac": state["snac_sha256"]}
+    if then.pop("rate_schedule", None) == "constant":  # a former setting, for what final_rate=1 gives
+        then["final_rate"] = 1.0
     now = {**settings.model_dump(mode="json"), **samples, "snac": snac_sha256}
     if changed := changes(then, now):
         other = "" if samples == before else ", or with resume=other_samples go on with what shards hold now"

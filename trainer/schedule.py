@@ -25,9 +25,7 @@ def rate_factor(step: int, begun: int, total_steps: int, settings: TrainSettings
     Half a cosine from 1 at the beginning of training to `final_rate` at its end (SGDR, arXiv 1608.03983, without
     restarts), times a linear rise over the `warmup_steps` from `begun` on, before which it is 0.
     """
-    factor = 1.0
-    if settings.rate_schedule == "cosine":
-        factor = settings.final_rate + (1 - settings.final_rate) * (1 + math.cos(math.pi * step / total_steps)) / 2
+    factor = settings.final_rate + (1 - settings.final_rate) * (1 + math.cos(math.pi * step / total_steps)) / 2
     return factor * min(max((step - begun + 1) / (settings.warmup_steps + 1), 0.0), 1.0)
 
 
