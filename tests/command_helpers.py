@@ -10,21 +10,6 @@ import pyarrow.parquet as pq
 from click.testing import CliRunner, Result
 
 from pipeline.__main__ import main
-from tests.helpers import TINY_SNAC
-
-
-def codes_words(audio: Path, work: Path, *more: str) -> list[str]:
-    small = ["gpu=cpu", "min_seconds=0.3", "segment_length=0.6", "segments_per_shard=8", "validation_fraction=0.25"]
-    given = [f"audio={audio}", f"work={work}", f"pretrained_model={TINY_SNAC}", *small, *more]
-    return ["shard-codes", *last_wins(given)]
-
-
-def targets_words(work: Path, *more: str) -> list[str]:
-    return ["shard-targets", *last_wins([f"work={work}", "gpu=cpu", "teacher=recording", *more])]
-
-
-def last_wins(given: list[str]) -> list[str]:
-    return list({word.split("=")[0]: word for word in given}.values())
 
 
 def in_process(words: list[str]) -> Result:

@@ -21,8 +21,10 @@ from benchmarks.harness import report
 from codec.snac import load_snac
 from pipeline.codes import shard_codes
 from pipeline.targets import shard_targets
+from shards import storage
 from tests.helpers import TINY_SNAC, codes_settings, speechlike, targets_settings
 from tests.real_speech import unpack
+from tests.s3_server import Door, serving
 from trainer import checkpoint
 from trainer.decoder import warm_start
 
@@ -104,6 +106,22 @@ def work(recordings: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def shards(work: Path, tmp_path: Path) -> Path:
     """A copy of the shards that a test may damage."""
     return Path(shutil.copytree(work / "shards", tmp_path / "shards"))
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Door]:
+    with serving() as door:
+        yield door
+
+
+@pytest.fixture
+def door(server: Door, monkeypatch: pytest.MonkeyPatch) -> Iterator[Door]:
+    """The way to `s3://corpus`, without faults and without patience."""
+    monkeypatch.setattr(storage, "FIRST_WAIT_SECONDS", 0.001)
+    monkeypatch.setattr(storage, "PATIENCE_SECONDS", 0)
+    server.asked.clear()
+    yield server
+    server.fault = lambda method, path: None
 
 
 @pytest.fixture(scope="session")

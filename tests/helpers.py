@@ -47,15 +47,22 @@ def run_command(*words: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[st
     )
 
 
-def codes_settings(audio: Path, work: Path, *overrides: str) -> CodesSettings:
+def codes_words(audio: Path, work: Path, *more: str) -> list[str]:
     small = ["gpu=cpu", "min_seconds=0.3", "segment_length=0.6", "segments_per_shard=8", "validation_fraction=0.25"]
-    given = [f"audio={audio}", f"work={work}", f"pretrained_model={TINY_SNAC}", *small, *overrides]
-    return load_settings(CodesSettings, "shard_codes.json", _last_wins(given))
+    given = [f"audio={audio}", f"work={work}", f"pretrained_model={TINY_SNAC}", *small, *more]
+    return ["shard-codes", *_last_wins(given)]
 
 
-def targets_settings(work: Path, *overrides: str) -> TargetsSettings:
-    given = [f"work={work}", "gpu=cpu", "teacher=recording", *overrides]
-    return load_settings(TargetsSettings, "shard_targets.json", _last_wins(given))
+def targets_words(work: Path, *more: str) -> list[str]:
+    return ["shard-targets", *_last_wins([f"work={work}", "gpu=cpu", "teacher=recording", *more])]
+
+
+def codes_settings(audio: Path, work: Path, *more: str) -> CodesSettings:
+    return load_settings(CodesSettings, "shard_codes.json", codes_words(audio, work, *more)[1:])
+
+
+def targets_settings(work: Path, *more: str) -> TargetsSettings:
+    return load_settings(TargetsSettings, "shard_targets.json", targets_words(work, *more)[1:])
 
 
 def forget_contents(work: Path) -> None:
@@ -64,5 +71,5 @@ def forget_contents(work: Path) -> None:
         write_table(path, read_table(path).drop_columns("content_crc32"), read_metadata(path))
 
 
-def _last_wins(overrides: list[str]) -> list[str]:
-    return [f"{key}={value}" for key, value in dict(override.split("=", 1) for override in overrides).items()]
+def _last_wins(given: list[str]) -> list[str]:
+    return list({word.split("=")[0]: word for word in given}.values())

@@ -15,17 +15,8 @@ import soundfile
 from pipeline.codes import shard_codes
 from pipeline.plan import make_plan
 from shards.contract import FAILED, OK, TOO_SHORT
-from tests.command_helpers import (
-    assert_one_line,
-    codes_words,
-    in_process,
-    refused,
-    rows_of,
-    stamps,
-    targets_words,
-    without_settings,
-)
-from tests.helpers import codes_settings, run_command, speechlike
+from tests.command_helpers import assert_one_line, in_process, refused, rows_of, stamps, without_settings
+from tests.helpers import codes_settings, codes_words, run_command, speechlike, targets_words
 
 RATE = 16_000
 GOOD = [

@@ -29,8 +29,7 @@ from pipeline.targets import shard_targets
 from shards.contract import PLAN_NAME
 from shards.errors import UserError
 from shards.storage import Location
-from tests.command_helpers import codes_words
-from tests.helpers import ROOT, codes_settings, targets_settings
+from tests.helpers import ROOT, codes_settings, codes_words, targets_settings
 
 SMALL = "segments_per_shard=4"  # so that there are more shards than processes
 

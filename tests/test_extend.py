@@ -15,8 +15,8 @@ from pipeline.targets import shard_targets
 from shards.contract import INDEX_NAME, PLAN_NAME, SPLITS, SUMS_NAME
 from shards.errors import UserError
 from shards.index import load
-from tests.command_helpers import codes_words, in_process, refused, stamps, targets_words
-from tests.helpers import codes_settings, speechlike, targets_settings
+from tests.command_helpers import in_process, refused, stamps
+from tests.helpers import codes_settings, codes_words, speechlike, targets_settings, targets_words
 from tests.training_helpers import assert_same_state, small_training
 
 

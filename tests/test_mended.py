@@ -23,8 +23,8 @@ from pipeline.targets import shard_targets
 from pipeline.teachers import Teacher
 from shards.contract import FAILED, OK, PLAN_NAME, REJECTED, TOO_SHORT
 from shards.errors import ShardError
-from tests.command_helpers import in_process, refused, rows_of, stamps, targets_words
-from tests.helpers import ROOT, codes_settings, forget_contents, speechlike, targets_settings
+from tests.command_helpers import in_process, refused, rows_of, stamps
+from tests.helpers import ROOT, codes_settings, forget_contents, speechlike, targets_settings, targets_words
 
 SOME = "max_failed_fraction=0.99"
 CHANGED = "the file is not the one that its codes were made from"

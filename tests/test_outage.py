@@ -24,8 +24,8 @@ from pipeline.tars import members
 from shards.errors import UserError
 from shards.pieces import Part, Stored
 from shards.writer import ShardWriter
-from tests.command_helpers import codes_words, in_process, refused, targets_words
-from tests.helpers import codes_settings, speechlike, targets_settings
+from tests.command_helpers import in_process, refused
+from tests.helpers import codes_settings, codes_words, speechlike, targets_settings, targets_words
 from tests.test_audio import write
 
 

@@ -24,8 +24,8 @@ from pipeline.stage import Stage
 from pipeline.targets import shard_targets
 from shards.contract import PLAN_NAME
 from shards.errors import UserError
-from tests.command_helpers import refused, targets_words
-from tests.helpers import codes_settings, targets_settings
+from tests.command_helpers import refused
+from tests.helpers import codes_settings, targets_settings, targets_words
 from tests.test_calibrate import assert_same_without_a_model, coded, settings, standin
 from tests.test_execute import SMALL, Fatal, Slow, made, progress_of, same, small, whole
 

@@ -16,16 +16,8 @@ import torch
 
 from shards.files import exclusive
 from shards.writer import read_metadata
-from tests.command_helpers import (
-    assert_one_line,
-    codes_words,
-    in_process,
-    refused,
-    stamps,
-    targets_words,
-    without_settings,
-)
-from tests.helpers import TINY_SNAC, run_command
+from tests.command_helpers import assert_one_line, in_process, refused, stamps, without_settings
+from tests.helpers import TINY_SNAC, codes_words, run_command, targets_words
 
 
 @pytest.fixture

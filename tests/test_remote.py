@@ -6,7 +6,6 @@ import json
 import re
 import tarfile
 from collections import Counter
-from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -33,26 +32,12 @@ from shards.errors import ShardError, UserError
 from shards.files import replacing
 from shards.index import check_index, load
 from shards.storage import Url
-from tests.command_helpers import refused, targets_words
-from tests.helpers import TINY_SNAC, codes_settings, speechlike, targets_settings
-from tests.s3_server import Door, serving
+from tests.command_helpers import refused
+from tests.helpers import TINY_SNAC, codes_settings, speechlike, targets_settings, targets_words
+from tests.s3_server import Door
 from tests.test_tars import by_take, write_tars
 from trainer.clips import ShardClips
 from trainer.report.reading import read_targets
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[Door]:
-    with serving() as door:
-        yield door
-
-
-@pytest.fixture
-def door(server: Door, monkeypatch: pytest.MonkeyPatch) -> Iterator[Door]:
-    monkeypatch.setattr(storage, "FIRST_WAIT_SECONDS", 0.001)
-    monkeypatch.setattr(storage, "PATIENCE_SECONDS", 0)
-    yield server
-    server.fault = lambda method, path: None
 
 
 @pytest.fixture(scope="module")

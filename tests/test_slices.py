@@ -13,8 +13,8 @@ from pipeline.plan import Plan
 from pipeline.targets import shard_targets
 from shards.contract import PLAN_NAME
 from shards.files import exclusive
-from tests.command_helpers import codes_words, in_process, refused, targets_words
-from tests.helpers import codes_settings, targets_settings
+from tests.command_helpers import in_process, refused
+from tests.helpers import codes_settings, codes_words, targets_settings, targets_words
 from tests.test_execute import SMALL, in_background, same, whole
 
 __all__ = ["whole"]

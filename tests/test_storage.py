@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import io
 import random
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -18,24 +17,9 @@ from shards.files import replacing
 from shards.pieces import Part, skimmed
 from shards.storage import StorageError, Url, locate
 from shards.writer import read_footer, read_metadata, read_table, write_table
-from tests.s3_server import Door, serving
+from tests.s3_server import Door
 
 BYTES = bytes(range(256)) * 400
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[Door]:
-    with serving() as door:
-        yield door
-
-
-@pytest.fixture
-def door(server: Door, monkeypatch: pytest.MonkeyPatch) -> Door:
-    monkeypatch.setattr(storage, "FIRST_WAIT_SECONDS", 0.001)
-    monkeypatch.setattr(storage, "PATIENCE_SECONDS", 0)
-    server.fault = lambda method, path: None
-    server.asked.clear()
-    return server
 
 
 @pytest.fixture

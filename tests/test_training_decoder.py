@@ -14,18 +14,14 @@ from torch._dynamo.backends.common import aot_autograd
 
 from benchmarks.training_step import random_batch
 from configs.loader import load_settings
-from shards.contract import COARSE_48K, CODEBOOK_SIZE, TOKENS
+from shards.contract import COARSE_48K
+from tests.test_decoder import random_tokens
 from trainer import training_decoder as training_decoder_module
 from trainer.decoder import NEW_BLOCK, PADDING_TOKEN, CodesToLatent, CropDecoder, padded, trainable, warm_start
 from trainer.distributed import Process
 from trainer.learner import Learner
 from trainer.settings import TrainSettings
 from trainer.training_decoder import PlainSnake, TrainingDecoder
-
-
-def random_tokens(batch: int, coarse: int) -> Tensor:
-    generator = torch.Generator().manual_seed(0)
-    return torch.randint(CODEBOOK_SIZE, (batch, coarse, TOKENS), generator=generator)
 
 
 def training_decoder(snac: SNAC, bf16: bool = False, compiled: bool = False) -> tuple[TrainingDecoder, list[str]]:

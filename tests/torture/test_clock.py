@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.command_helpers import codes_words, in_process, stamps, targets_words
+from tests.command_helpers import in_process, stamps
+from tests.helpers import codes_words, targets_words
 from tests.torture.test_disk import contents
 from tests.training_helpers import assert_same_state, call, last_state, train_words
 

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.command_helpers import codes_words, in_process, refused, targets_words
+from tests.command_helpers import in_process, refused
 from tests.conftest import Tally
+from tests.helpers import codes_words, targets_words
 from tests.training_helpers import as_logged, assert_same_state, call, last_state, train_words
 
 FEW = "segments_per_shard=16"

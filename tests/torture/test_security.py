@@ -25,8 +25,8 @@ from shards.errors import ShardError, UserError
 from shards.index import compact, load
 from shards.storage import StorageError, Url
 from shards.writer import ShardWriter
-from tests.command_helpers import codes_words, in_process, refused, rows_of
-from tests.helpers import TINY_SNAC
+from tests.command_helpers import in_process, refused, rows_of
+from tests.helpers import TINY_SNAC, codes_words
 from tests.shard_helpers import FINGERPRINT, SHARD, all_problems, some_members, some_row
 from tests.sidon_standin import build
 from trainer import checkpoint

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from shards.contract import OK
-from tests.command_helpers import codes_words, in_process, rows_of, targets_words
+from tests.command_helpers import in_process, rows_of
+from tests.helpers import codes_words, targets_words
 from tests.torture.zoo import ANY, Exhibit, build
 
 ENOUGH = "max_failed_fraction=1"
