@@ -133,3 +133,28 @@ def test_patience_begins_when_the_decoder_learns(work: Path, tmp_path: Path, mon
         "patience": 2,
     }
     assert small_training(work, tmp_path / "run", **recipe)["step"] == 5
+
+
+def test_a_best_that_was_taken_away_has_a_successor(
+    work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where only the newest checkpoint was copied to another machine."""
+    scripted([9, 1, 3, 5, 4, 6], monkeypatch)
+    run = tmp_path / "run"
+    small_training(work, run, eval_every=1, checkpoint_every=1, max_steps=2)
+    checkpoint.remove(checkpoint.folder(run) / checkpoint.BEST)
+    assert small_training(work, run, eval_every=1, max_steps=4)["best"] == 4
+    assert checkpoint.load(checkpoint.folder(run) / checkpoint.BEST)["validation"]["loss"] == 4
+
+
+def test_the_best_few_by_another_judge_are_not_compared(
+    work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scripted([9, 1, 2, 8, 7, 6], monkeypatch)
+    run, few = tmp_path / "run", {"eval_every": 1, "checkpoint_every": 1, "keep_best": 2}
+    small_training(work, run, **few, max_steps=2)
+    small_training(work, run, **few, max_steps=4, eval_samples=1)
+    kept = {path.name: checkpoint.load(path)["validation"]["loss"] for path in checkpoint.folder(run).glob("best*.pt")}
+    assert kept == {"best.pt": 6, "best_000000004.pt": 6, "best_000000003.pt": 7}
+    former = [checkpoint.load(path)["validation"]["loss"] for path in checkpoint.folder(run).glob("former_*.pt")]
+    assert set(former) == {1, 2}

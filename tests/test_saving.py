@@ -109,6 +109,15 @@ def test_checkpoints_by_the_clock(work: Path, tmp_path: Path) -> None:
     assert steps_kept(tmp_path / "run") == [1, 2, 3, 4, 5, 6]
 
 
+def test_what_a_kill_left_half_written_goes(work: Path, tmp_path: Path) -> None:
+    """Of a step that is not saved again: where the kill came while SIGTERM was being answered."""
+    half = checkpoint.step_path(tmp_path, 3).with_suffix(".pt.tmp")
+    half.parent.mkdir()
+    half.touch()
+    small_training(work, tmp_path)
+    assert not half.exists()
+
+
 def test_what_a_checkpoint_is_can_be_read_without_torch(work: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     small_training(work, run)

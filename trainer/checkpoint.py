@@ -104,12 +104,11 @@ def best_path(run: Path, step: int) -> Path:
     return folder(run) / f"best_{step:09d}.pt"
 
 
-def keep_former_best(run: Path, state: Mapping[str, Any]) -> Path:
-    """A copy of best.pt, which holds `state`, under a name that no later best takes.
+def keep_former_best(best: Path, state: Mapping[str, Any]) -> Path:
+    """A copy of `best`, which holds `state`, under a name that no later best takes.
 
     A copy, because best.pt stays the best there is until training finds another.
     """
-    best = folder(run) / BEST
     path = best.with_name(f"former_best_{state['step']:09d}_{file_sha256(best)[:8]}.pt")
     if not path.exists():
         save_described(path, state)
@@ -117,7 +116,9 @@ def keep_former_best(run: Path, state: Mapping[str, Any]) -> Path:
 
 
 def prune(run: Path, keep: int) -> None:
-    """Leaves the `keep` newest checkpoints to resume from."""
+    """Leaves the `keep` newest checkpoints to resume from, and nothing that a kill left half written."""
+    for path in folder(run).glob("*.tmp"):
+        path.unlink()
     for path in sorted(folder(run).glob(STEPS))[:-keep]:
         remove(path)
     for path in folder(run).glob("*.json"):

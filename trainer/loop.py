@@ -231,8 +231,12 @@ class Trainer:
         """
         best = checkpoint.folder(self.settings.run) / checkpoint.BEST
         if best.exists() and ((state := checkpoint.load(best))["step"] > self.step or math.isinf(self.best)):
-            former = checkpoint.keep_former_best(self.settings.run, state)
+            former = checkpoint.keep_former_best(best, state)
             self._say(f"goes on from step {self.step}; best.pt, of step {state['step']}, stays as {former.name}")
+        if math.isinf(self.best):  # the others of `keep_best` would be compared with its successors, too
+            for path in best.parent.glob("best_*.pt"):
+                checkpoint.keep_former_best(path, checkpoint.load(path))
+                checkpoint.remove(path)
 
     def _checkpoint_is_due(self, validated: bool) -> bool:
         """Also beside the first best.pt, which should not stand without a checkpoint to go on from."""
@@ -325,6 +329,7 @@ class Trainer:
             "step": self.step,
             "last step": self.total_steps,
             "samples": self.data["samples_sha256"],
+            "best validation": self.best,
             "weights": self.learner.weights_sha256().hex(),
         }
 
@@ -336,7 +341,8 @@ class Trainer:
         try:
             self.learner.load_state_dict(state)
             self.step, self.data = state["step"], with_former_samples(self.data, state)
-            if judges_alike(self.settings, self.data, state):
+            best = checkpoint.folder(self.settings.run) / checkpoint.BEST
+            if best.exists() and judges_alike(self.settings, self.data, state):
                 self.best, self.validations_since_best = state["best"], state["validations_since_best"]
                 self.validated_step = state.get("validated_step", self.step)  # without one, it was validated
         except torch.OutOfMemoryError:
