@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -232,6 +233,35 @@ def test_a_bad_target_stops_before_the_step_and_is_named(
     assert str(checkpoint.step_path(run, bad_step)) in str(caught.value)
     assert training.step == bad_step
     assert largest_difference(training.learner.decoder.state_dict(), last_state(run)["decoder"]) == 0
+
+
+def test_why_training_ended_stands_in_its_log(work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("trainer.learner.weighted", lambda terms, _: terms["l1"] * math.nan)
+    code, output = call("train", *train_words(work, tmp_path))
+    assert code == 1
+    last = (tmp_path / "training.log").read_text().splitlines()[-1]
+    assert "ERROR step 0: " in last
+    (error,) = [line.removeprefix("error: ") for line in output.splitlines() if line.startswith("error: ")]
+    assert last.endswith(error)
+
+
+class WithABadOne(Process):
+    """The first of two processes, the other of which has a loss that is not finite."""
+
+    def sum(self, values: torch.Tensor) -> torch.Tensor:
+        return values + math.nan
+
+    def sum_gradients(self, parameters: list[torch.nn.Parameter]) -> None:
+        pass
+
+
+def test_another_process_names_what_is_at_fault_there(work: Path, tmp_path: Path) -> None:
+    settings = train_settings(work, tmp_path)
+    one = Trainer(settings, CPU)
+    one.learner.process = WithABadOne(0, 2, CPU.device)
+    with pytest.raises(UserError, match="The crops at fault are another process's") as caught:
+        one.run()
+    assert "Keys of the batch" not in str(caught.value)
 
 
 def test_shards_of_another_snac_are_refused(work: Path, tmp_path: Path) -> None:

@@ -12,13 +12,14 @@ import numpy as np
 import pytest
 import torch
 
-from shards.contract import COARSE_48K
+from shards.contract import COARSE_48K, coarse_tokens
 from shards.errors import UserError
 from shards.files import exclusive
 from tests.helpers import ROOT
-from tests.training_helpers import ADVERSARIAL, call, logged_steps, metrics, small_training
+from tests.training_helpers import ADVERSARIAL, CPU, call, logged_steps, metrics, small_training, train_settings
 from trainer.boards import WeightsAndBiases, spectrogram
 from trainer.log import RunLog
+from trainer.loop import Trainer
 from trainer.status import report
 
 PAGE = ROOT / "docs" / "training.md"
@@ -75,6 +76,25 @@ def test_every_logged_value_is_explained(finished: Path) -> None:
         for name in line:
             name = "gradient_…" if name.startswith("gradient_") else name
             assert f"| `{name}` |" in explained, name
+
+
+def test_speed_is_that_of_all_steps_and_of_real_audio(work: Path, tmp_path: Path) -> None:
+    """Also of those between two lines, in which the loader's processes may be waited for; padding is no audio."""
+    run = tmp_path / "run"
+    training = Trainer(train_settings(work, run, segment_length=2.0, max_steps=2, log_every=2), CPU)
+    (index,), coarse = training.corpus.training, coarse_tokens(2.0)
+    audio = []
+    for step in range(2):
+        places = [place.sample for place in training.stream.batch(step)]
+        whole = [index.table["n_coarse"][place].as_py() <= coarse for place in places]
+        assert all(whole), "so that how much of a segment is taken follows from its length"
+        audio.append(sum(index.table["n_samples"][place].as_py() for place in places) / 48_000)
+    measured, report = iter([(0.0, 1.0), (3.0, 4.0)]), training._report
+    training._report = lambda means, *_: report(means, *next(measured))  # type: ignore[method-assign]
+    assert training.run()
+    (line,) = [line for line in metrics(run) if line["kind"] == "train"]
+    assert (line["step"], line["seconds_per_step"], line["data_wait_share"]) == (2, 2.5, 0.6)
+    assert line["audio_seconds_per_second"] == pytest.approx(sum(audio) / 5)
 
 
 def test_status_after_the_end(finished: Path) -> None:

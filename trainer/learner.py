@@ -15,6 +15,7 @@ import torch
 from snac.layers import Decoder
 from torch import Tensor, nn
 
+from shards.contract import TARGET_RATE
 from shards.errors import UserError
 from shards.order import random_words
 from trainer.adversary import Adversary
@@ -27,6 +28,8 @@ from trainer.losses import reconstruction, weighted
 from trainer.micro import MicroBatches
 from trainer.settings import BETAS, TrainSettings
 from trainer.training_decoder import TrainingDecoder
+
+AUDIO = "audio_seconds"  # of a crop, without what pads a short one
 
 
 class NotFiniteError(UserError):
@@ -142,8 +145,10 @@ class Learner:
         sums = self.process.sum(torch.stack([value_B.sum() for value_B in per_crop.values()]))
         means = dict(zip(per_crop, (sums / crops).tolist(), strict=True)) | {"grad_norm": float(norm)}
         if not all(map(math.isfinite, means.values())):
+            losses_are = all(math.isfinite(means[name]) for name in per_crop)
             raise NotFiniteError(
-                f"{means} is not finite; stopped before the optimizer step. {_at_fault(per_crop.values(), batch.keys)}"
+                f"{means} is not finite; stopped before the optimizer step. "
+                f"{_at_fault(per_crop.values(), batch.keys, losses_are)}"
             )
         optimizer.step()
         return means
@@ -160,7 +165,7 @@ class Learner:
                 wav_BN = self._decode(part)
             loss_B = adversary.discriminator_loss(wav_BN, part)
             (loss_B.sum() / crops).backward()
-            return {"discriminator": loss_B.detach()}
+            return {"discriminator": loss_B.detach(), AUDIO: part.valid_B / TARGET_RATE}
 
         return work
 
@@ -176,7 +181,8 @@ class Learner:
                 wav_BN.backward(gradient_BN / crops)
             else:
                 (loss_B.sum() / crops).backward()
-            return {name: value_B.detach() for name, value_B in {"loss": loss_B, **terms, **norms}.items()}
+            values = {"loss": loss_B, **terms, **norms, AUDIO: part.valid_B / TARGET_RATE}
+            return {name: value_B.detach() for name, value_B in values.items()}
 
         return work
 
@@ -186,8 +192,10 @@ def _set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
         group["lr"] = rate
 
 
-def _at_fault(values: Iterable[Tensor], keys: list[str]) -> str:
+def _at_fault(values: Iterable[Tensor], keys: list[str], losses_are_finite: bool) -> str:
     """Which crops of this process have a value that is not finite; all may, when only the gradient is not."""
     finite_B = torch.stack([value_B.isfinite() for value_B in values]).all(dim=0).tolist()
     bad = [key for key, finite in zip(keys, finite_B, strict=True) if not finite]
+    if not bad and not losses_are_finite:
+        return "The crops at fault are another process's, whose own error names them"
     return f"Keys of the batch here: {', '.join(bad or keys)}"

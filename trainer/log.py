@@ -49,6 +49,11 @@ class RunLog:
             self._logger.info(line)
             tqdm.write(line)
 
+    def ended_by(self, error: Exception) -> None:
+        """Not to the terminal, where the command says it: that may be kept nowhere."""
+        if self._writes:
+            self._logger.error(printable(" ".join(str(error).split())))
+
     def metrics(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
         if self._writes:
             with self._metrics.open("a") as file:

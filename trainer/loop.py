@@ -18,7 +18,7 @@ from snac.layers import Decoder
 
 from codec.memory import keep_freed_memory
 from codec.snac import load_snac
-from shards.contract import COARSE_48K, TARGET_RATE, coarse_tokens
+from shards.contract import coarse_tokens
 from shards.errors import SettingsError, ShardError, UserError
 from shards.files import exclusive, replacing
 from shards.index import check_index
@@ -29,7 +29,7 @@ from trainer.corpus import cache_of, open_corpus
 from trainer.data import Batch, training_batches
 from trainer.decoder import CodesToLatent, silence_noise, warm_start
 from trainer.distributed import Process
-from trainer.learner import Learner, NotFiniteError
+from trainer.learner import AUDIO, Learner, NotFiniteError
 from trainer.log import RunLog
 from trainer.requests import Requests, requests
 from trainer.resuming import FORMER_SAMPLES, check_that_all_begin_alike, judges_alike, newest_state, with_former_samples
@@ -48,7 +48,12 @@ def train(settings: TrainSettings) -> None:
     keep_freed_memory()
     process = distributed.start(settings.gpu)
     with exclusive(settings.run) if process.is_first else nullcontext():
-        finished = Trainer(settings, process).run()
+        training = Trainer(settings, process)
+        try:
+            finished = training.run()
+        except (UserError, RuntimeError) as error:
+            training.log.ended_by(error)
+            raise
     distributed.stop()  # not after an error: it would wait for processes that wait for this one
     if not finished:
         sys.exit(TERMINATED)
@@ -76,6 +81,7 @@ class Trainer:
         self.validated_step: int | None = None
         self.best = math.inf
         self.saved_at = time.monotonic()
+        self.since_line = torch.zeros(4, dtype=torch.float64)  # of metrics.jsonl: steps, s of audio, waited, all
         self.begins_from = "begins from the warm start"
         self.data = self.corpus.provenance
 
@@ -283,17 +289,23 @@ class Trainer:
         }
 
     def _report(self, means: dict[str, float], waited: float, seconds: float) -> None:
-        stage = self.stream.stage(self.step - 1)
+        """Speed is that of all steps since the last line: of every tenth step alone, the loader's processes may be
+        waited for always or never.
+        """
+        audio = self.stream.stage(self.step - 1).batch * means.pop(AUDIO)
+        self.since_line += torch.tensor([1, audio, waited, seconds], dtype=torch.float64)
+        steps, audio, waited, seconds = self.since_line.tolist()
         values = {
             **means,
-            "audio_seconds_per_second": stage.batch * stage.length * COARSE_48K / TARGET_RATE / seconds,
-            "seconds_per_step": seconds,
+            "audio_seconds_per_second": audio / seconds,
+            "seconds_per_step": seconds / steps,
             "data_wait_share": waited / seconds,
             "memory_gib": peak_memory_gib(self.process.device),
         }
         self.log.progress(values)
         if self.step % self.settings.log_every == 0:
             self.log.metrics("train", self.step, values)
+            self.since_line.zero_()
 
     def _finish(self, left: bool, early: bool) -> None:
         self.log.bar.close()  # before the words below it
