@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import shutil
@@ -35,7 +36,8 @@ from tests.training_helpers import (
 from trainer import checkpoint, data
 from trainer.data import Crop, fixed_batches
 from trainer.distributed import Process
-from trainer.loop import Trainer
+from trainer.log import RunLog
+from trainer.loop import Trainer, train
 from trainer.validation import crop_losses
 
 
@@ -245,23 +247,62 @@ def test_why_training_ended_stands_in_its_log(work: Path, tmp_path: Path, monkey
     assert last.endswith(error)
 
 
+@pytest.mark.parametrize("error", [OSError(errno.EROFS, "Read-only file system", "best.pt"), AssertionError()])
+def test_so_do_a_disk_and_a_bug(error: Exception, work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(checkpoint, "save", fail)
+    with pytest.raises(type(error)):
+        train(train_settings(work, tmp_path))
+    last = (tmp_path / "training.log").read_text().splitlines()[-1]
+    assert last.endswith(f"ERROR {type(error).__name__}: {error}".rstrip())
+
+
+def test_so_does_what_ended_another_process(tmp_path: Path) -> None:
+    """Which may be all that says which crop was at fault, or which GPU ran out of memory."""
+    for rank in range(2):
+        log = RunLog(tmp_path, 0, 1, writes=rank == 0)
+        log.say(f"begins, {rank}")
+        log.ended_by(UserError(f"ended, {rank}"))
+        log.close()
+    said = [line.split(" ", 2)[2] for line in (tmp_path / "training.log").read_text().splitlines()]
+    assert said == ["INFO begins, 0", "ERROR ended, 0", "ERROR ended, 1"]
+
+
 class WithABadOne(Process):
-    """The first of two processes, the other of which has a loss that is not finite."""
+    """The first of two processes, the other of which has a loss, or a gradient alone, that is not finite."""
+
+    bad_loss = True
 
     def sum(self, values: torch.Tensor) -> torch.Tensor:
-        return values + math.nan
+        return values + math.nan if self.bad_loss else values
 
     def sum_gradients(self, parameters: list[torch.nn.Parameter]) -> None:
-        pass
+        for parameter in parameters:
+            assert parameter.grad is not None
+            parameter.grad += math.nan
 
 
-def test_another_process_names_what_is_at_fault_there(work: Path, tmp_path: Path) -> None:
-    settings = train_settings(work, tmp_path)
-    one = Trainer(settings, CPU)
-    one.learner.process = WithABadOne(0, 2, CPU.device)
-    with pytest.raises(UserError, match="The crops at fault are another process's") as caught:
+class WithABadGradient(WithABadOne):
+    bad_loss = False
+
+
+@pytest.mark.parametrize(
+    ("process", "said", "unsaid"),
+    [
+        (WithABadOne, "The crops at fault are another process's", "Keys of the batch"),
+        (WithABadGradient, "Keys of the batch here: ", "another process's"),
+    ],
+)
+def test_another_process_names_what_is_at_fault_there(
+    process: type[Process], said: str, unsaid: str, work: Path, tmp_path: Path
+) -> None:
+    one = Trainer(train_settings(work, tmp_path, eval_every=99), CPU)
+    one.learner.process = process(0, 2, CPU.device)
+    with pytest.raises(UserError, match=said) as caught:
         one.run()
-    assert "Keys of the batch" not in str(caught.value)
+    assert unsaid not in str(caught.value)
 
 
 def test_shards_of_another_snac_are_refused(work: Path, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
-from shards.errors import printable
+from shards.errors import UserError, printable
 from shards.files import replacing
 
 if TYPE_CHECKING:
@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 class RunLog:
     """`training.log` for people, `metrics.jsonl` (one object per line: kind, step, named values) for programs.
 
-    A resumed run first drops the lines of steps that it will do again. A process that is not first writes nothing.
+    A resumed run first drops the lines of steps that it will do again. A process that is not first writes nothing but
+    what ended it.
     """
 
     def __init__(
@@ -36,9 +37,9 @@ class RunLog:
         self._close_files()  # of a run before in this process
         if writes:
             self._drop_after(first_step)
-            handler = logging.FileHandler(run / "training.log")
-            handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-            self._logger.addHandler(handler)
+        handler = logging.FileHandler(run / "training.log", delay=True)
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        self._logger.addHandler(handler)
         self.bar = tqdm(
             total=total_steps, initial=first_step, desc="training", unit="step", disable=None if writes else True
         )
@@ -51,8 +52,8 @@ class RunLog:
 
     def ended_by(self, error: Exception) -> None:
         """Not to the terminal, where the command says it: that may be kept nowhere."""
-        if self._writes:
-            self._logger.error(printable(" ".join(str(error).split())))
+        text = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+        self._logger.error(printable(" ".join(text.split())))
 
     def metrics(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
         if self._writes:

@@ -51,7 +51,7 @@ def train(settings: TrainSettings) -> None:
         training = Trainer(settings, process)
         try:
             finished = training.run()
-        except (UserError, RuntimeError) as error:
+        except Exception as error:
             training.log.ended_by(error)
             raise
     distributed.stop()  # not after an error: it would wait for processes that wait for this one
