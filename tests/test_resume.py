@@ -209,8 +209,10 @@ class Noting(Process):
 
 
 def test_processes_begin_alike(work: Path, finished: Path, tmp_path: Path) -> None:
-    """Against a machine that found an older checkpoint or other weights, or that was given other settings."""
+    """Against a machine that found an older checkpoint, no best.pt or other weights, or was given other settings."""
     shutil.copytree(finished, tmp_path / "run")
+    shutil.copytree(finished, tmp_path / "no best")
+    checkpoint.remove(tmp_path / "no best" / "checkpoints" / checkpoint.BEST)
     trainer = Trainer(train_settings(work, finished), CPU)
     checkpoint.step_path(tmp_path / "run", 6).unlink()
 
@@ -229,6 +231,7 @@ def test_processes_begin_alike(work: Path, finished: Path, tmp_path: Path) -> No
     compared("")
     compared("", num_workers=2, micro_batch=1, eval_batch_size=1)
     compared("step, weights", run=tmp_path / "run")
+    compared("best validation", run=tmp_path / "no best")
     compared("weights", weight=1e-3)
     compared("last step, max_steps, learning_rate", learning_rate=1e-5, max_steps=7)
 

@@ -79,22 +79,34 @@ def test_every_logged_value_is_explained(finished: Path) -> None:
 
 
 def test_speed_is_that_of_all_steps_and_of_real_audio(work: Path, tmp_path: Path) -> None:
-    """Also of those between two lines, in which the loader's processes may be waited for; padding is no audio."""
-    run = tmp_path / "run"
-    training = Trainer(train_settings(work, run, segment_length=2.0, max_steps=2, log_every=2), CPU)
-    (index,), coarse = training.corpus.training, coarse_tokens(2.0)
+    """Also of those between two lines, in which the loader's processes may be waited for; padding is no audio. Here
+    discriminators learn alone at first, and batches change.
+    """
+    recipe = {
+        **ADVERSARIAL,
+        "segment_length": 1.0,
+        "segment_schedule": [[0, 1.0], [3, 2.0]],
+        "max_steps": 4,
+        "log_every": 2,
+    }
+    training = Trainer(train_settings(work, tmp_path, **recipe), CPU)
+    (index,), coarse = training.corpus.training, coarse_tokens(1.0)
     audio = []
-    for step in range(2):
+    for step in range(4):
         places = [place.sample for place in training.stream.batch(step)]
         whole = [index.table["n_coarse"][place].as_py() <= coarse for place in places]
         assert all(whole), "so that how much of a segment is taken follows from its length"
         audio.append(sum(index.table["n_samples"][place].as_py() for place in places) / 48_000)
-    measured, report = iter([(0.0, 1.0), (3.0, 4.0)]), training._report
+    assert [stage.batch for stage in training.stream.stages] == [2, 1]
+    measured, report = iter([(0.0, 1.0), (3.0, 4.0), (0.0, 2.0), (2.0, 8.0)]), training._report
     training._report = lambda means, *_: report(means, *next(measured))  # type: ignore[method-assign]
     assert training.run()
-    (line,) = [line for line in metrics(run) if line["kind"] == "train"]
-    assert (line["step"], line["seconds_per_step"], line["data_wait_share"]) == (2, 2.5, 0.6)
-    assert line["audio_seconds_per_second"] == pytest.approx(sum(audio) / 5)
+    lines = [line for line in metrics(tmp_path) if line["kind"] == "train"]
+    assert [(line["step"], line["seconds_per_step"], line["data_wait_share"]) for line in lines] == [
+        (2, 2.5, 0.6), (4, 5.0, 0.2)
+    ]  # fmt: skip
+    speeds = [line["audio_seconds_per_second"] for line in lines]
+    assert speeds == pytest.approx([sum(audio[:2]) / 5, sum(audio[2:]) / 10])
 
 
 def test_status_after_the_end(finished: Path) -> None:

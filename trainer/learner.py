@@ -71,7 +71,7 @@ class Learner:
     def step(
         self, batch: Batch, step: int, crops: int, rate_factor: float, discriminator_rate_factor: float = 1.0
     ) -> dict[str, float]:
-        """This process's share `batch` of a global batch of `crops` → its mean losses and gradient norms.
+        """This process's share `batch` of a global batch of `crops` → its means: losses, gradient norms, AUDIO.
 
         Raises NotFiniteError before the optimizer step that a value which is not finite would spoil.
         """

@@ -81,7 +81,7 @@ class Trainer:
         self.validated_step: int | None = None
         self.best = math.inf
         self.saved_at = time.monotonic()
-        self.since_line = torch.zeros(4, dtype=torch.float64)  # of metrics.jsonl: steps, s of audio, waited, all
+        self.since_line = 4 * [0.0]  # of metrics.jsonl: steps, s of audio, waited, all
         self.begins_from = "begins from the warm start"
         self.data = self.corpus.provenance
 
@@ -293,8 +293,8 @@ class Trainer:
         waited for always or never.
         """
         audio = self.stream.stage(self.step - 1).batch * means.pop(AUDIO)
-        self.since_line += torch.tensor([1, audio, waited, seconds], dtype=torch.float64)
-        steps, audio, waited, seconds = self.since_line.tolist()
+        self.since_line = [a + b for a, b in zip(self.since_line, (1, audio, waited, seconds), strict=True)]
+        steps, audio, waited, seconds = self.since_line
         values = {
             **means,
             "audio_seconds_per_second": audio / seconds,
@@ -305,7 +305,7 @@ class Trainer:
         self.log.progress(values)
         if self.step % self.settings.log_every == 0:
             self.log.metrics("train", self.step, values)
-            self.since_line.zero_()
+            self.since_line = 4 * [0.0]
 
     def _finish(self, left: bool, early: bool) -> None:
         self.log.bar.close()  # before the words below it

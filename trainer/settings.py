@@ -53,7 +53,7 @@ class TrainSettings(Settings):
     compile: Literal["auto"] | bool = Field(description="torch.compile of the decoder; auto: on a GPU")
 
     learning_rate: float = Field(gt=0, le=1, description="of AdamW")
-    final_rate: float = Field(ge=0, le=1, description="where its cosine ends, as part of it (1: constant)")
+    final_rate: float = Field(ge=0, le=1, description="where the rate's cosine ends, as part of it (1: constant)")
     warmup_steps: int = Field(ge=0, description="steps in which each phase's rate rises")
     gradient_clip: float = Field(gt=0, le=1e6, description="largest gradient norm")
     ema_decay: float = Field(ge=0, lt=1, description="of the running mean of weights that is validated and kept")
