@@ -6,6 +6,7 @@ import errno
 import json
 import math
 import shutil
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -268,6 +269,16 @@ def test_so_does_what_ended_another_process(tmp_path: Path) -> None:
         log.close()
     said = [line.split(" ", 2)[2] for line in (tmp_path / "training.log").read_text().splitlines()]
     assert said == ["INFO begins, 0", "ERROR ended, 0", "ERROR ended, 1"]
+
+
+def test_a_full_disk_is_said_by_the_command_alone(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Not by a traceback of the log that has no room for it."""
+    (tmp_path / "training.log").symlink_to("/dev/full")
+    log = RunLog(tmp_path, 0, 1, writes=True)
+    log.ended_by(OSError(errno.ENOSPC, "No space left on device", "best.pt"))
+    assert "Traceback" not in capfd.readouterr().err
+    with suppress(OSError):
+        log.close()
 
 
 class WithABadOne(Process):

@@ -18,6 +18,11 @@ if TYPE_CHECKING:
     from trainer.boards import Boards
 
 
+class LogFile(logging.FileHandler):
+    def handleError(self, record: logging.LogRecord) -> None:
+        """A disk that is full is said once, where training ends for want of a checkpoint."""
+
+
 class RunLog:
     """`training.log` for people, `metrics.jsonl` (one object per line: kind, step, named values) for programs.
 
@@ -37,7 +42,7 @@ class RunLog:
         self._close_files()  # of a run before in this process
         if writes:
             self._drop_after(first_step)
-        handler = logging.FileHandler(run / "training.log", delay=True)
+        handler = LogFile(run / "training.log", delay=True)
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
         self._logger.addHandler(handler)
         self.bar = tqdm(
