@@ -32,7 +32,7 @@ class Member:
 def members(path: Location, extensions: Collection[str]) -> Iterator[Member]:
     """In the tar's order. What is damaged or compressed ends with a problem."""
     found: list[tarfile.TarInfo] = []
-    speakers: dict[str, str] = {}
+    speakers: dict[str, str | None] = {}
     problem = None
     try:
         whole = skimmed(path)
@@ -42,8 +42,9 @@ def members(path: Location, extensions: Collection[str]) -> Iterator[Member]:
                 if info.isdir():
                     continue
                 found.append(info)
-                if info.isfile() and info.name.endswith(".json") and info.size <= MAX_JSON_BYTES:
-                    speakers[_key(info.name)] = _speaker(tar.extractfile(info))
+                if info.isfile() and info.name.endswith(".json"):
+                    small = info.size <= MAX_JSON_BYTES
+                    speakers[_key(info.name)] = _speaker(tar.extractfile(info)) if small else None
             file.seek(tar.offset)
             if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):  # tarfile would take it for the end
                 problem = f"cut off or damaged at byte {tar.offset}: the tar does not end there"
@@ -53,13 +54,17 @@ def members(path: Location, extensions: Collection[str]) -> Iterator[Member]:
         problem = f"not readable as a tar: {reason_of_one(path, error)}"
     except (tarfile.TarError, EOFError, OverflowError) as error:  # pax headers state lengths of any size
         problem = f"not readable as a tar: {error}"
-    yield from (_member(info, extensions, speakers, size) for info in found)
+    recordings = {_key(info.name) for info in found if _suffix(info.name) in extensions}
+    for info in found:
+        beside = info.isfile() and info.name.endswith(".json") and _key(info.name) in recordings
+        if not beside:
+            yield _member(info, extensions, speakers, size)
     if problem is not None:
         yield Member(problem=problem)
 
 
-def _member(info: tarfile.TarInfo, extensions: Collection[str], speakers: dict[str, str], size: int) -> Member:
-    suffix = PurePosixPath(info.name).suffix.lower()
+def _member(info: tarfile.TarInfo, extensions: Collection[str], speakers: dict[str, str | None], size: int) -> Member:
+    suffix = _suffix(info.name)
     if not info.isfile():
         return Member(ignored="links in tars")
     if info.issparse():  # what follows its header are pieces, not the file
@@ -68,8 +73,17 @@ def _member(info: tarfile.TarInfo, extensions: Collection[str], speakers: dict[s
         return Member(ignored=f"{suffix or PurePosixPath(info.name).name} in tars")
     if info.offset_data + info.size > size:
         return Member(info.name.removeprefix("./"), problem="cut off with its tar")
-    speaker = speakers.get(_key(info.name)) or None
-    return Member(info.name.removeprefix("./"), info.offset_data, info.size, speaker)
+    speaker = speakers.get(_key(info.name), "")
+    if speaker is None:  # in a group by its folder it might be in another split than the rest of its speaker
+        return Member(
+            info.name.removeprefix("./"),
+            problem=f"its speaker is not known: the .json beside it is not JSON of at most {MAX_JSON_BYTES:,} bytes",
+        )
+    return Member(info.name.removeprefix("./"), info.offset_data, info.size, speaker or None)
+
+
+def _suffix(name: str) -> str:
+    return PurePosixPath(name).suffix.lower()
 
 
 def _key(name: str) -> str:
@@ -78,11 +92,11 @@ def _key(name: str) -> str:
     return folder + slash + file.partition(".")[0]
 
 
-def _speaker(file: IO[bytes] | None) -> str:
-    """The json's `speaker`; empty where it names none."""
+def _speaker(file: IO[bytes] | None) -> str | None:
+    """The json's `speaker`; empty where it names none, None where it cannot be read."""
     try:
         content = json.loads(file.read()) if file else None
     except (ValueError, RecursionError):
-        return ""
+        return None
     named = content.get("speaker") if isinstance(content, dict) else None
     return "" if named is None else str(named).encode("utf-8", "replace").decode()  # JSON may hold half a character
