@@ -18,7 +18,6 @@ from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from importlib import import_module
-from itertools import islice
 from typing import Any
 
 import torch
@@ -246,8 +245,11 @@ def summarize(paths: Sequence[Location], max_failed_fraction: float, title: str)
     statuses = found.counts()
     total = sum(statuses.values())
     tqdm.write(f"{title}: {total} segments, {', '.join(f'{n} {name}' for name, n in statuses.most_common())}")
-    for line in islice(found.reasons(), REASONS_SHOWN):
+    reasons = list(found.reasons())
+    for line in reasons[:REASONS_SHOWN]:
         tqdm.write(f"  {line}")
+    if more := len(reasons[REASONS_SHOWN:]):
+        tqdm.write(f"  and {more} more {'reason' if more == 1 else 'reasons'}: `just inspect` shows them")
     lost = statuses[FAILED] + statuses[REJECTED]
     if lost > max_failed_fraction * total:
         ways = [f"mend {what} and add {key}" for what, key, n in (

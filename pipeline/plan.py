@@ -243,7 +243,14 @@ def _new_shards(
     usable = recordings.filter(pc.field("problem").is_null())
     pairs = (usable if len(usable) else recordings).group_by(["group", "split"]).aggregate([])
     given = zip(pairs["group"].to_pylist(), pairs["split"].to_pylist(), strict=True)
-    splits = assign_splits(given, settings.validation_fraction, settings.seed, known)
+    try:
+        splits = assign_splits(given, settings.validation_fraction, settings.seed, known)
+    except UserError as error:
+        if len(usable) == len(recordings):
+            raise
+        first = recordings.filter(pc.field("problem").is_valid()).slice(0, 1).to_pylist()[0]
+        lost = f"{len(recordings) - len(usable)} of {len(recordings)} recordings cannot be used"
+        raise UserError(f"{error}. {lost}, such as {first['recording']}: {first['problem']}") from error
     chosen = np.array([SPLITS.index(splits.get(group, "train")) for group in recordings["group"].to_pylist()])
     order = _order(recordings, settings.seed)
     for place, split in enumerate(SPLITS):

@@ -65,6 +65,16 @@ def test_splits_that_cannot_be() -> None:
     assert set(assign_splits(given[:2], 1 - 1e-9, 0).values()) == {"train", "validation"}
 
 
+def test_where_a_split_is_empty_for_want_of_usable_recordings_it_is_said(recordings: Path, tmp_path: Path) -> None:
+    manifest = tmp_path / "m.csv"
+    one, two = sorted(recordings.glob("*/take_0.wav"))[:2]
+    manifest.write_text(f"path,id,start,end,speaker,split\n{one},one,5,2,anna,train\n{two},two,,,ben,validation\n")
+    with pytest.raises(
+        UserError, match=r"no group is left for train.*1 of 2 recordings cannot be used, such as one: start 5"
+    ):
+        make_plan(codes_settings(manifest, tmp_path / "work"))
+
+
 def test_no_group_is_in_both_splits_and_rows_are_numbered(recordings: Path, tmp_path: Path) -> None:
     rows = planned(recordings, tmp_path / "work", "segments_per_shard=5")
     splits = defaultdict(set)

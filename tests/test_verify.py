@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.codes import shard_codes
+from pipeline.execute import summarize
 from pipeline.inspect import inspect
 from pipeline.plan import make_plan
 from pipeline.settings import InspectSettings, VerifySettings
@@ -273,6 +274,17 @@ def test_reasons_that_differ_by_a_number_are_one_kind() -> None:
         "50 × shorter than min_seconds=1 (such as same)",
         "40 × broken near … s (such as r0: broken near 0.5 s)",
         "1 × the file is empty (gone)",
+    ]
+
+
+def test_reasons_that_are_not_shown_are_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    schema = pa.schema([SIDECAR_SCHEMA.field(name) for name in COLUMNS])
+    rows = [(name, 5, OK, None) for name in "ab"] + [(name, 5, FAILED, f"reason {name}") for name in "cdefghi"]
+    pq.write_table(pa.table([*zip(*rows, strict=True)], schema), tmp_path / "a.parquet")
+    summarize([tmp_path / "a.parquet"], 1.0, "codes")
+    assert capsys.readouterr().out.splitlines()[-2:] == [
+        "  1 × reason g (g)",
+        "  and 2 more reasons: `just inspect` shows them",
     ]
 
 
