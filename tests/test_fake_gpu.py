@@ -116,7 +116,7 @@ def test_encoding(own_snac: SNAC) -> None:
         windows = [Window(0, COARSE, COARSE)] * 2
         codes = encode(model, windows, np.zeros((2, COARSE * COARSE_24K), np.float32))
         assert [part.shape for part in codes] == [(COARSE, 7)] * 2
-        assert waits.functions == {"encode": 1, "<listcomp>": 3}, "the audio there, three levels of tokens back"
+        assert sum(waits.functions.values()) == 4, "the audio there, three levels of tokens back"
 
 
 @pytest.fixture
