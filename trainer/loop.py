@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import resource
 import sys
 import time
 from collections.abc import Iterable
@@ -36,6 +35,7 @@ from trainer.resuming import FORMER_SAMPLES, check_that_all_begin_alike, judges_
 from trainer.sanity import check_that_the_decoder_learns, warnings
 from trainer.schedule import rate_factor, segment_text
 from trainer.settings import TrainSettings
+from trainer.speed import Speed, peak_memory_gib
 from trainer.validation import HIGHER_IS_BETTER, validate
 
 TERMINATED = 143  # exit code of a process that SIGTERM ended, and here Ctrl-C too
@@ -81,7 +81,7 @@ class Trainer:
         self.validated_step: int | None = None
         self.best = math.inf
         self.saved_at = time.monotonic()
-        self.since_line = 4 * [0.0]  # of metrics.jsonl: steps, s of audio, waited, all
+        self.speed = Speed()  # since the last line of metrics.jsonl
         self.begins_from = "begins from the warm start"
         self.data = self.corpus.provenance
 
@@ -289,23 +289,12 @@ class Trainer:
         }
 
     def _report(self, means: dict[str, float], waited: float, seconds: float) -> None:
-        """Speed is that of all steps since the last line: of every tenth step alone, the loader's processes may be
-        waited for always or never.
-        """
-        audio = self.stream.stage(self.step - 1).batch * means.pop(AUDIO)
-        self.since_line = [a + b for a, b in zip(self.since_line, (1, audio, waited, seconds), strict=True)]
-        steps, audio, waited, seconds = self.since_line
-        values = {
-            **means,
-            "audio_seconds_per_second": audio / seconds,
-            "seconds_per_step": seconds / steps,
-            "data_wait_share": waited / seconds,
-            "memory_gib": peak_memory_gib(self.process.device),
-        }
+        self.speed.add(self.stream.stage(self.step - 1).batch * means.pop(AUDIO), waited, seconds)
+        values = {**means, **self.speed.values(), "memory_gib": peak_memory_gib(self.process.device)}
         self.log.progress(values)
         if self.step % self.settings.log_every == 0:
             self.log.metrics("train", self.step, values)
-            self.since_line = 4 * [0.0]
+            self.speed.begin_anew()
 
     def _finish(self, left: bool, early: bool) -> None:
         self.log.bar.close()  # before the words below it
@@ -362,10 +351,3 @@ class Trainer:
         except (RuntimeError, KeyError, ValueError, TypeError, AttributeError) as error:
             path, reason = checkpoint.newest(self.settings.run), " ".join(str(error).split())[:200]
             raise UserError(f"{path} is not a checkpoint of this training ({reason}): name another run=") from error
-
-
-def peak_memory_gib(device: torch.device) -> float:
-    """The most that was ever allocated on the GPU; on a CPU the process's largest resident size."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux counts KiB
