@@ -13,8 +13,9 @@ import pyarrow.parquet as pq
 import pytest
 import soundfile
 
+from pipeline.dealing import Segments
 from pipeline.measure import measure
-from pipeline.plan import Plan, Segments, make_plan, rows_sha256
+from pipeline.plan import Plan, make_plan, rows_sha256
 from pipeline.sources import FOUND_SCHEMA
 from pipeline.splits import assign_splits
 from shards.contract import OK, PLAN_NAME, PLAN_SCHEMA, TOO_SHORT, Row
