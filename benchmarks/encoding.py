@@ -18,8 +18,7 @@ import soundfile
 import torch
 from snac import SNAC
 
-from benchmarks.harness import interleaved, of_speech, on_device, recordings_in, report
-from codec.audio import Recording, probe
+from benchmarks.harness import interleaved, of_speech, on_device, readable, recordings_in, report
 from codec.encoder import prepared
 from codec.memory import keep_freed_memory
 from codec.resample import Resampler
@@ -69,8 +68,7 @@ def plan_rows(speech: Path, folder: Path, times: int) -> tuple[list[dict[str, An
 def _clips(speech: Path) -> Iterator[np.ndarray[Any, Any]]:
     """At RATE, of all of the collection."""
     files = recordings_in(speech)
-    for path in files[:: max(len(files) // 200, 1)]:
-        recording = Recording(path, probe(path))
+    for recording in readable(files[:: max(len(files) // 200, 1)]):
         yield Resampler(recording, RATE).read(0, recording.length(RATE))
 
 

@@ -13,14 +13,14 @@ import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import click
 
-from codec.audio import EXTENSIONS
+from codec.audio import EXTENSIONS, AudioError, Recording, probe
 from shards.files import replacing
 
 RESULTS = Path(__file__).parent / "results"
@@ -29,6 +29,16 @@ PACKAGES = ("torch", "torchaudio", "snac", "transformers", "numpy", "webdataset"
 
 def recordings_in(folder: Path) -> list[Path]:
     return sorted(path for path in folder.rglob("*") if path.suffix.lower() in EXTENSIONS)
+
+
+def readable(paths: Iterable[Path]) -> Iterator[Recording]:
+    """Real speech holds files that are refused, too."""
+    for path in paths:
+        try:
+            recording = Recording(path, probe(path))
+        except AudioError:
+            continue
+        yield recording
 
 
 def _of_recordings(_: click.Context, __: click.Parameter, folder: Path) -> Path:

@@ -31,6 +31,7 @@ HELD_OUT = {"en_GB", "he", "hu", "sl", "el"}  # folders that neither the stand-i
 TURN_STEPS = 100
 ADVERSARIAL_FROM = 200  # steps of `mel`
 METRICS = "lsd,lsd_reached,mel,si_sdr,level,high_band,visqol"
+BASELINE = "mel"  # from which the others' differences are taken, clip by clip
 CLIPS = 96
 MINUTES = click.FloatRange(min=0, min_open=True)
 COMMON = {
@@ -117,23 +118,29 @@ def judge(out: Path, shards: Path) -> None:
     command(
         "trainer", "eval", *(f"models.{name}={path}" for name, path in models.items()), f"shards={shards}",
         f"out={out / 'eval'}", f"samples={CLIPS}", f"metrics={METRICS}", "keep_audio=4",
+        f"baseline={BASELINE if BASELINE in models else 'warm_start'}",
     )  # fmt: skip
     rows = pq.read_table(out / "eval" / "summary.parquet").to_pylist()
     steps = {name: checkpoint.newest_step(out / name) for name in models}
     settings = {name: {**COMMON, **RECIPES[name]} for name in models}
-    report("quality", by_system(rows, steps), steps=steps, settings=settings, clips=CLIPS)
+    table = [{"steps": steps.get(row["system"]), **row} for row in by_system(rows)]
+    report("quality", table, steps=steps, settings=settings, clips=CLIPS, differences=by_system(rows, "difference"))
 
 
-def by_system(rows: list[dict[str, Any]], steps: dict[str, int]) -> list[dict[str, Any]]:
-    """A row for each system, with `mean [low, high]` of each metric; `mean` where voices are too few."""
+def by_system(rows: list[dict[str, Any]], of: str = "mean") -> list[dict[str, Any]]:
+    """Of a summary: a row for each system, with `mean [low, high]` of each metric; `mean` where voices are too few.
+
+    `of="difference"`: from the baseline, clip by clip.
+    """
+    low, high = ("low", "high") if of == "mean" else (f"{of}_low", f"{of}_high")
     table: dict[str, dict[str, Any]] = {}
     for row in rows:
-        system = table.setdefault(row["system"], {"system": row["system"], "steps": steps.get(row["system"])})
-        if row["mean"] is not None:
+        system = table.setdefault(row["system"], {"system": row["system"]})
+        if row[of] is not None:
             digits = 1 if row["metric"].endswith("db") else 2
-            system[row["metric"]] = f"{row['mean']:.{digits}f}"
-            if row["low"] is not None:
-                system[row["metric"]] += f" [{row['low']:.{digits}f}, {row['high']:.{digits}f}]"
+            system[row["metric"]] = f"{row[of]:.{digits}f}"
+            if row[low] is not None:
+                system[row["metric"]] += f" [{row[low]:.{digits}f}, {row[high]:.{digits}f}]"
     return list(table.values())
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import statistics
 import time
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,8 @@ import numpy.typing as npt
 import torch
 
 from benchmarks.decoding import true_size_48k
-from benchmarks.harness import of_speech, recordings_in, report
-from codec.audio import Recording, Samples, probe
+from benchmarks.harness import of_speech, readable, recordings_in, report
+from codec.audio import Samples
 from codec.resample import Resampler
 from codec.snac import Window, coarse_length, encode, load_snac
 from shards.contract import COARSE_24K, COARSE_48K, CODEC_RATE, TARGET_RATE
@@ -42,8 +43,7 @@ def speech_tokens(folder: Path) -> list[Tokens]:
     snac = load_snac(SNAC)[0]
     files = recordings_in(folder)
     found = []
-    for path in files[:: max(len(files) // RECORDINGS, 1)][:RECORDINGS]:
-        recording = Recording(path, probe(path))
+    for recording in islice(readable(files[:: max(len(files) // RECORDINGS, 1)]), RECORDINGS):
         total = min(coarse_length(recording.length(CODEC_RATE)), round(SECONDS_EACH / FRAME_SECONDS))
         audio = Resampler(recording, CODEC_RATE).read(0, total * COARSE_24K)
         found += encode(snac, [Window(0, total, total)], audio[None])
