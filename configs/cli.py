@@ -47,7 +47,7 @@ def _fail(message: str) -> None:
 def _keys(settings: type[Settings], config: str) -> str:
     """The settings as click prints them: key, default, meaning."""
     defaults = load_defaults(settings, config)
-    lines = [f"\b\nSettings (defaults: configs/{config}; another file: config=FILE)"]
+    lines = [f"\b\nSettings (defaults: configs/{config}; on top: config=FILE)"]
     for key, field in settings.model_fields.items():
         lines.append(f"  {key}={defaults.get(key, '(needed)')}{_others(field.annotation, defaults.get(key))}")
         lines.append(f"      {field.description}")

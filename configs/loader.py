@@ -65,12 +65,12 @@ S = TypeVar("S", bound=Settings)
 
 
 def load_settings(model: type[S], default_file: str, overrides: Iterable[str]) -> S:
-    """`default_file` (or the one named by a `config=` override) with the overrides on top.
+    """`default_file`, on it the file that a `config=` override names, on top the other overrides.
 
     Values are parsed as JSON, else taken as text. Raises SettingsError with one line that names the key.
     """
-    values, file = _split(overrides, default_file)
-    merged = _read(file)
+    values, chosen = _split(overrides)
+    merged = _read(FOLDER / default_file) | (_read(Path(chosen)) if chosen is not None else {})
     for key in sorted(values, key=lambda key: key.count(".")):  # train={…} first, train.seed=1 into it
         _put(merged, key, values[key])
     try:
@@ -79,7 +79,8 @@ def load_settings(model: type[S], default_file: str, overrides: Iterable[str]) -
         raise SettingsError(_explain(error, model)) from None
 
 
-def _split(overrides: Iterable[str], file: str) -> tuple[dict[str, Any], Path]:
+def _split(overrides: Iterable[str]) -> tuple[dict[str, Any], str | None]:
+    """Values by key, and the file that `config=` names."""
     values: dict[str, Any] = {}
     for override in overrides:
         key, equals, text = override.partition("=")
@@ -89,7 +90,7 @@ def _split(overrides: Iterable[str], file: str) -> tuple[dict[str, Any], Path]:
             raise SettingsError(f"{key} is given twice")
         values[key] = _parse(text)
     chosen = values.pop("config", None)
-    return values, FOLDER / file if chosen is None else Path(str(chosen))
+    return values, None if chosen is None else str(chosen)
 
 
 def _parse(text: str) -> Any:

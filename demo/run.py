@@ -72,7 +72,7 @@ def run(settings: DemoSettings) -> None:
     unseen = _unseen_recording(work / "plan.parquet", out)
     wav = out / f"{unseen.stem}.48k.wav"
     wav.unlink(missing_ok=True)
-    _command("trainer", "decode", f"model={export}", f"input={unseen}", f"output={wav}")
+    _command("trainer", "decode", f"model={export}", f"input={unseen}", f"out={wav}")
     picture = out / "spectrograms.png"
     draw(unseen, wav, SNAC, picture)
     click.echo(SUMMARY.format(wav=wav, picture=picture, export=export, shards=work / "shards", run=training))

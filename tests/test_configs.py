@@ -28,22 +28,22 @@ class Some(Settings):
 
 
 @pytest.fixture
-def config(tmp_path: Path) -> str:
+def defaults(tmp_path: Path) -> str:
     path = tmp_path / "some.json"
     path.write_text('{"count": 1, "rate": 0.5, "name": "file", "group": {"a": 1}}')
-    return f"config={path}"
+    return str(path)
 
 
-def refusal(*overrides: str) -> str:
+def refusal(defaults: str, *overrides: str) -> str:
     """The one line with which Some refuses these."""
     with pytest.raises(SettingsError) as error:
-        load_settings(Some, "unused.json", overrides)
+        load_settings(Some, defaults, overrides)
     assert "\n" not in str(error.value)
     return str(error.value)
 
 
-def test_the_file_then_the_command_line(config: str) -> None:
-    settings = load_settings(Some, "unused.json", [config, "count=7", "where=a/b=c", "group.b=[1, 2]", "group.c.d=x"])
+def test_the_file_then_the_command_line(defaults: str) -> None:
+    settings = load_settings(Some, defaults, ["count=7", "where=a/b=c", "group.b=[1, 2]", "group.c.d=x"])
     assert settings.model_dump() == {
         "count": 7,
         "rate": 0.5,
@@ -53,18 +53,25 @@ def test_the_file_then_the_command_line(config: str) -> None:
     }
 
 
+def test_a_file_lies_on_the_defaults_and_below_the_command_line(defaults: str, tmp_path: Path) -> None:
+    path = tmp_path / "mine.json"
+    path.write_text('{"rate": 0.25, "name": "mine", "group": {"b": 2}}')
+    settings = load_settings(Some, defaults, [f"config={path}", "name=word"])
+    assert settings == Some(count=1, rate=0.25, name="word", group={"b": 2})
+
+
 @pytest.mark.parametrize("overrides", [["group.b=2", 'group={"c": 3}'], ['group={"c": 3}', "group.b=2"]])
-def test_a_group_and_its_members_add_up_in_any_order(config: str, overrides: list[str]) -> None:
-    assert load_settings(Some, "unused.json", [config, *overrides]).group == {"c": 3, "b": 2}
+def test_a_group_and_its_members_add_up_in_any_order(defaults: str, overrides: list[str]) -> None:
+    assert load_settings(Some, defaults, overrides).group == {"c": 3, "b": 2}
 
 
 @pytest.mark.parametrize("text", ["null", "true", "1.5", "word", "", '"1"', "[1,2]", "{", "nan", "01", "1,2"])
-def test_values_are_json_else_text(config: str, text: str) -> None:
+def test_values_are_json_else_text(defaults: str, text: str) -> None:
     try:
         expected = json.loads(text)
     except ValueError:
         expected = text
-    assert load_settings(Some, "unused.json", [config, f"group.a={text}"]).group == {"a": expected}
+    assert load_settings(Some, defaults, [f"group.a={text}"]).group == {"a": expected}
 
 
 @pytest.mark.parametrize(
@@ -93,58 +100,58 @@ def test_values_are_json_else_text(config: str, text: str) -> None:
         ("group=1", "group", "valid dictionary"),
     ],
 )
-def test_a_wrong_value_is_named_with_the_known_keys(config: str, override: str, key: str, reason: str) -> None:
-    line = refusal(config, override)
+def test_a_wrong_value_is_named_with_the_known_keys(defaults: str, override: str, key: str, reason: str) -> None:
+    line = refusal(defaults, override)
     assert re.search(rf"(?<!\w){re.escape(key)}: ", line)
     assert reason in line
     if "not a group" not in line:
         assert line.endswith("Known keys: count, rate, name, where, group")
 
 
-def test_all_wrong_values_are_named_at_once(config: str) -> None:
-    line = refusal(config, "count=0", "rate=NaN", "typo=1")
+def test_all_wrong_values_are_named_at_once(defaults: str) -> None:
+    line = refusal(defaults, "count=0", "rate=NaN", "typo=1")
     assert all(f"{key}: " in line for key in ("count", "rate", "typo"))
 
 
 @pytest.mark.parametrize("word", ["count", "", "=", "=3", "--count"])
-def test_what_is_not_key_value_is_named(config: str, word: str) -> None:
-    assert refusal(config, word) == f"{word!r} is not key=value"
+def test_what_is_not_key_value_is_named(defaults: str, word: str) -> None:
+    assert refusal(defaults, word) == f"{word!r} is not key=value"
 
 
-@pytest.mark.parametrize("words", [["count=1", "count=1"], ["group.a=1", "group.a=2"], ["config=b.json"]])
-def test_a_key_given_twice_is_named(config: str, words: list[str]) -> None:
-    assert refusal(config, *words) == f"{words[0].partition('=')[0]} is given twice"
+@pytest.mark.parametrize("words", [["count=1", "count=1"], ["group.a=1", "group.a=2"], ["config=a", "config=b"]])
+def test_a_key_given_twice_is_named(defaults: str, words: list[str]) -> None:
+    assert refusal(defaults, *words) == f"{words[0].partition('=')[0]} is given twice"
 
 
 @pytest.mark.parametrize("content", [None, "", "{", "[1]", "1", "{'a': 1}", '{"count": 1,}'])
-def test_a_file_that_is_no_json_object_is_named(content: str | None, tmp_path: Path) -> None:
+def test_a_file_that_is_no_json_object_is_named(content: str | None, defaults: str, tmp_path: Path) -> None:
     path = tmp_path / "other.json"
     if content is not None:
         path.write_text(content)
-    assert f"config {path} " in refusal(f"config={path}")
+    assert f"config {path} " in refusal(defaults, f"config={path}")
 
 
-def test_a_wrong_value_in_the_file_is_refused_too(tmp_path: Path) -> None:
+def test_a_wrong_value_in_the_file_is_refused_too(defaults: str, tmp_path: Path) -> None:
     path = tmp_path / "other.json"
     path.write_text('{"count": 99, "rate": NaN, "name": "x", "more": 1}')
-    line = refusal(f"config={path}")
+    line = refusal(defaults, f"config={path}")
     assert all(f"{key}: " in line for key in ("count", "rate", "more"))
 
 
 def test_needed_keys_are_named(tmp_path: Path) -> None:
     path = tmp_path / "empty.json"
     path.write_text("{}")
-    line = refusal(f"config={path}")
+    line = refusal(str(path))
     assert all(f"{key}: Field required" in line for key in ("count", "rate", "name"))
     assert "where: " not in line
 
 
-def test_settings_are_frozen_and_written_as_they_are_read(config: str, tmp_path: Path) -> None:
-    settings = load_settings(Some, "unused.json", [config, "where=a"])
+def test_settings_are_frozen_and_written_as_they_are_read(defaults: str, tmp_path: Path) -> None:
+    settings = load_settings(Some, defaults, ["where=a"])
     with pytest.raises(ValueError, match="frozen"):
         settings.count = 2  # type: ignore[misc]
     settings.write(tmp_path / "folder" / "settings.json")
-    assert load_settings(Some, "unused.json", [f"config={tmp_path / 'folder' / 'settings.json'}"]) == settings
+    assert load_settings(Some, defaults, [f"config={tmp_path / 'folder' / 'settings.json'}"]) == settings
 
 
 def test_a_key_twice_in_a_file_is_refused(tmp_path: Path) -> None:

@@ -95,8 +95,8 @@ def test_a_wrong_model_is_one_line(untrained: Path, tmp_path: Path) -> None:
 
 def test_a_wav_is_not_written_under_another_name(untrained: Path, tmp_path: Path) -> None:
     (tmp_path / "a.npy").write_bytes(npy_bytes(GOOD))
-    code, output = call("decode", f"model={untrained}", f"input={tmp_path / 'a.npy'}", f"output={tmp_path / 'a.mp3'}")
-    assert (code, output) == (1, f"error: output={tmp_path / 'a.mp3'}: what is written is a WAV; name it a.wav\n")
+    code, output = call("decode", f"model={untrained}", f"input={tmp_path / 'a.npy'}", f"out={tmp_path / 'a.mp3'}")
+    assert (code, output) == (1, f"error: out={tmp_path / 'a.mp3'}: what is written is a WAV; name it a.wav\n")
     assert [path.name for path in tmp_path.iterdir()] == ["a.npy"]
 
 

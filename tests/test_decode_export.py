@@ -194,7 +194,7 @@ def test_a_stream_writes_the_same_wav_and_reports_its_latency(run: Path, tmp_pat
     wavs: list[npt.NDArray[np.int64]] = []
     for words in (["stream=true"], ["stream=false"], ["stream=true", "lookahead_frames=1"]):
         out = tmp_path / f"{len(wavs)}.wav"
-        code, output = call("decode", f"model={run}", f"input={tmp_path / 'a.npy'}", f"output={out}", *words)
+        code, output = call("decode", f"model={run}", f"input={tmp_path / 'a.npy'}", f"out={out}", *words)
         assert code == 0, output
         assert "weight norm folded" in output
         assert ("first audio after" in output) == (words[0] == "stream=true")
@@ -299,7 +299,7 @@ def test_codes_and_recording_run_and_export_give_one_wav(run: Path, exported: Pa
         (checkpoint.step_path(run, 3), "a.npy"),
     ):
         out = tmp_path / f"{len(wavs)}.wav"
-        code, _ = call("decode", f"model={model}", f"input={tmp_path / name}", f"output={out}", "window_seconds=1.1")
+        code, _ = call("decode", f"model={model}", f"input={tmp_path / name}", f"out={out}", "window_seconds=1.1")
         assert code == 0
         wavs.append(soundfile.read(out, dtype="int16")[0].astype(int))
     assert [len(wav) for wav in wavs] == [120_000, 120_000, 30 * COARSE_48K, 30 * COARSE_48K]

@@ -12,7 +12,7 @@ from snac import SNAC
 from benchmarks.training_step import random_batch
 from codec.encoder import prepared
 from codec.snac import Window, encode, load_snac
-from configs.loader import load_settings
+from configs.loader import FOLDER, load_settings
 from pipeline.sidon import FRAME, PADDING, UPSAMPLING, Native, Sidon
 from shards.contract import COARSE_24K, COARSE_48K
 from tests import sidon_native_standin as upstream
@@ -34,11 +34,11 @@ CROPS, COARSE = 4, 3
 NO_COMPILER = ("compile=false", "init_from=null", "discriminator_start=0")
 SMALL = ("mpd_periods=[2]", "mpd_channels=2", "mrd_n_ffts=[512]", "mrd_channels=2")
 RECIPES = {
-    "base": ("decoder_48khz.json", *NO_COMPILER),
+    "base": NO_COMPILER,
     "every term, balanced": (
-        "decoder_48khz.json", *NO_COMPILER, "mel_weight=1", "log_stft_weight=1", "balance_losses=true", "noise=keep",
+        *NO_COMPILER, "mel_weight=1", "log_stft_weight=1", "balance_losses=true", "noise=keep",
     ),
-    "adversarial": ("decoder_48khz_adversarial.json", *NO_COMPILER, *SMALL),
+    "adversarial": (f"config={FOLDER / 'decoder_48khz_adversarial.json'}", *NO_COMPILER, *SMALL),
 }  # fmt: skip
 
 
@@ -63,8 +63,7 @@ class AtOnce:
 
 @pytest.mark.parametrize(("recipe", "optimizers"), [("base", 1), ("every term, balanced", 1), ("adversarial", 2)])
 def test_a_step_waits_for_its_figures_alone(recipe: str, optimizers: int, own_snac: SNAC) -> None:
-    file, *changes = RECIPES[recipe]
-    settings = load_settings(TrainSettings, file, changes)
+    settings = load_settings(TrainSettings, "decoder_48khz.json", RECIPES[recipe])
     to_latent, decoder = CodesToLatent(own_snac), warm_start(own_snac, "zero", 0)
     with fake_gpu() as waits:
         learner = Learner(to_latent, decoder, settings, Process(0, 1, GPU), print)
@@ -84,7 +83,7 @@ def test_a_step_waits_for_its_figures_alone(recipe: str, optimizers: int, own_sn
 def test_validation_takes_from_the_gpu_what_it_judges(own_snac: SNAC, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(validation, "ThreadPoolExecutor", AtOnce)
     monkeypatch.setattr(validation, "score", lambda *_: dict.fromkeys(validation.DISTANCES.values(), 0.0))
-    settings = load_settings(TrainSettings, RECIPES["every term, balanced"][0], RECIPES["every term, balanced"][1:])
+    settings = load_settings(TrainSettings, "decoder_48khz.json", RECIPES["every term, balanced"])
     model = CropDecoder(CodesToLatent(own_snac), warm_start(own_snac, "zero", 0))
     with fake_gpu() as waits:
         model.to(GPU)

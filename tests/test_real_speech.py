@@ -64,7 +64,7 @@ def test_recordings_to_voice(speech: Path, tmp_path: Path) -> None:
 
     recording = next(speech / row["recording"] for row in index if row["split"] == "validation" and row["status"] == OK)
     succeed("trainer", "export", f"model={run}", f"out={tmp_path / 'export'}")
-    succeed("trainer", "decode", f"model={tmp_path / 'export'}", f"input={recording}", f"output={tmp_path / 'o.wav'}")
+    succeed("trainer", "decode", f"model={tmp_path / 'export'}", f"input={recording}", f"out={tmp_path / 'o.wav'}")
     source, decoded = soundfile.info(str(recording)), soundfile.info(str(tmp_path / "o.wav"))
     assert decoded.samplerate == TARGET_RATE
     assert decoded.frames == -(-source.frames * TARGET_RATE // source.samplerate)

@@ -37,11 +37,11 @@ def decode(settings: DecodeSettings) -> None:
         raise UserError(f"input={settings.input}: no such file")
     if settings.lookahead_frames < EXACT and not settings.stream:
         raise UserError(f"lookahead_frames={settings.lookahead_frames} is for stream=true; without it all is known")
-    output = settings.output or settings.input.with_suffix(DECODED)
-    if output.exists():
-        raise UserError(f"output={output} exists: choose another file or delete it")
-    if output.suffix.lower() != ".wav":
-        raise UserError(f"output={output}: what is written is a WAV; name it {output.with_suffix('.wav').name}")
+    out = settings.out or settings.input.with_suffix(DECODED)
+    if out.exists():
+        raise UserError(f"out={out} exists: choose another file or delete it")
+    if out.suffix.lower() != ".wav":
+        raise UserError(f"out={out}: what is written is a WAV; name it {out.with_suffix('.wav').name}")
     codec = load_codec(settings.model, settings.pretrained_model)
     device = device_of(settings.gpu)
     codec.snac.to(device)
@@ -58,17 +58,17 @@ def decode(settings: DecodeSettings) -> None:
             model = StepDecoder(codec.snac, codec.decoder)
         if settings.stream:
             blocks = Clocked(model, settings.lookahead_frames)
-            write_wav(output, blocks.run(pieces), length)
+            write_wav(out, blocks.run(pieces), length)
             tqdm.write(blocks.summary())
         else:
             step_coarse = STEP_COARSE if device.type == "cpu" else window_coarse
-            write_wav(output, decode_stream(model, pieces, step_coarse), length)
+            write_wav(out, decode_stream(model, pieces, step_coarse), length)
     except (AudioError, ShardError) as error:
         raise UserError(f"input={settings.input}: {error}") from error
     if draws_noise(codec.decoder):
         tqdm.write("the decoder's noise blocks were left out: they would make each decode differ")
     tqdm.write(
-        f"{output}: {length} samples at {TARGET_RATE} Hz ({length / TARGET_RATE:.2f} s); codes by {codec.snac_name}; "
+        f"{out}: {length} samples at {TARGET_RATE} Hz ({length / TARGET_RATE:.2f} s); codes by {codec.snac_name}; "
         f"decoded step by step, weight norm folded, {kernels.description(device)}"
     )
 

@@ -168,7 +168,7 @@ class DecodeSettings(ModelSettings):
     """A recording or a codes file (flat int16 .npy, as in shards) → a 48 kHz WAV of exactly its length."""
 
     input: Local = Field(description="recording, or .npy with T + 2T + 4T tokens")
-    output: Local | None = Field(default=None, description="WAV to write (null: INPUT.48k.wav)")
+    out: Local | None = Field(default=None, description="WAV to write (null: INPUT.48k.wav)")
     gpu: Gpu = Field(description="number of the GPU, or cpu")
     window_seconds: float = Field(ge=1, le=600, description="longest stretch encoded, or decoded on a GPU, at once")
     stream: bool = Field(description="frame by frame, as a speech model gives them; reports latency and speed")
