@@ -112,7 +112,9 @@ class Segments:
         table = self._recordings.take(pa.array(owners))
         failed = pc.is_valid(table["problem"])
         short = pa.array(n_samples < min_seconds * TARGET_RATE)
-        reason = pc.if_else(short, f"shorter than min_seconds={min_seconds:g}", pa.scalar(None, pa.string()))
+        too_short = f"shorter than min_seconds={min_seconds:g}"
+        reason = pc.if_else(pa.array(segment > 0), f"its end is {too_short}", too_short)
+        reason = pc.if_else(short, reason, pa.scalar(None, pa.string()))
         columns: dict[str, Any] = {
             "segment": segment,
             "start_coarse": start_coarse,

@@ -50,7 +50,9 @@ FLOOR_DB = -110
 
 
 def draw(shards: Path, picture: Path) -> None:
-    """Writes a PNG about the shards of a folder. Raises UserError where there is no index."""
+    """Writes a PNG about the shards of a folder. Raises UserError where there is no index, or for another name."""
+    if picture.suffix.lower() != ".png":
+        raise UserError(f"picture={picture}: what is drawn is a PNG; name it {picture.with_suffix('.png').name}")
     if not (shards / INDEX_NAME).exists():
         raise UserError(f"picture= shows a folder of finished shards: {shards / INDEX_NAME} is missing")
     matplotlib.use("Agg")

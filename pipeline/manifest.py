@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import posixpath
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Sequence
 from functools import lru_cache
@@ -32,6 +33,7 @@ COLUMNS = {
     "frames": pa.int64(),  # of the whole file, at its own rate: with `rate`, planning opens no file
     "rate": pa.int64(),  # Hz
 }
+EXPECTED = {pa.string(): "text", pa.float64(): "seconds, such as 5.25", pa.int64(): "a whole number"}
 MAX_FRAMES = 1 << 40
 
 
@@ -44,6 +46,9 @@ def read_manifest(path: Location) -> tuple[dict[str, list[Any]], Counter[str]]:
             raise UserError(f"{path}: its column {name!r} would be ignored: call it {meant!r}, or something else")
     if "path" not in table.column_names:
         raise UserError(f"{path} has no column named path; its columns are {table.column_names}")
+    for name, other in (("frames", "rate"), ("rate", "frames")):
+        if name in table.column_names and other not in table.column_names:
+            ignored[f"column {name}, which says nothing without {other}"] += 1
     _check(path, table)
     given = {name: table[name].to_pylist() for name in COLUMNS if name in table.column_names}
     names, nothing = given["path"], [None] * len(table)
@@ -124,7 +129,8 @@ def _read(path: Location) -> pa.Table:
             if path.suffix == ".parquet":
                 table = pq.read_table(path if isinstance(path, Path) else file)
             elif path.suffix == ".csv":  # in threads, Arrow at times aborts a process that ends soon after an error
-                convert = pa.csv.ConvertOptions(column_types=COLUMNS, null_values=[""], strings_can_be_null=True)
+                as_text = dict.fromkeys(COLUMNS, pa.string())
+                convert = pa.csv.ConvertOptions(column_types=as_text, null_values=[""], strings_can_be_null=True)
                 table = pa.csv.read_csv(file, pa.csv.ReadOptions(use_threads=False), convert_options=convert)
             else:
                 table = _read_json(file)
@@ -167,8 +173,8 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _column(name: str, values: Sequence[Any]) -> pa.Array:
-    """Numbers become text where that is wanted: a speaker may be called 7 here and anna there."""
-    if not pa.types.is_string(COLUMNS[name]):
+    """Numbers become text where some are: a speaker may be called 7 here and anna there."""
+    if not pa.types.is_string(COLUMNS[name]) and not any(isinstance(value, str) for value in values):
         return pa.array(values)
     return pa.array([_text(value) if isinstance(value, (bool, int, float)) else value for value in values], pa.string())
 
@@ -178,10 +184,30 @@ def _text(value: float) -> str:
 
 
 def _typed(table: pa.Table) -> pa.Table:
-    """The columns that we know, each of its type: a speaker 7 becomes "7", a start "x" is an error."""
+    """The columns that we know, each of its type: a speaker 7 becomes "7", a start "0:05" is an error."""
     known = [name for name in table.column_names if name in COLUMNS]
     for name in known:
         if known.count(name) > 1:
             raise ValueError(f"column {name} stands there more than once")
-        table = table.set_column(table.column_names.index(name), name, table[name].cast(COLUMNS[name]))
+        table = table.set_column(table.column_names.index(name), name, _cast(name, table[name]))
     return table
+
+
+def _cast(name: str, column: pa.ChunkedArray) -> pa.ChunkedArray:
+    """Raises ValueError naming the first row that cannot be had as such."""
+    wanted = COLUMNS[name]
+    if pa.types.is_string(column.type) and not pa.types.is_string(wanted):
+        column = pc.utf8_trim_whitespace(column)
+
+    def refused(row: int) -> bool:
+        try:
+            column.slice(0, row + 1).cast(wanted)
+        except pa.ArrowInvalid:
+            return True
+        return False
+
+    try:
+        return column.cast(wanted)
+    except pa.ArrowInvalid as error:
+        row = bisect_left(range(len(column)), True, key=refused)
+        raise ValueError(f"row {row + 1}: {name} is {column[row].as_py()!r}, expected {EXPECTED[wanted]}") from error

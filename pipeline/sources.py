@@ -53,6 +53,8 @@ def find(audio: Location, group_pattern: str | None) -> tuple[pa.Table, Counter[
     """
     if audio.suffix in MANIFESTS and audio.is_file():
         columns, ignored = read_manifest(audio)
+        if not columns["path"]:
+            raise UserError(f"audio={audio} has no rows: a manifest names a recording in each")
     elif audio.suffix == TAR and audio.is_file():
         columns, ignored = _columns(_tar(audio, audio.name))
     elif audio.is_dir():

@@ -10,6 +10,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+import click
+
 from pipeline.settings import WorkflowSettings
 from shards.storage import Url
 
@@ -58,6 +60,9 @@ def run_module(*words: str) -> None:
         except KeyboardInterrupt:
             code = process.wait() or 128 + signal.SIGINT
     signal.signal(signal.SIGTERM, before)
+    if code == -signal.SIGKILL:  # it had no time to say so
+        name = " ".join(words[:2])
+        click.echo(f"error: `python -m {name}` was killed: out of memory? The kernel's log says", err=True)
     if code:
         sys.exit(code if code > 0 else 128 - code)
 

@@ -142,7 +142,7 @@ def test_a_manifest_may_name_what_is_not_there(recordings: Path, tmp_path: Path)
         ("path\na.wav\na.wav", "id 'a.wav' stands more than once"),
         ("path,start\na.wav,soon", "cannot be read"),
         ("", "cannot be read"),
-        ("path\n", "holds no recordings"),
+        ("path\n", "has no rows"),
         (None, "no such folder or manifest"),
     ],
 )

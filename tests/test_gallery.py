@@ -77,6 +77,11 @@ def test_kinds_take_turns() -> None:
     assert gallery._spread(pa.Table.from_pylist(rows)[:0]) == []
 
 
+def test_what_is_no_png_is_not_called_otherwise(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"picture=.*a\.jpg: what is drawn is a PNG; name it a\.png"):
+        inspect(InspectSettings(path=tmp_path, picture=tmp_path / "a.jpg", rows=0))
+
+
 def test_a_folder_without_shards_has_no_picture(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="picture= shows a folder of finished shards"):
         inspect(InspectSettings(path=tmp_path, picture=tmp_path / "a.png", rows=0))

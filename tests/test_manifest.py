@@ -179,6 +179,11 @@ def test_what_other_columns_hold_is_nothing_to_us(tmp_path: Path) -> None:
         ('{"path": "a.wav", "speaker": ["x"]}', "cannot be read"),
         ('{"path": "a.wav", "frames": 1180591620717411303424, "rate": 8000}', "cannot be read"),
         ('{"path": "\\ud800"}', "cannot be read"),
+        (
+            '{"path": "a", "end": 2}\n{"path": "b", "end": "0:05"}',
+            "row 2: end is '0:05', expected seconds",
+        ),
+        ('{"path": "a.wav", "frames": 0.5, "rate": 8000}', "row 1: frames is 0.5, expected a whole number"),
         ('{"path": ' + "[" * 100_000, "line 1: maximum recursion depth"),
     ],
 )
@@ -186,6 +191,11 @@ def test_lines_that_are_no_json_are_named(text: str, reason: str, tmp_path: Path
     (tmp_path / "list.jsonl").write_text(text)
     with pytest.raises(UserError, match=reason):
         read_manifest(tmp_path / "list.jsonl")
+
+
+def test_frames_without_a_rate_are_said_to_be_ignored(tmp_path: Path) -> None:
+    columns, ignored = read_manifest(write(tmp_path, ["a.wav,9"], "path,frames"))
+    assert (columns["frames"], ignored) == ([None], {"column frames, which says nothing without rate": 1})
 
 
 @pytest.mark.parametrize("name", [" start", "Start"])

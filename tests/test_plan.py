@@ -174,6 +174,8 @@ def test_segments_against_a_plain_loop(rate: int, length: int) -> None:
         for row in rows:
             assert (row["n_coarse"] - 1) * 4096 < row["n_samples"] <= row["n_coarse"] * 4096
             assert (row["reason"] is None) == (row["status"] == OK)
+            if row["reason"]:
+                assert row["reason"].startswith("its end is shorter" if row["segment"] else "shorter")
 
 
 @pytest.mark.parametrize(("frames", "status"), [(14_399, TOO_SHORT), (14_400, OK)])

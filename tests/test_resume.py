@@ -150,6 +150,8 @@ def test_validation_may_change_and_what_was_best_stays(work: Path, finished: Pat
     resumed = small_training(work, run, eval_every=1, eval_samples=1, best_metric="lsd")
     assert largest_difference(resumed["decoder"], last_state(finished)["decoder"]) == 0
     assert logged_steps(run, "validation") == [0, 3, 4, 5, 6]
+    changed = next(line for line in (run / "training.log").read_text().splitlines() if "with other settings" in line)
+    assert "; eval_samples is 2, now 1; eval_every is 3, now 1; best_metric is loss, now lsd; " in changed
     new = checkpoint.load(checkpoint.folder(run) / checkpoint.BEST)
     assert new["step"] in (4, 5, 6)
     assert resumed["best"] == new["validation"]["lsd"]

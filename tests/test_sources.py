@@ -151,8 +151,11 @@ def test_a_manifest(kind: str, tmp_path: Path) -> None:
         ("path\na.wav\nb.wav\na.wav\n", "id 'a.wav' stands more than once"),
         ("path,id\na.wav,1\n,2\n", "row 2: path is empty"),
         ("path,split\na.wav,test\n", "row 1: split is 'test', expected one of train, validation"),
-        ("path,start\na.wav,soon\n", "cannot be read: .*soon"),
-        ("path\n", "holds no recordings"),
+        (
+            "path,start\na.wav, 1.5 \nb.wav,0:05\nc.wav,soon\n",
+            r"row 2: start is '0:05', expected seconds",
+        ),
+        ("path\n", "has no rows"),
         ("", "cannot be read"),
     ],
 )

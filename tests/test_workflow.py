@@ -12,7 +12,7 @@ import pytest
 
 from configs.loader import load_settings
 from pipeline.settings import WorkflowSettings
-from pipeline.workflow import _written
+from pipeline.workflow import _written, run_module
 from shards.errors import SettingsError
 from shards.storage import Url
 from tests.helpers import ROOT, run_command
@@ -56,6 +56,13 @@ def test_what_it_has_to_save_is_saved_first(
         os.killpg(process.pid, sent) if to_all else process.send_signal(sent)
         assert process.wait(30) == expected
     assert (tmp_path / "saved").exists()
+
+
+def test_a_command_that_was_killed_does_not_end_without_a_word(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as left:
+        run_module("timeit", "-n1", "-r1", "import os, signal; os.kill(os.getpid(), signal.SIGKILL)")
+    assert left.value.code == 128 + signal.SIGKILL
+    assert "error: `python -m timeit -n1` was killed" in capsys.readouterr().err
 
 
 def test_workflow_checks_every_commands_settings_first(tmp_path: Path) -> None:

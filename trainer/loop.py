@@ -31,7 +31,14 @@ from trainer.distributed import Process
 from trainer.learner import AUDIO, Learner, NotFiniteError
 from trainer.log import RunLog
 from trainer.requests import Requests, requests
-from trainer.resuming import FORMER_SAMPLES, check_that_all_begin_alike, judges_alike, newest_state, with_former_samples
+from trainer.resuming import (
+    FORMER_SAMPLES,
+    changed_settings,
+    check_that_all_begin_alike,
+    judges_alike,
+    newest_state,
+    with_former_samples,
+)
 from trainer.sanity import check_that_the_decoder_learns, warnings
 from trainer.schedule import rate_factor, segment_text
 from trainer.settings import TrainSettings
@@ -82,7 +89,7 @@ class Trainer:
         self.best = math.inf
         self.saved_at = time.monotonic()
         self.speed = Speed()  # since the last line of metrics.jsonl
-        self.begins_from = "begins from the warm start"
+        self.begins_from, self.changed = "begins from the warm start", ""
         self.data = self.corpus.provenance
 
         state = newest_state(settings, self.data, self.weights.sha256)
@@ -92,6 +99,7 @@ class Trainer:
             begun_from = state["settings"].get("init_from")
             began = {"init_from": None if begun_from is None else Path(begun_from)}
             settings = self.settings = settings.model_copy(update=began)
+            self.changed = changed_settings(state["settings"], settings)
         decoder = warm_start(self.snac, settings.noise, settings.seed)
         if settings.init_from is not None and state is None:
             self._begin_from(settings.init_from, decoder)
@@ -125,6 +133,8 @@ class Trainer:
         self._say(self._describe())
         if f"until step {self.step}" in self.data.get(FORMER_SAMPLES, {}):
             self._say(f"goes on from step {self.step} with other samples than until then, in an order of their own")
+        if self.changed:
+            self._say(f"goes on with other settings: {self.changed}")
         if self.step == 0:
             self._say(self.begins_from)
             agreement_db, left = self._validate()["si_sdr_lf_db"], self.total_steps - self.phase1_steps

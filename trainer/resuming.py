@@ -68,6 +68,12 @@ def with_former_samples(data: dict[str, Any], state: dict[str, Any]) -> dict[str
     return {**data, FORMER_SAMPLES: former} if former else data
 
 
+def changed_settings(then: dict[str, Any], settings: TrainSettings) -> str:
+    """`learning_rate is 0.0001, now 5e-05` for each that was free to change and did; empty when none did."""
+    now = settings.model_dump(mode="json", include={*then} - {"resume"})
+    return differences({name: then[name] for name in now}, now)
+
+
 def judges_alike(settings: TrainSettings, data: dict[str, Any], state: dict[str, Any]) -> bool:
     """Whether the next validation can be compared with the best before."""
     same = all(state["settings"].get(name) == getattr(settings, name) for name in OF_JUDGING)
