@@ -47,10 +47,9 @@ def interval(
     """Mean and its 95 % interval: percentiles of the means of `resamples` draws of as many groups with replacement.
 
     `groups` says whose each value is. Clips of one voice resemble each other, so that drawing clips would make the
-    interval too narrow: voices are drawn, each with all its clips. Percentiles are those of `percent_below`: where
-    voices are normal, it holds the true mean in 92 % of cases with 5, which 2.5 and 97.5 % do in 83, and in 93 to 95 %
-    with 10 or more; where they are as skewed as an exponential, in 86 % with 5 and 91 % with 10. The draws depend on
-    the seed and the number of groups only. No values: no mean; fewer than MIN_GROUPS groups: no interval.
+    interval too narrow: voices are drawn, each with all its clips. Percentiles are those of `percent_below`; how often
+    it holds the true mean, `benchmarks/intervals.py` simulates. The draws depend on the seed and the number of groups
+    only. No values: no mean; fewer than MIN_GROUPS groups: no interval.
     """
     if not len(values):
         return None, None, None
