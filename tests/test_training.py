@@ -271,6 +271,11 @@ def test_so_does_what_ended_another_process(tmp_path: Path) -> None:
     assert said == ["INFO begins, 0", "ERROR ended, 0", "ERROR ended, 1"]
 
 
+def test_what_ended_training_is_not_hidden_by_a_log_that_cannot_be_written(tmp_path: Path) -> None:
+    """As on a machine whose run= is not there."""
+    RunLog(tmp_path / "not here", 0, 1, writes=False).ended_by(UserError("ended"))
+
+
 def test_a_full_disk_is_said_by_the_command_alone(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """Not by a traceback of the log that has no room for it."""
     (tmp_path / "training.log").symlink_to("/dev/full")

@@ -6,6 +6,7 @@ import json
 import logging
 import math
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -58,7 +59,8 @@ class RunLog:
     def ended_by(self, error: Exception) -> None:
         """Not to the terminal, where the command says it: that may be kept nowhere."""
         text = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
-        self._logger.error(printable(" ".join(text.split())))
+        with suppress(OSError):  # of a folder that is away, or on another machine
+            self._logger.error(printable(" ".join(text.split())))
 
     def metrics(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
         if self._writes:
