@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -18,7 +19,9 @@ import torch
 
 from shards import storage
 from shards.errors import UserError
+from shards.index import compact, shard_list
 from shards.reader import READ_ATTEMPTS
+from shards.writer import read_metadata, read_table, write_table
 from tests.helpers import ROOT
 from tests.training_helpers import ADVERSARIAL, largest_difference, last_state, metrics, train_words
 from trainer import checkpoint, distributed
@@ -98,8 +101,20 @@ def test_two_processes_are_one_to_rounding(steps_before: int, train: Callable[..
     assert_same_metrics(two, one, relative=1e-9)
 
 
+def by_another_teacher(work: Path, folder: Path) -> Path:
+    """Shards of the same plan, so that keys and lengths are the same, but for one that validates."""
+    shutil.copytree(work / "shards", folder)
+    for sidecar in folder.glob("*/*.parquet"):
+        told = read_metadata(sidecar)
+        told["fingerprint"]["teacher"] = "sidon"
+        write_table(sidecar, read_table(sidecar), told)
+    compact(folder, [place for place in shard_list(folder) if place != ("validation", 0)])
+    return folder
+
+
 def test_machines_with_other_settings_are_refused(work: Path, tmp_path: Path) -> None:
     """Two of one process each, started by hand, with folders of their own."""
+    other = str(by_another_teacher(work, tmp_path / "shards"))
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "2"}
@@ -111,10 +126,11 @@ def test_machines_with_other_settings_are_refused(work: Path, tmp_path: Path) ->
             env={**ENVIRONMENT, **where, "RANK": str(rank), "LOCAL_RANK": "0"},
         )  # fmt: skip
 
-    for process in [start(0), start(1, eval_every=2, seed=1)]:
+    for process in [start(0), start(1, eval_every=2, seed=1, shards=other)]:
         errors = process.communicate(timeout=120)[1]
         assert process.returncode == 1
-        assert "error: the processes of this training differ in weights, seed, eval_every; this one" in errors
+        different = "samples to validate on, teacher, weights, seed, eval_every"
+        assert f"error: the processes of this training differ in {different}; this one" in errors
     assert not any(tmp_path.glob("*/settings.json"))
 
 

@@ -340,6 +340,8 @@ class Trainer:
             "step": self.step,
             "last step": self.total_steps,
             "samples": self.data["samples_sha256"],
+            "samples to validate on": self.data["validation_sha256"],
+            "teacher": self.data["teacher"],
             "best validation": self.best,
             "weights": self.learner.weights_sha256().hex(),
         }
