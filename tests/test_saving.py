@@ -38,6 +38,7 @@ from trainer import checkpoint, losses
 from trainer.ema import Ema
 from trainer.learner import Learner
 from trainer.loop import Trainer
+from trainer.validation import validate
 
 
 def at_step(step: int, action: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -68,6 +69,21 @@ def test_sigterm_and_ctrl_c_save_within_the_step_and_leave(
     assert not Trainer(train_settings(work, tmp_path / "run", checkpoint_every=99), CPU).run()
     assert steps_kept(tmp_path / "run") == [3]
     assert signal.getsignal(signal.SIGINT) == before
+
+
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
+def test_what_is_asked_amid_the_first_validation_is_done_a_step_later(
+    number: int, work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def asking(*given: Any) -> dict[str, float]:
+        monkeypatch.setattr("trainer.loop.validate", validate)
+        os.kill(os.getpid(), number)
+        return validate(*given)
+
+    monkeypatch.setattr("trainer.loop.validate", asking)
+    run, training = tmp_path / "run", {"checkpoint_every": 99, "eval_every": 99, "max_steps": 3}
+    finished = Trainer(train_settings(work, run, **training), CPU).run()
+    assert (finished, steps_kept(run)) == ((True, [1, 3]) if number == signal.SIGUSR1 else (False, [1]))
 
 
 def test_a_second_ctrl_c_does_not_wait(work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -130,6 +130,27 @@ class Trainer:
 
     def run(self) -> bool:
         """Whether training came to its end; False when a signal asked it to leave."""
+        with requests() as asked:  # before the log names this process
+            self._begin()
+            if self._out_of_patience():  # it ended in an earlier run
+                self._finish(left=False, early=True)
+                return True
+            steps = range(self.step, self.total_steps)
+            batches = training_batches(
+                self.corpus.training, self.stream, steps, self.settings.num_workers, self.process.rank,
+                self.process.world_size, for_gpu=self.process.device.type == "cuda",
+            )  # fmt: skip
+            with closing(batches):
+                try:
+                    left, early = self._train(batches, asked)
+                except (ShardError, StorageError):  # between two steps: the weights are whole
+                    self._save_what_is_not()
+                    raise
+            self._finish(left, early)
+        return not left
+
+    def _begin(self) -> None:
+        """Says what begins or goes on, and validates what no run before has."""
         self._say(self._describe())
         if f"until step {self.step}" in self.data.get(FORMER_SAMPLES, {}):
             self._say(f"goes on from step {self.step} with other samples than until then, in an order of their own")
@@ -142,22 +163,6 @@ class Trainer:
                 self._say(warning)
         elif self._validation_is_due():  # its crops could not be read in an earlier run
             self._validate()
-        if self._out_of_patience():  # it ended in an earlier run
-            self._finish(left=False, early=True)
-            return True
-        steps = range(self.step, self.total_steps)
-        batches = training_batches(
-            self.corpus.training, self.stream, steps, self.settings.num_workers, self.process.rank,
-            self.process.world_size, for_gpu=self.process.device.type == "cuda",
-        )  # fmt: skip
-        with requests() as asked, closing(batches):
-            try:
-                left, early = self._train(batches, asked)
-            except (ShardError, StorageError):  # between two steps: the weights are whole
-                self._save_what_is_not()
-                raise
-        self._finish(left, early)
-        return not left
 
     def _train(self, batches: Iterable[Batch], asked: Requests) -> tuple[bool, bool]:
         """Whether it ended because it was asked to leave, and whether for want of a new best."""
