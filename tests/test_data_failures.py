@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import multiprocessing
+import multiprocessing.connection
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -84,6 +86,27 @@ def test_data_that_cannot_be_read_costs_no_step(
     with pytest.raises(error, match="it is away"):
         small_training(work, run, **training)
     assert steps_kept(run) == [3]
+    monkeypatch.undo()
+    whole = tmp_path / "whole"
+    assert_same_state(small_training(work, run, **training), small_training(work, whole, **training))
+    assert as_logged(run) == as_logged(whole)
+
+
+def test_a_process_that_reads_ahead_and_dies_amid_a_step_costs_none(
+    work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As one does for which memory is too short: what it had read is trained on, then it is missed."""
+    run, training = tmp_path / "run", {"checkpoint_every": 99, "eval_every": 99, "max_steps": 8, "num_workers": 1}
+
+    def kill() -> None:
+        (worker,) = multiprocessing.active_children()
+        worker.kill()
+        multiprocessing.connection.wait([worker.sentinel])
+
+    at_step(2, kill, monkeypatch)
+    with pytest.raises(UserError, match="a process that reads ahead died"):
+        small_training(work, run, **training)
+    assert 3 <= checkpoint.newest_step(run) < 8
     monkeypatch.undo()
     whole = tmp_path / "whole"
     assert_same_state(small_training(work, run, **training), small_training(work, whole, **training))

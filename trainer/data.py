@@ -26,6 +26,10 @@ from shards.stream import Stream, StreamSource
 from trainer.decoder import PADDING_TOKEN
 
 
+class ReaderError(UserError):
+    """A process that reads ahead died."""
+
+
 @dataclass(frozen=True)
 class Crop:
     """Part of a segment with its context: what the decoder reads, and what the loss compares."""
@@ -121,18 +125,20 @@ def training_batches(
     world_size: int,
     for_gpu: bool = False,
 ) -> Generator[Batch, None, None]:
-    """This rank's share of each global batch of `steps`. Raises ShardError, naming shard and key."""
+    """This rank's share of each global batch of `steps`. Raises ShardError, naming shard and key, or ReaderError."""
     source = StreamSource(indexes, stream, steps, rank, world_size)
     pipeline = webdataset.DataPipeline(source, webdataset.map(partial(to_batch, seed=stream.seed)))
     loader = DataLoader(
         pipeline, batch_size=None, num_workers=workers, pin_memory=for_gpu, worker_init_fn=_leave_signals_alone
     )
     try:
-        yield from loader
+        batches = iter(loader)
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler of it raises amid a step or a checkpoint
+        yield from batches  # here a worker that died is missed within 5 s
     except RuntimeError as error:
         if "DataLoader worker" not in str(error):
             raise
-        raise UserError(
+        raise ReaderError(
             f"a process that reads ahead died ({error}): memory may be short; num_workers= sets their number"
         ) from error
     except UserError as error:  # a worker's error arrives as its whole traceback

@@ -25,7 +25,7 @@ from shards.storage import StorageError
 from trainer import checkpoint, distributed
 from trainer.boards import Boards
 from trainer.corpus import cache_of, open_corpus
-from trainer.data import Batch, training_batches
+from trainer.data import Batch, ReaderError, training_batches
 from trainer.decoder import CodesToLatent, silence_noise, warm_start
 from trainer.distributed import Process
 from trainer.learner import AUDIO, Learner, NotFiniteError
@@ -143,7 +143,7 @@ class Trainer:
             with closing(batches):
                 try:
                     left, early = self._train(batches, asked)
-                except (ShardError, StorageError):  # between two steps: the weights are whole
+                except (ShardError, StorageError, ReaderError):  # between two steps: the weights are whole
                     self._save_what_is_not()
                     raise
             self._finish(left, early)
