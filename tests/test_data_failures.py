@@ -98,8 +98,10 @@ def test_a_process_that_reads_ahead_and_dies_amid_a_step_costs_none(
     """As one does for which memory is too short: what it had read is trained on, then it is missed."""
     run, training = tmp_path / "run", {"checkpoint_every": 99, "eval_every": 99, "max_steps": 8, "num_workers": 1}
 
+    others = multiprocessing.active_children()  # of tests before
+
     def kill() -> None:
-        (worker,) = multiprocessing.active_children()
+        (worker,) = (child for child in multiprocessing.active_children() if child not in others)
         worker.kill()
         multiprocessing.connection.wait([worker.sentinel])
 
