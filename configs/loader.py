@@ -8,13 +8,23 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, PlainValidator, ValidationError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    PlainValidator,
+    ValidationError,
+)
 
 from shards.errors import SettingsError
 from shards.files import replacing
 from shards.storage import Location, Url, locate
 
 FOLDER = Path(__file__).parent
+OURS = ("value_error", "string_pattern_mismatch")  # problems that are told in words of the settings
 
 
 def _at_home(value: Any) -> Any:
@@ -44,10 +54,17 @@ def _no_url(value: Any) -> Any:
     return _at_home(value)
 
 
+def _different(gpus: str) -> str:
+    numbers = gpus.split(",")
+    if len(set(numbers)) < len(numbers):
+        raise ValueError("names a GPU twice")
+    return gpus
+
+
 Local = Annotated[Path, BeforeValidator(_no_url)]  # a setting: a path, and no URL that would be taken for one
 Place = Annotated[Location, PlainValidator(_location), PlainSerializer(str)]  # a setting: a path or a URL
 Gpu = Literal["cpu"] | Annotated[int, Field(ge=0)]  # a setting: where it is computed
-Gpus = Gpu | Annotated[str, Field(pattern=r"^\d+(,\d+)+$")]
+Gpus = Gpu | Annotated[str, Field(pattern=r"^\d+(,\d+)+$"), AfterValidator(_different)]
 
 
 class Settings(BaseModel):
@@ -102,8 +119,10 @@ def _parse(text: str) -> Any:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text(), object_pairs_hook=_without_repetition)
-    except (OSError, ValueError, RecursionError) as error:
+        content = json.loads(path.read_text("utf-8-sig"), object_pairs_hook=_without_repetition)
+    except OSError as error:
+        raise SettingsError(f"config {path} cannot be read: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
         raise SettingsError(f"config {path} is not a readable JSON file: {error}") from None
     if not isinstance(content, dict):
         raise SettingsError(f"config {path} should hold one JSON object")
@@ -132,23 +151,32 @@ def _key(loc: tuple[int | str, ...]) -> str:
 
 
 def _explain(error: ValidationError, model: type[BaseModel]) -> str:
-    """In one line: what is wrong with which keys, and which there are; or with how they go together."""
-    found = [(_key(problem["loc"]), problem) for problem in error.errors(include_url=False)]
-    meant = {key for key, problem in found if not problem["type"].endswith("_type")}
-    problems = [  # but of a union's alternatives those that take no such value at all
-        _told(key, problem, model)
-        for key, problem in found
-        if key not in meant or not problem["type"].endswith("_type")
-    ]
-    known = f". Known keys: {', '.join(model.model_fields)}" if any(problem["loc"] for _, problem in found) else ""
-    return "; ".join(problems) + known
+    """In one line: what is wrong with which keys, and which there are where one is unknown or missing; or with how they
+    go together.
+    """
+    problems: dict[str, list[Any]] = {}
+    for problem in error.errors(include_url=False):
+        problems.setdefault(_key(problem["loc"]), []).append(problem)
+    told = "; ".join(_told(key, found, model) for key, found in problems.items())
+    kinds = {problem["type"] for found in problems.values() for problem in found}
+    return told + (f". Known keys: {', '.join(model.model_fields)}" if kinds & {"extra_forbidden", "missing"} else "")
 
 
-def _told(key: str, problem: Any, model: type[BaseModel]) -> str:
-    given = f" (given: {problem['input']!r})" if problem["type"] not in ("missing", "extra_forbidden") else ""
-    text = problem["msg"].removeprefix("Value error, ").replace("valid tuple", "list in brackets")
-    if problem["type"] == "extra_forbidden":
-        text = "unknown key"
-    elif problem["type"] == "string_pattern_mismatch" and key in model.model_fields:
-        text = f"should be {model.model_fields[key].description}"
+def _told(key: str, problems: list[Any], model: type[BaseModel]) -> str:
+    """Of a union's alternatives that which says most, else those that take such a value at all."""
+    meant = [problem for problem in problems if not problem["type"].endswith("_type")] or problems
+    explained = [problem for problem in meant if problem["type"] in OURS] or meant
+    first, *others = dict.fromkeys(_text(key, problem, model) for problem in explained)
+    text = ", or ".join([first, *(other.removeprefix("should be ") for other in others)])
+    no_value = problems[0]["type"] in ("missing", "extra_forbidden")
+    given = "" if no_value else f" (given: {problems[0]['input']!r})"
     return f"{key}: {text}{given}" if key else text
+
+
+def _text(key: str, problem: Any, model: type[BaseModel]) -> str:
+    if problem["type"] == "extra_forbidden":
+        return "unknown key"
+    if problem["type"] == "string_pattern_mismatch" and key in model.model_fields:
+        return f"should be {model.model_fields[key].description}"
+    text, _, _ = problem["msg"].removeprefix("Value error, ").removeprefix("Input ").partition(", unable to parse")
+    return str(text.replace("valid tuple", "list in brackets"))

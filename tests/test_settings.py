@@ -121,13 +121,13 @@ def test_gpu_takes_nothing_else(gpu: str) -> None:
     [
         (
             ["pipeline", "shard-codes", "segment_length=-1"],
-            "segment_length: Input should be greater than 0 (given: -1)",
+            "segment_length: should be greater than 0 (given: -1)",
         ),
         (["pipeline", "shard-codes", "segment_lenght=4"], "segment_lenght: unknown key"),
-        (["pipeline", "shard-targets", "target_bits=20"], "target_bits: Input should be 16 or 24 (given: 20)"),
-        (["trainer", "train", "learning_rate=NaN"], "learning_rate: Input should be a finite number (given: nan)"),
+        (["pipeline", "shard-targets", "target_bits=20"], "target_bits: should be 16 or 24 (given: 20)"),
+        (["trainer", "train", "learning_rate=NaN"], "learning_rate: should be a finite number (given: nan)"),
         (["trainer", "train", "batch_size"], "'batch_size' is not key=value"),
-        (["demo", "demo", "max_steps=0"], "max_steps: Input should be greater than or equal to 40 (given: 0)"),
+        (["demo", "demo", "max_steps=0"], "max_steps: should be greater than or equal to 40 (given: 0)"),
     ],
 )
 def test_wrong_settings_end_with_2_one_line_and_nothing_written(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import multiprocessing
 import signal
+import warnings
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -24,6 +25,8 @@ from shards.order import Order, random_words, rank_slice
 from shards.reader import decode_sample, read_sample
 from shards.stream import Stream, StreamSource
 from trainer.decoder import PADDING_TOKEN
+
+warnings.filterwarnings("ignore", "This DataLoader will create")  # more processes than cores: they wait, no more
 
 
 class ReaderError(UserError):

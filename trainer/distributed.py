@@ -17,7 +17,6 @@ from torch.nn.utils import parameters_to_vector
 
 from codec.snac import device_of, visible
 from shards import storage
-from shards.errors import UserError
 from shards.reader import READ_ATTEMPTS
 
 PATIENCE_SECONDS = (READ_ATTEMPTS + 1) * storage.PATIENCE_SECONDS  # with a process that waits for storage
@@ -70,8 +69,6 @@ def launch(gpus: str) -> None:
     Numbers count within CUDA_VISIBLE_DEVICES, where a scheduler has set it.
     """
     numbers = gpus.split(",")
-    if len(set(numbers)) < len(numbers):
-        raise UserError(f"gpu={gpus} names a GPU twice")
     for gpu in numbers:
         device_of(int(gpu))
     chosen = ",".join(map(visible, numbers))

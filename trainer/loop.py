@@ -93,16 +93,16 @@ class Trainer:
         self.data = self.corpus.provenance
 
         state = newest_state(settings, self.data, self.weights.sha256)
-        if state is None:  # a run that goes on may end sooner than was planned
-            check_that_the_decoder_learns(settings, self.phase1_steps, self.total_steps)
-        else:  # what is written down of it stays true
+        if state is not None:  # what is written down of it stays true
             begun_from = state["settings"].get("init_from")
             began = {"init_from": None if begun_from is None else Path(begun_from)}
             settings = self.settings = settings.model_copy(update=began)
             self.changed = changed_settings(state["settings"], settings)
         decoder = warm_start(self.snac, settings.noise, settings.seed)
-        if settings.init_from is not None and state is None:
-            self._begin_from(settings.init_from, decoder)
+        if state is None:  # a run that goes on may end sooner than was planned
+            if settings.init_from is not None:
+                self._begin_from(settings.init_from, decoder)
+            check_that_the_decoder_learns(settings, self.phase1_steps, self.total_steps)
         self.learner = Learner(CodesToLatent(self.snac), decoder, settings, process, self._say)
         if state is not None:
             self._resume(state)
