@@ -8,6 +8,7 @@ import posixpath
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import IO, Any
@@ -33,7 +34,10 @@ COLUMNS = {
     "frames": pa.int64(),  # of the whole file, at its own rate: with `rate`, planning opens no file
     "rate": pa.int64(),  # Hz
 }
+NUMBERS = (pa.types.is_integer, pa.types.is_floating, pa.types.is_decimal, pa.types.is_null)
 EXPECTED = {pa.string(): "text", pa.float64(): "seconds, such as 5.25", pa.int64(): "a whole number"}
+CSV = "a CSV is UTF-8, with commas between its columns"
+JSONL = 'each line is one object in UTF-8, such as {"path": "a.wav"}'
 MAX_FRAMES = 1 << 40
 
 
@@ -127,17 +131,28 @@ def _read(path: Location) -> pa.Table:
     try:
         with path.open("rb") as file:
             if path.suffix == ".parquet":
-                table = pq.read_table(path if isinstance(path, Path) else file)
-            elif path.suffix == ".csv":  # in threads, Arrow at times aborts a process that ends soon after an error
-                as_text = dict.fromkeys(COLUMNS, pa.string())
-                convert = pa.csv.ConvertOptions(column_types=as_text, null_values=[""], strings_can_be_null=True)
-                table = pa.csv.read_csv(file, pa.csv.ReadOptions(use_threads=False), convert_options=convert)
+                table = pq.ParquetFile(path if isinstance(path, Path) else file).read()
+            elif path.suffix == ".csv":
+                table = _read_csv(file)
             else:
                 table = _read_json(file)
         table.validate(full=True)  # pyarrow takes any bytes for text
         return _typed(table)
     except (pa.ArrowException, ValueError, OverflowError, OSError) as error:
-        raise UserError(f"manifest {path} cannot be read: {error}") from error
+        raise UserError(f"manifest {path} cannot be read: {' '.join(str(error).splitlines())}") from error
+
+
+def _read_csv(file: IO[bytes]) -> pa.Table:
+    as_text = dict.fromkeys(COLUMNS, pa.string())
+    convert = pa.csv.ConvertOptions(column_types=as_text, null_values=[""], strings_can_be_null=True)
+    one_thread = pa.csv.ReadOptions(use_threads=False)  # in threads, Arrow at times aborts a process after an error
+    try:
+        table = pa.csv.read_csv(file, one_thread, convert_options=convert)
+    except pa.ArrowInvalid as error:
+        raise ValueError(f"{error} (row 1 is the header; {CSV})") from error
+    if table.num_columns == 1 and any(mark in table.column_names[0] for mark in ";\t"):
+        raise ValueError(f"its header is {table.column_names[0]!r} ({CSV})")
+    return table
 
 
 def _read_json(file: IO[bytes]) -> pa.Table:
@@ -145,7 +160,7 @@ def _read_json(file: IO[bytes]) -> pa.Table:
     rows, names = [], dict[str, None]()
     for number, line in enumerate(file, 1):
         if line.strip():
-            row = _object(line.decode("utf-8-sig" if number == 1 else "utf-8"), number)
+            row = _object(line, number)
             names |= dict.fromkeys(row)
             rows.append([row.get(name) for name in COLUMNS])
     if not rows:
@@ -155,13 +170,13 @@ def _read_json(file: IO[bytes]) -> pa.Table:
     return pa.table({name: _column(name, ours[name]) if name in ours else nothing for name in names})
 
 
-def _object(line: str, number: int) -> dict[str, Any]:
+def _object(line: bytes, number: int) -> dict[str, Any]:
     try:
-        row = json.loads(line, object_pairs_hook=_unique)
+        row = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"), object_pairs_hook=_unique)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"line {number}: {error}") from error
+        raise ValueError(f"line {number}: {error}; {JSONL}") from error
     if not isinstance(row, dict):
-        raise ValueError(f'line {number}: {line[:20]!r} is no object of one line, such as {{"path": "a.wav"}}')
+        raise ValueError(f"line {number} is {str(row)[:20]!r}; {JSONL}")
     return row
 
 
@@ -174,8 +189,12 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _column(name: str, values: Sequence[Any]) -> pa.Array:
     """Numbers become text where some are: a speaker may be called 7 here and anna there."""
-    if not pa.types.is_string(COLUMNS[name]) and not any(isinstance(value, str) for value in values):
-        return pa.array(values)
+    if not pa.types.is_string(COLUMNS[name]) and {*map(type, values)} <= {int, float, type(None)}:
+        with suppress(OverflowError):  # as text, the row of what 64 bits cannot hold is found
+            return pa.array(values)
+    for row, value in enumerate(values):
+        if isinstance(value, (list, dict)):
+            raise _wrong(name, row, value)
     return pa.array([_text(value) if isinstance(value, (bool, int, float)) else value for value in values], pa.string())
 
 
@@ -194,10 +213,23 @@ def _typed(table: pa.Table) -> pa.Table:
 
 
 def _cast(name: str, column: pa.ChunkedArray) -> pa.ChunkedArray:
-    """Raises ValueError naming the first row that cannot be had as such."""
+    """Blanks around a value are not part of it, but for paths; a number that is blank is none, and 44100.0 is 44100."""
     wanted = COLUMNS[name]
-    if pa.types.is_string(column.type) and not pa.types.is_string(wanted):
-        column = pc.utf8_trim_whitespace(column)
+    if pa.types.is_string(wanted):
+        column = _as(wanted, name, column)
+        return column if name == "path" else pc.utf8_trim_whitespace(column)
+    if not any(is_type(column.type) for is_type in NUMBERS):
+        # Arrow would take True for 1, and a date or a duration for its microseconds.
+        if pa.types.is_duration(column.type):
+            raise _wrong(name, *_first(column))
+        column = pc.utf8_trim_whitespace(_as(pa.string(), name, column))
+        column = pc.replace_substring_regex(column, r"^(.*\d)\.0*$", r"\1")
+        column = pc.if_else(pc.equal(column, ""), pa.scalar(None, pa.string()), column)
+    return _as(wanted, name, column)
+
+
+def _as(wanted: pa.DataType, name: str, column: pa.ChunkedArray) -> pa.ChunkedArray:
+    """Raises ValueError naming the first row that cannot be had as such."""
 
     def refused(row: int) -> bool:
         try:
@@ -208,6 +240,18 @@ def _cast(name: str, column: pa.ChunkedArray) -> pa.ChunkedArray:
 
     try:
         return column.cast(wanted)
+    except pa.ArrowNotImplementedError as error:
+        raise _wrong(name, *_first(column)) from error
     except pa.ArrowInvalid as error:
         row = bisect_left(range(len(column)), True, key=refused)
-        raise ValueError(f"row {row + 1}: {name} is {column[row].as_py()!r}, expected {EXPECTED[wanted]}") from error
+        raise _wrong(name, row, column[row].as_py()) from error
+
+
+def _first(column: pa.ChunkedArray) -> tuple[int, object]:
+    """The first row that holds something, and what."""
+    row = pc.index(column.is_valid(), True).as_py()
+    return row, column[row].as_py()
+
+
+def _wrong(name: str, row: int, value: object) -> ValueError:
+    return ValueError(f"row {row + 1}: {name} is {value!r}, expected {EXPECTED[COLUMNS[name]]}")

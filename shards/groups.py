@@ -31,4 +31,5 @@ def group_finder(pattern: str | None) -> Callable[[str], str]:
 
 def _parent(name: str) -> str:
     folder = name.rpartition("/")[0]
-    return folder if folder and "//" not in folder and "/." not in folder else str(PurePosixPath(name).parent)
+    is_plain = folder and "//" not in name and "/." not in f"/{folder}"
+    return folder if is_plain else str(PurePosixPath(name).parent)

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+from datetime import datetime, timedelta
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import soundfile
 
@@ -14,6 +17,7 @@ from pipeline.manifest import read_manifest
 from pipeline.plan import make_plan
 from shards.contract import FAILED, OK, TOO_SHORT
 from shards.errors import UserError
+from shards.groups import group_finder
 from tests.command_helpers import rows_of
 from tests.helpers import codes_settings, speechlike
 
@@ -174,10 +178,14 @@ def test_what_other_columns_hold_is_nothing_to_us(tmp_path: Path) -> None:
     ("text", "reason"),
     [
         ('{"path": "a.wav"}\n{"path": }\n', "line 2: Expecting value"),
-        ('[{"path": "a.wav"}]', "line 1: .* is no object of one line"),
+        ('[{"path": "a.wav"}]', "line 1 is .*; each line is one object in UTF-8"),
         ('{"path": "a.wav", "path": "b.wav"}', "line 1: a column stands there more than once"),
-        ('{"path": "a.wav", "speaker": ["x"]}', "cannot be read"),
-        ('{"path": "a.wav", "frames": 1180591620717411303424, "rate": 8000}', "cannot be read"),
+        ('{"path": "a"}\n{"path": "b", "speaker": ["x"]}', r"row 2: speaker is \['x'\], expected text"),
+        ('{"path": "a", "end": 1}\n{"path": "b", "end": true}', "row 2: end is 'true', expected seconds"),
+        (
+            '{"path": "a.wav", "frames": 1180591620717411303424, "rate": 8000}',
+            "row 1: frames is '1180591620717411303424'",
+        ),
         ('{"path": "\\ud800"}', "cannot be read"),
         (
             '{"path": "a", "end": 2}\n{"path": "b", "end": "0:05"}',
@@ -230,3 +238,46 @@ def test_the_parent_of_a_link_is_that_of_its_end(tmp_path: Path) -> None:
     columns, _ = read_manifest(write(tmp_path / "near", rows, "path"))
     expected = ["far/a.wav", "near/a.wav", "near/own/b.wav", "near/link/c.wav"]
     assert columns["path"] == [str(tmp_path / path) for path in expected]
+
+
+def test_blanks_are_not_part_of_a_value(tmp_path: Path) -> None:
+    """Else a speaker would be in both splits. Numbers as pandas writes them where one of their column is missing."""
+    rows = ["a.wav,anna,train,44100.0,44100,", "b.wav, anna , train,44100.,44100.00, 1.0 ", "c.wav, , , ,, "]
+    columns, _ = read_manifest(write(tmp_path, rows, "path,speaker,split,frames,rate,end"))
+    assert columns["group"] == ["anna", "anna", ""]
+    assert columns["split"] == ["train", "train", None]
+    assert columns["frames"] == columns["rate"] == [44_100, 44_100, None]
+    assert columns["end"] == [None, 1.0, None]
+    (tmp_path / "list.jsonl").write_text('{"path": "a.wav", "end": ""}\n{"path": "b.wav", "end": "2.50"}\n')
+    assert read_manifest(tmp_path / "list.jsonl")[0]["end"] == [None, 2.5]
+
+
+@pytest.mark.parametrize(
+    ("column", "value", "shown"),
+    [
+        ("start", True, "'true'"),
+        ("frames", timedelta(seconds=5), r"datetime.timedelta\(seconds=5\)"),
+        ("frames", datetime(2024, 1, 1), "'2024-01-01 00:00:00'"),
+        ("end", [1.0], r"\[1.0\]"),
+        ("speaker", ["x"], r"\['x'\]"),
+    ],
+)
+def test_a_column_of_another_type_is_no_number(column: str, value: object, shown: str, tmp_path: Path) -> None:
+    table = pa.table({"path": ["a.wav", "b.wav"], "frames": [None, 1], "rate": [None, 8000]})
+    table = table.drop_columns([column] if column in table.column_names else [])
+    pq.write_table(table.append_column(column, [[None, value]]), tmp_path / "list.parquet")
+    with pytest.raises(UserError, match=f"list.parquet cannot be read: row 2: {column} is {shown}, expected"):
+        read_manifest(tmp_path / "list.parquet")
+
+
+@pytest.mark.parametrize("text", ["path;start\na.wav;1\n", "path;start\na.wav;1,5\n", 'path,id\n"a.wav,x\nb.wav,y\n'])
+def test_what_a_csv_is_like_is_said_in_one_line(text: str, tmp_path: Path) -> None:
+    (tmp_path / "list.csv").write_text(text)
+    with pytest.raises(UserError, match="a CSV is UTF-8, with commas between its columns") as raised:
+        read_manifest(tmp_path / "list.csv")
+    assert len(str(raised.value).splitlines()) == 1
+
+
+def test_a_folder_is_one_group_however_it_is_spelt() -> None:
+    group_of = group_finder(None)
+    assert {group_of(name) for name in ("a/x.wav", "./a/x.wav", "a//x.wav", "a/./x.wav")} == {"a"}
