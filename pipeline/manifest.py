@@ -215,6 +215,8 @@ def _typed(table: pa.Table) -> pa.Table:
 def _cast(name: str, column: pa.ChunkedArray) -> pa.ChunkedArray:
     """Blanks around a value are not part of it, but for paths; a number that is blank is none, and 44100.0 is 44100."""
     wanted = COLUMNS[name]
+    if column.null_count == len(column):
+        return pa.chunked_array([pa.nulls(len(column), wanted)])
     if pa.types.is_string(wanted):
         column = _as(wanted, name, column)
         return column if name == "path" else pc.utf8_trim_whitespace(column)

@@ -268,6 +268,9 @@ def test_a_column_of_another_type_is_no_number(column: str, value: object, shown
     pq.write_table(table.append_column(column, [[None, value]]), tmp_path / "list.parquet")
     with pytest.raises(UserError, match=f"list.parquet cannot be read: row 2: {column} is {shown}, expected"):
         read_manifest(tmp_path / "list.parquet")
+    empty = pa.nulls(2, pa.array([value]).type)
+    pq.write_table(table.append_column(column, empty), tmp_path / "list.parquet")
+    assert read_manifest(tmp_path / "list.parquet")[0]["problem"] == [None, None]
 
 
 @pytest.mark.parametrize("text", ["path;start\na.wav;1\n", "path;start\na.wav;1,5\n", 'path,id\n"a.wav,x\nb.wav,y\n'])
