@@ -21,6 +21,7 @@ import pyarrow.compute as pc
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import SubFigure
+from matplotlib.ticker import LogLocator, NullFormatter
 
 from codec.audio import AudioError, Samples
 from codec.resample import Resampler
@@ -73,9 +74,14 @@ def _distributions(figure: SubFigure, rows: dict[str, pa.Table]) -> None:
         axis.set_xlabel(label)
         if not any(map(len, found.values())):
             axis.text(0.5, 0.5, "not measured: the targets are the recordings", ha="center", va="center")
+            axis.set(xticks=[], yticks=[])
             continue
         axis.hist(list(found.values()), bins=40, stacked=True, label=[f"{s}: {len(v)}" for s, v in found.items()])
         axis.set_yscale("log")
+        axis.set_ylim(bottom=0.5)  # so that one segment has a bar, too
+        axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.yaxis.set_major_formatter("{x:g}")
+        axis.yaxis.set_minor_formatter(NullFormatter())
         axis.legend(fontsize=8)
     figure.suptitle(f"{sum(map(len, rows.values()))} segments")
 

@@ -6,6 +6,8 @@ import json
 import shutil
 from pathlib import Path
 
+import matplotlib
+import matplotlib.pyplot as plt
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -23,6 +25,16 @@ def test_a_picture_of_real_shards(work: Path, tmp_path: Path, capsys: pytest.Cap
     inspect(InspectSettings(path=work, picture=tmp_path / "a.png", rows=0))
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
     assert str(tmp_path / "a.png") in capsys.readouterr().out
+
+
+def test_one_segment_has_a_bar() -> None:
+    """On a logarithmic axis that begins at 1 it would have no height."""
+    few = pa.table({name: pa.array([1.0, 2.0, 2.0]) for name in gallery.MEASURES} | {"n_samples": [48_000] * 3})
+    matplotlib.use("Agg")
+    figure = plt.figure()
+    gallery._distributions(figure.subfigures(1, 1, squeeze=False)[0, 0], {"ok": few, "rejected": few[:0]})
+    assert all(axis.get_ylim()[0] == 0.5 for axis in figure.get_axes())
+    plt.close(figure)
 
 
 def test_accepted_segments_are_what_the_shards_hold(work: Path) -> None:
