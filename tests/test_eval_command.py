@@ -28,7 +28,7 @@ from trainer import checkpoint, clips
 from trainer.decoder import warm_start
 from trainer.scores import METRICS, columns_of
 from trainer.settings import MetricName
-from trainer.systems import Stock, decode_clip, decoded_systems
+from trainer.systems import Stock, decode_clip, decoded_systems, rounded_to_16_bits
 
 QUICK = ["metrics=lsd,level,bandwidth", "num_workers=0", "gpu=cpu", f"pretrained_model={TINY_SNAC}"]
 
@@ -182,10 +182,17 @@ def test_another_systems_folder(judged: Path, work: Path, tmp_path: Path) -> Non
     words = [f"shards={work / 'shards'}", f"systems.other={judged / 'audio' / 'stock'}", "seed=5", *QUICK]
     code, output = call("eval", *words, f"out={tmp_path / 'eval'}", "baseline=other", "keep_audio=0")
     assert code == 0, output
+    assert "warning: other is judged from 16-bit files" in output
     rows = rows_of(tmp_path / "eval")
     values = {system: [row["lsd_lf"] for row in rows if row["system"] == system] for system in ("stock", "other")}
     assert values["other"] == pytest.approx(values["stock"], abs=0.02)
     assert not (tmp_path / "eval" / "audio").exists()
+
+
+@pytest.mark.parametrize(("subtype", "found"), [("PCM_16", ["other"]), ("PCM_24", []), ("FLOAT", [])])
+def test_files_of_16_bits_are_known(subtype: str, found: list[str], tmp_path: Path) -> None:
+    soundfile.write(tmp_path / "a.wav", [0.1, 0.2], 48_000, subtype)
+    assert rounded_to_16_bits({"other": tmp_path}, ["a"]) == found
 
 
 def test_the_recording_behind_a_restored_target_is_judged_too(

@@ -36,6 +36,7 @@ from trainer.systems import (
     external_systems,
     find_stock,
     label,
+    rounded_to_16_bits,
 )
 
 CLIPS, SUMMARY, SETTINGS, AUDIO = "clips.parquet", "summary.parquet", "settings.json", "audio"
@@ -197,6 +198,11 @@ def _print(settings: EvalSettings, table: pa.Table, summary: pa.Table, provenanc
     systems = dict.fromkeys(summary["system"].to_pylist())
     for line in lines(summary, [(name, label(name, teacher)) for name in systems]):
         click.echo(line)
+    for name in rounded_to_16_bits(settings.systems, used):
+        click.echo(
+            f"warning: {name} is judged from 16-bit files, whose rounding LSD takes for energy that models lack: "
+            "give it as 24-bit or float WAVs"
+        )
     why = why_no_intervals(groups)
     how = f"; {why}" if why else f" [95 % interval over voices]; * differs from {settings.baseline} clip by clip"
     click.echo(f"mean over clips{how}. Undefined values have their reasons in {settings.out / CLIPS}")

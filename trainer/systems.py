@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -111,8 +111,21 @@ def external_systems(folders: Mapping[str, Path], entries: Sequence[Entry]) -> d
     return {name: partial(_read_external, folder) for name, folder in folders.items()}
 
 
+def rounded_to_16_bits(folders: Mapping[str, Path], keys: Iterable[str]) -> list[str]:
+    """Which hold such files: rounding is noise above LSD's floor, where the outputs of models have none."""
+    return [
+        name
+        for name, folder in folders.items()
+        if any(soundfile.info(path).subtype == "PCM_16" for key in keys for path in _files(folder, key))
+    ]
+
+
+def _files(folder: Path, key: str) -> list[Path]:
+    return [path for suffix in EXTERNAL_SUFFIXES if (path := folder / f"{key}{suffix}").is_file()]
+
+
 def _problem(folder: Path, entry: Entry) -> str | None:
-    found = [path for suffix in EXTERNAL_SUFFIXES if (path := folder / f"{entry.key}{suffix}").is_file()]
+    found = _files(folder, entry.key)
     if len(found) != 1:
         return f"{entry.key}.wav is missing" if not found else f"{entry.key} stands there as .wav and as .flac"
     try:
@@ -128,7 +141,7 @@ def _problem(folder: Path, entry: Entry) -> str | None:
 
 
 def _read_external(folder: Path, clip: Clip) -> Samples:
-    path = next(path for suffix in EXTERNAL_SUFFIXES if (path := folder / f"{clip.key}{suffix}").is_file())
+    (path,) = _files(folder, clip.key)
     wav: Samples = soundfile.read(path, dtype="float32")[0]
     if len(wav) != len(clip.target) or not abs(wav).max() < float("inf"):
         raise UserError(f"{path}: changed while it was judged, or is not finite")
