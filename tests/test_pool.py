@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import time
 from collections.abc import Iterator
 
@@ -41,3 +42,13 @@ def test_results_come_in_order_and_jobs_are_taken_as_they_are_needed(processes: 
 def test_errors_reach_the_caller(job: int, message: str) -> None:
     with pytest.raises(UserError, match=message):
         list(ordered(square, iter([1, job, 2]), 1))
+
+
+def hears_ctrl_c(_: int) -> bool:
+    return signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, ())
+
+
+def test_ctrl_c_is_heard_by_one_process() -> None:
+    """Each of the others would show where it was."""
+    assert list(ordered(hears_ctrl_c, iter(range(4)), 2)) == [False] * 4
+    assert hears_ctrl_c(0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import signal
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -27,7 +28,7 @@ def ordered(work: Callable[[Job], Result], jobs: Iterator[Job], processes: int) 
     with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), _one_thread) as pool:
         try:
             for job in jobs:
-                waiting.append(pool.submit(work, job))
+                waiting.append(_submitted(pool, work, job))
                 if len(waiting) >= 2 * processes:
                     yield waiting.popleft().result()
             while waiting:
@@ -36,6 +37,15 @@ def ordered(work: Callable[[Job], Result], jobs: Iterator[Job], processes: int) 
             raise UserError("a process died: memory may be short; num_workers= sets their number") from error
         finally:
             pool.shutdown(cancel_futures=True)
+
+
+def _submitted(pool: ProcessPoolExecutor, work: Callable[[Job], Result], job: Job) -> Future[Result]:
+    """A process that is started for it does not hear Ctrl-C, which this one does, and ends with this one."""
+    heard = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        return pool.submit(work, job)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, heard)
 
 
 def _one_thread() -> None:
