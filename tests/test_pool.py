@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -52,3 +54,19 @@ def test_ctrl_c_is_heard_by_one_process() -> None:
     """Each of the others would show where it was."""
     assert list(ordered(hears_ctrl_c, iter(range(4)), 2)) == [False] * 4
     assert hears_ctrl_c(0)
+
+
+def finished_late(marker: Path) -> None:
+    time.sleep(5)
+    marker.touch()
+
+
+def test_ctrl_c_waits_for_no_job(tmp_path: Path) -> None:
+    def jobs() -> Iterator[Path]:
+        yield tmp_path / "finished"
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        list(ordered(finished_late, jobs(), 1))
+    assert not (tmp_path / "finished").exists()
+    assert not multiprocessing.active_children()
