@@ -29,6 +29,8 @@ from trainer.decoder import PADDING_TOKEN
 
 warnings.filterwarnings("ignore", "This DataLoader will create")  # more processes than cores: they wait, no more
 
+LOST = ("DataLoader worker", "Pin memory thread")  # the thread ends where it is just taking what that process sent
+
 
 class ReaderError(UserError):
     """A process that reads ahead died."""
@@ -152,7 +154,7 @@ def training_batches(
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler of it raises amid a step or a checkpoint
         yield from batches  # here a worker that died is missed within 5 s
     except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
+        if not str(error).startswith(LOST):
             raise
         raise ReaderError(
             f"a process that reads ahead died ({error}): memory may be short; num_workers= sets their number"
