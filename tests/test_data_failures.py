@@ -6,7 +6,7 @@ import errno
 import multiprocessing
 import multiprocessing.connection
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from tests.training_helpers import (
     train_settings,
 )
 from trainer import checkpoint
-from trainer.data import Batch, ReaderError, training_batches
+from trainer.data import ReaderError, training_batches
 from trainer.loop import Trainer
 
 
@@ -120,11 +120,10 @@ def test_a_process_that_reads_ahead_and_dies_amid_a_step_costs_none(
 def test_so_does_one_that_dies_while_its_batch_is_taken_for_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """There PyTorch speaks of its own thread."""
 
-    def ended(*_: Any, **__: Any) -> Iterator[Batch]:
+    def ended(_: Any) -> Any:
         raise RuntimeError("Pin memory thread exited unexpectedly")
-        yield
 
-    monkeypatch.setattr("trainer.data.DataLoader", ended)
+    monkeypatch.setattr("trainer.data.DataLoader.__iter__", ended)
     stream = Stream((), (), (Stage(0, 1, 1),), 0)
     with pytest.raises(ReaderError, match="a process that reads ahead died"):
         next(training_batches((), stream, range(1), 1, 0, 1, for_gpu=True))
