@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import io
 import json
+import select
 import shutil
 import subprocess
 import sys
+from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from typing import Any
 
@@ -232,3 +234,14 @@ def test_readers_left_behind_do_not_keep_a_process_from_ending(work: Path) -> No
     words = [sys.executable, "-W", "ignore", "-c", LEFT_BEHIND, str(work)]
     ended = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=60, check=True)
     assert ended.stdout == "2\n"
+
+
+def test_a_batch_of_any_size_is_a_message_that_a_pipe_takes_at_once() -> None:
+    """Else a process killed amid it leaves the trainer to wait for its end for ever."""
+    keys = [f"{number:06d}-00000" for number in range(1024)]
+    sent = Batch(keys, torch.zeros(1024, 7, 7, dtype=torch.long), torch.rand(1024, 2), torch.ones(1024))
+    message = ForkingPickler.dumps((0, sent))
+    assert len(message) < select.PIPE_BUF // 2
+    _, received = ForkingPickler.loads(message)
+    assert received.keys == keys
+    torch.testing.assert_close(received.tensors, sent.tensors)

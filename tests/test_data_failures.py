@@ -14,6 +14,7 @@ import pytest
 
 from shards.errors import ShardError, UserError
 from shards.storage import StorageError
+from shards.stream import Stage, Stream
 from tests.test_saving import at_step
 from tests.training_helpers import (
     ADVERSARIAL,
@@ -26,6 +27,7 @@ from tests.training_helpers import (
     train_settings,
 )
 from trainer import checkpoint
+from trainer.data import ReaderError, training_batches
 from trainer.loop import Trainer
 
 
@@ -113,6 +115,18 @@ def test_a_process_that_reads_ahead_and_dies_amid_a_step_costs_none(
     whole = tmp_path / "whole"
     assert_same_state(small_training(work, run, **training), small_training(work, whole, **training))
     assert as_logged(run) == as_logged(whole)
+
+
+def test_so_does_one_that_dies_while_its_batch_is_taken_for_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """There PyTorch speaks of its own thread."""
+
+    def ended(_: Any) -> Any:
+        raise RuntimeError("Pin memory thread exited unexpectedly")
+
+    monkeypatch.setattr("trainer.data.DataLoader.__iter__", ended)
+    stream = Stream((), (), (Stage(0, 1, 1),), 0)
+    with pytest.raises(ReaderError, match="a process that reads ahead died"):
+        next(training_batches((), stream, range(1), 1, 0, 1, for_gpu=True))
 
 
 def test_data_that_cannot_be_read_is_said_where_nothing_can_be_saved(

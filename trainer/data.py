@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import json
 import multiprocessing
 import signal
 import warnings
@@ -27,6 +28,8 @@ from shards.stream import Stream, StreamSource
 from trainer.decoder import PADDING_TOKEN
 
 warnings.filterwarnings("ignore", "This DataLoader will create")  # more processes than cores: they wait, no more
+
+LOST = ("DataLoader worker", "Pin memory thread")  # the thread ends where it is just taking what that process sent
 
 
 class ReaderError(UserError):
@@ -58,6 +61,14 @@ class Batch:
     def __len__(self) -> int:
         return len(self.keys)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Between processes keys too go beside the pipe, as tensors do, whatever their number.
+
+        So a message is shorter than PIPE_BUF: of a process that is killed it arrives whole or not at all. The rest of a
+        longer one would be waited for in vain.
+        """
+        return _received, (torch.frombuffer(bytearray(json.dumps(self.keys), "ascii"), dtype=torch.uint8), self.tensors)
+
     @property
     def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
         return self.tokens_BT7, self.target_BN, self.valid_B
@@ -77,6 +88,10 @@ class Batch:
     def only_real(self, wav_BN: Tensor) -> Tensor:
         """Decoded crops, with zeros after each crop's real samples as in its target."""
         return wav_BN * (torch.arange(wav_BN.shape[1], device=wav_BN.device) < self.valid_B[:, None])
+
+
+def _received(keys: Tensor, tensors: tuple[Tensor, Tensor, Tensor]) -> Batch:
+    return Batch(json.loads(keys.numpy().tobytes()), *tensors)
 
 
 def crop(members: dict[str, Any], length: int, seed: int, into: npt.NDArray[np.float32] | None = None) -> Crop:
@@ -139,7 +154,7 @@ def training_batches(
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler of it raises amid a step or a checkpoint
         yield from batches  # here a worker that died is missed within 5 s
     except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
+        if not str(error).startswith(LOST):
             raise
         raise ReaderError(
             f"a process that reads ahead died ({error}): memory may be short; num_workers= sets their number"
