@@ -130,7 +130,7 @@ def test_what_is_damaged_can_be_made_again(work: Path, tmp_path: Path) -> None:
         ("plan.parquet", ["29 rows", "segment_length", "statuses: {'ok': 24, 'too_short': 5}", "usable: 24 segments"]),
         ("codes/train/000000.parquet", ["8 rows", "snac_sha256", "key=000000-00000", "codes=["]),
         ("shards/train/000000.parquet", ["8 rows", "tar_sha256", "key=000000-00000", "level_db="]),
-        ("shards/index.parquet", ["29 rows", "fingerprint", "split=train", "status=too_short, reason=shorter than"]),
+        ("shards/index.parquet", ["29 rows", "fingerprint", "split=train", "reason=its end is shorter than"]),
         ("shards/train/000000.tar", ["18 members, 6 samples", "000000-00000: codes (10, 7), target (28672,)"]),
         ("shards", ["index.parquet: 29 rows"]),
         (".", ["shards/index.parquet: 29 rows"]),

@@ -25,6 +25,7 @@ def ordered(work: Callable[[Job], Result], jobs: Iterator[Job], processes: int) 
         yield from map(work, jobs)
         return
     waiting: deque[Future[Result]] = deque()
+    others = multiprocessing.active_children()
     with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), _one_thread) as pool:
         try:
             for job in jobs:
@@ -34,8 +35,9 @@ def ordered(work: Callable[[Job], Result], jobs: Iterator[Job], processes: int) 
             while waiting:
                 yield waiting.popleft().result()
         except KeyboardInterrupt:
-            for process in multiprocessing.active_children():  # a minute of speech takes ViSQOL long
-                process.terminate()
+            for process in multiprocessing.active_children():
+                if process not in others:
+                    process.terminate()  # a minute of speech takes ViSQOL long
             raise
         except BrokenProcessPool as error:
             raise UserError("a process died: memory may be short; num_workers= sets their number") from error
