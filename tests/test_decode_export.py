@@ -42,7 +42,7 @@ from snac import SNAC
 folder, original, codes, audio, out = sys.argv[1:]
 torch.set_num_threads(1)
 model, stock = SNAC.from_pretrained(folder), SNAC.from_pretrained(original)
-codes, audio = torch.load(codes), torch.load(audio)
+codes, audio = (torch.load(path, weights_only=True) for path in (codes, audio))
 with torch.inference_mode():
     torch.save([model.decode(codes), model.encode(audio), stock.encode(audio)], out)
 ours = {"trainer", "codec", "shards", "configs", "pipeline"} & {name.split(".")[0] for name in sys.modules}
@@ -91,7 +91,7 @@ def test_the_stock_package_loads_and_decodes_it(run: Path, exported: Path, tmp_p
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     arguments = [str(exported), TINY_SNAC, *(str(tmp_path / name) for name in ("codes", "audio", "out"))]
     subprocess.run([sys.executable, "-c", STOCK_ONLY, *arguments], cwd=tmp_path, env=environment, check=True)
-    wav, tokens, expected_tokens = torch.load(tmp_path / "out")
+    wav, tokens, expected_tokens = torch.load(tmp_path / "out", weights_only=True)
     assert wav.shape == (1, 1, 5 * COARSE_48K)
     np.testing.assert_allclose(wav[0, 0].numpy(), whole(run, codes_T7), atol=1e-6)
     assert np.abs(wav.numpy()).max() > 1e-2
