@@ -19,11 +19,22 @@ import torch
 
 from shards import storage
 from shards.index import compact, shard_list
+from shards.order import Order
 from shards.reader import READ_ATTEMPTS
 from shards.writer import read_metadata, read_table, write_table
 from tests.helpers import ROOT
-from tests.training_helpers import ADVERSARIAL, largest_difference, last_state, metrics, train_words
+from tests.test_data_failures import flipped
+from tests.training_helpers import (
+    ADVERSARIAL,
+    CPU,
+    largest_difference,
+    last_state,
+    metrics,
+    train_settings,
+    train_words,
+)
 from trainer import checkpoint, distributed
+from trainer.loop import Trainer
 from trainer.status import is_running
 
 SETTINGS = {"batch_size": 3, "micro_batch": 1, "eval_samples": 3}  # ranks take one crop and two
@@ -111,25 +122,68 @@ def by_another_teacher(work: Path, folder: Path) -> Path:
     return folder
 
 
-def test_machines_with_other_settings_are_refused(work: Path, tmp_path: Path) -> None:
-    """Two of one process each, started by hand, with folders of their own."""
-    other = str(by_another_teacher(work, tmp_path / "other" / "shards"))
+def by_hand(commands: list[list[str]]) -> list[tuple[int, str]]:
+    """A process of one training for each of `commands`, as on machines of their own: its exit code and its errors."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "2"}
-
-    def start(rank: int, **changes: Any) -> subprocess.Popen[str]:
-        words = train_words(work, tmp_path / str(rank), **{**SETTINGS, **changes})
-        return subprocess.Popen(
+        where = {
+            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": str(len(commands)),
+        }  # fmt: skip
+    started = [
+        subprocess.Popen(
             [sys.executable, "-m", "trainer", "train", *words], cwd=ROOT, stderr=subprocess.PIPE, text=True,
             env={**ENVIRONMENT, **where, "RANK": str(rank), "LOCAL_RANK": "0"},
-        )  # fmt: skip
+        )
+        for rank, words in enumerate(commands)
+    ]  # fmt: skip
+    errors = [process.communicate(timeout=120)[1] for process in started]
+    return [(process.returncode, said) for process, said in zip(started, errors, strict=True)]
 
-    for process in [start(0), start(1, eval_every=2, seed=1, shards=other)]:
-        errors = process.communicate(timeout=120)[1]
-        assert process.returncode == 1
+
+def test_machines_with_other_settings_are_refused(work: Path, tmp_path: Path) -> None:
+    other = str(by_another_teacher(work, tmp_path / "other" / "shards"))
+    changed = {"eval_every": 2, "seed": 1, "shards": other}
+    ended = by_hand([
+        train_words(work, tmp_path / str(rank), **{**SETTINGS, **changes}) for rank, changes in enumerate([{}, changed])
+    ])  # fmt: skip
+    for code, errors in ended:
+        assert code == 1
         assert "error: the processes of this training differ in teacher, weights, seed, eval_every; this one" in errors
     assert not any(tmp_path.glob("*/settings.json"))
+
+
+@pytest.mark.parametrize("split", ["train", "validation"])
+def test_what_one_machine_cannot_read_ends_all_and_costs_no_step(split: str, work: Path, tmp_path: Path) -> None:
+    shutil.copytree(work / "shards", tmp_path / "other" / "shards")
+    settings = {**SETTINGS, "checkpoint_every": 99, "eval_every": 99}
+    training = Trainer(train_settings(work, tmp_path / "order", **settings), CPU)
+    if split == "train":  # a sample that the second process, with two crops of three, reads first at a later step
+        index = training.corpus.training[0]
+        shares = [{place.sample for place in training.stream.batch(step)[1:]} for step in range(training.total_steps)]
+        step, sample = next(
+            (step, sample)
+            for step, share in enumerate(shares)
+            for sample in share
+            if step > 1 and not any(sample in before for before in shares[:step])
+        )
+    else:
+        index = training.corpus.validation[0]
+        step, sample = 0, Order(index.counts, training.settings.seed, len(index.counts)).sample_at(1)
+    row = index.table.slice(sample, 1).to_pylist()[0]
+    tar = tmp_path / "other" / "shards" / split / f"{row['shard']:06d}.tar"
+    flipped(tar, row)
+    run = tmp_path / "run"
+    (first, said), (second, cause) = by_hand([
+        train_words(folder, run, **settings) for folder in (work, tmp_path / "other")
+    ])  # fmt: skip
+    assert (first, second) == (1, 1)
+    assert "error: another process cannot read its data: its own error says why" in said
+    reason = cause.splitlines()[-1].removeprefix("error: ")
+    assert reason.startswith(f"{tar}: {row['key']}: ")
+    assert checkpoint.newest_step(run) == step
+    logged = (run / "training.log").read_text()
+    assert logged.count(" ERROR ") == logged.count(reason) == 1
+    assert f"saved step {step}, as data cannot be read" in logged or not step
 
 
 def test_processes_wait_for_one_that_waits_for_storage(monkeypatch: pytest.MonkeyPatch) -> None:

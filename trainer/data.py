@@ -20,10 +20,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from shards.contract import COARSE_48K, CONTEXT_COARSE, TOKENS
-from shards.errors import UserError, last_line
+from shards.errors import ShardError, UserError, last_line
 from shards.index import Index
 from shards.order import Order, random_words, rank_slice
 from shards.reader import decode_sample, read_sample
+from shards.storage import StorageError
 from shards.stream import Stream, StreamSource
 from trainer.decoder import PADDING_TOKEN
 
@@ -34,6 +35,9 @@ LOST = ("DataLoader worker", "Pin memory thread")  # the thread ends where it is
 
 class ReaderError(UserError):
     """A process that reads ahead died."""
+
+
+UNREADABLE = (ShardError, StorageError, ReaderError)
 
 
 @dataclass(frozen=True)

@@ -17,10 +17,15 @@ from torch.nn.utils import parameters_to_vector
 
 from codec.snac import device_of, visible
 from shards import storage
+from shards.errors import UserError
 from shards.reader import READ_ATTEMPTS
 
 PATIENCE_SECONDS = (READ_ATTEMPTS + 1) * storage.PATIENCE_SECONDS  # with a process that waits for storage
 PR_SET_PDEATHSIG = 1  # of Linux's prctl.h
+
+
+class ElsewhereError(UserError):
+    """What another process cannot go on for; its own error says what that is."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +56,15 @@ class Process:
             dist.all_reduce(flat)
             for gradient, summed in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
                 gradient.copy_(summed.view_as(gradient))
+
+    def raise_together(self, error: Exception | None) -> None:
+        """Raises `error`; where only other processes have one, ElsewhereError. So none waits for those that end."""
+        one = torch.tensor([error is not None], dtype=torch.float32, device=self.device)
+        on_any = self.world_size > 1 and self.sum(one).item() > 0
+        if error:
+            raise error
+        if on_any:
+            raise ElsewhereError("another process cannot read its data: its own error says why")
 
     def all_have(self, numbers: list[int]) -> list[bool]:
         """For each of `numbers`, 64 bits at most, whether it is the same on all processes."""

@@ -7,7 +7,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterator
 from contextlib import closing, nullcontext, suppress
 from pathlib import Path
 from typing import Any
@@ -18,16 +18,15 @@ from snac.layers import Decoder
 from codec.memory import keep_freed_memory
 from codec.snac import load_snac
 from shards.contract import coarse_tokens
-from shards.errors import SettingsError, ShardError, UserError
+from shards.errors import SettingsError, UserError
 from shards.files import exclusive, replacing
 from shards.index import check_index
-from shards.storage import StorageError
 from trainer import checkpoint, distributed
 from trainer.boards import Boards
 from trainer.corpus import cache_of, open_corpus
-from trainer.data import Batch, ReaderError, training_batches
+from trainer.data import UNREADABLE, Batch, training_batches
 from trainer.decoder import CodesToLatent, silence_noise, warm_start
-from trainer.distributed import Process
+from trainer.distributed import ElsewhereError, Process
 from trainer.learner import AUDIO, Learner, NotFiniteError
 from trainer.log import RunLog
 from trainer.requests import Requests, requests
@@ -58,6 +57,8 @@ def train(settings: TrainSettings) -> None:
         training = Trainer(settings, process)
         try:
             finished = training.run()
+        except ElsewhereError:
+            raise  # the process that knows why logs it
         except Exception as error:
             training.log.ended_by(error)
             raise
@@ -143,7 +144,7 @@ class Trainer:
             with closing(batches):
                 try:
                     left, early = self._train(batches, asked)
-                except (ShardError, StorageError, ReaderError):  # between two steps: the weights are whole
+                except (*UNREADABLE, ElsewhereError):  # between two steps: the weights are whole
                     self._save_what_is_not()
                     raise
             self._finish(left, early)
@@ -164,14 +165,14 @@ class Trainer:
         elif self._validation_is_due():  # its crops could not be read in an earlier run
             self._validate()
 
-    def _train(self, batches: Iterable[Batch], asked: Requests) -> tuple[bool, bool]:
+    def _train(self, batches: Iterator[Batch], asked: Requests) -> tuple[bool, bool]:
         """Whether it ended because it was asked to leave, and whether for want of a new best."""
         left = early = False
-        started = time.monotonic()
-        for batch in batches:
-            waited = time.monotonic() - started
+        batch, waited = self._next_batch(batches)
+        while batch is not None:
+            started = time.monotonic()
             means = self._train_step(batch)
-            self._report(means, waited, time.monotonic() - started)
+            self._report(means, waited, waited + time.monotonic() - started)
             last, validates = self.step == self.total_steps, self._validation_is_due()
             if validates:
                 self._validate()
@@ -181,8 +182,22 @@ class Trainer:
                 self._save()
             if left or early:
                 break
-            started = time.monotonic()
+            batch, waited = self._next_batch(batches)
         return left, early
+
+    def _next_batch(self, batches: Iterator[Batch]) -> tuple[Batch | None, float]:
+        """What is trained on next, None after the last step; and the seconds that this process waited for it.
+
+        Raises on every process where one cannot read its share: all leave after the same step, with whole weights.
+        """
+        batch, unread, started = None, None, time.monotonic()
+        try:
+            batch = next(batches, None)
+        except UNREADABLE as error:
+            unread = error
+        waited = time.monotonic() - started
+        self.process.raise_together(unread)
+        return batch, waited
 
     def _train_step(self, batch: Batch) -> dict[str, float]:
         settings, phase = self.settings, 1 if self.step < self.phase1_steps else 2

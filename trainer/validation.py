@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from shards.index import Index
 from shards.order import rank_slice
-from trainer.data import Batch, fixed_batches
+from trainer.data import UNREADABLE, Batch, fixed_batches
 from trainer.distributed import Process
 from trainer.losses import reconstruction, weighted
 from trainer.scores import score
@@ -40,11 +40,17 @@ def validate(
 ) -> dict[str, float]:
     """Mean of each loss and distance over `eval_samples` crops of `length` coarse tokens; the same on every process.
 
-    Draws on no random state but its own. A crop that a distance says nothing of does not count in its mean.
+    Draws on no random state but its own. A crop that a distance says nothing of does not count in its mean. Raises on
+    every process where one cannot read its crops.
     """
+    sums, unread = torch.zeros(0), None
     with torch.random.fork_rng(devices=[process.device] if process.device.type == "cuda" else []):
         torch.manual_seed(settings.seed)
-        sums = validation_sums(model, validation_batches(indexes, length, settings, process), settings)
+        try:
+            sums = validation_sums(model, validation_batches(indexes, length, settings, process), settings)
+        except UNREADABLE as error:
+            unread = error
+    process.raise_together(unread)
     totals, counts = process.sum(sums.to(process.device)).tolist()
     names = validation_names(settings)
     return {
