@@ -3,6 +3,8 @@
 set positional-arguments
 set no-exit-message
 
+export PYTHONUTF8 := "1"  # whatever the locale's letters are, which may lack … and ×
+
 python := ".venv/bin/python"
 sync := "uv pip sync --python " + python
 resolve := "uv pip compile --python-version 3.11 --no-emit-index-url --group dev pyproject.toml " \

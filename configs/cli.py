@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import getpass
 import importlib
 import inspect
 import json
+import os
 import sys
 from typing import Literal, get_args, get_origin
 
@@ -27,6 +29,7 @@ def add_command(group: click.Group, name: str, settings: type[Settings], config:
             resolved = load_settings(settings, config, overrides)
             if check:
                 return
+            _name_the_user()
             module, function = runs.split(":")
             getattr(importlib.import_module(module), function)(resolved)
         except UserError as error:
@@ -38,6 +41,14 @@ def add_command(group: click.Group, name: str, settings: type[Settings], config:
 
     body.__doc__ = f"{inspect.cleandoc(settings.__doc__ or '')}\n\n{_keys(settings, config)}"
     group.command(name)(body)
+
+
+def _name_the_user() -> None:
+    """PyTorch asks for it when it makes an optimizer, and fails where a container's user is a mere number."""
+    try:
+        getpass.getuser()
+    except (KeyError, OSError):
+        os.environ["USER"] = str(os.getuid())
 
 
 def _fail(message: str) -> None:

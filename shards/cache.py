@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from tempfile import gettempdir
 from typing import IO
 
 from shards.errors import UserError
@@ -22,8 +23,13 @@ KEPT = "*-" + 16 * "[0-9a-f]"  # how names begin of what is kept
 
 
 def default_cache() -> ShardCache:
-    """8 GiB below the user's cache folder; a folder is made when the first remote shard is read."""
-    return ShardCache(Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "snac48" / "shards", 8 << 30)
+    """8 GiB below the user's cache folder; a folder is made when the first remote shard is read.
+
+    Without a home, as users of containers may be, below the folder for temporary files.
+    """
+    at_home = os.path.expanduser("~/.cache")  # noqa: PTH111  (pathlib's raises where there is no home)
+    users = os.environ.get("XDG_CACHE_HOME") or (gettempdir() if at_home.startswith("~") else at_home)
+    return ShardCache(Path(users) / "snac48" / "shards", 8 << 30)
 
 
 @dataclass
@@ -133,7 +139,13 @@ class ShardCache:
     @contextmanager
     def _lock(self, path: Path, wait: bool) -> Iterator[None]:
         """Held by one process or thread per shard. Raises BlockingIOError where it is held and `wait` is false."""
-        self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(
+                f"cache={self.folder} cannot be made ({error.strerror}: {error.filename}): name another cache=, or "
+                "XDG_CACHE_HOME in the environment"
+            ) from error
         with path.with_suffix(".lock").open("w") as lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))

@@ -73,3 +73,8 @@ def forget_contents(work: Path) -> None:
 
 def _last_wins(given: list[str]) -> list[str]:
     return list({word.split("=")[0]: word for word in given}.values())
+
+
+def no_such_user(number: int) -> None:
+    """`pwd.getpwuid` of a container whose user is a mere number."""
+    raise KeyError(f"getpwuid(): uid not found: {number}")

@@ -8,18 +8,20 @@ import multiprocessing
 import os
 import shutil
 from pathlib import Path
+from tempfile import gettempdir
 from typing import Any
 
 import pytest
 from fsspec.implementations.local import LocalFileSystem
 
-from shards.cache import ShardCache
+from shards.cache import ShardCache, default_cache
 from shards.errors import ShardError, UserError
 from shards.index import load
 from shards.order import Order
 from shards.reader import read_sample
 from shards.storage import Location, Url
 from shards.stream import Stage, Stream
+from tests.helpers import no_such_user
 from tests.test_stream import STREAMS
 from tests.training_helpers import assert_same_state, small_training
 from trainer.data import training_batches
@@ -40,6 +42,24 @@ def shard_of(folder: Path, name: str, size: int = 1000) -> Url:
     folder.mkdir(exist_ok=True)
     (folder / f"{name}.tar").write_bytes(name.encode() * size)
     return remote(folder) / f"{name}.tar"
+
+
+def test_a_user_without_a_home_keeps_shards_beside_temporary_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert default_cache().folder == tmp_path / ".cache" / "snac48" / "shards"
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr("pwd.getpwuid", no_such_user)
+    assert default_cache().folder == Path(gettempdir()) / "snac48" / "shards"
+
+
+def test_a_cache_that_cannot_be_made_names_the_way_out(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    shard = shard_of(tmp_path / "far", "a")
+    with pytest.raises(UserError, match=r"cannot be made \(Not a directory: .*\): name another cache="):
+        ShardCache(tmp_path / "file" / "shards", MANY).open(shard)
 
 
 def read(cache: ShardCache, shard: Location) -> bytes:

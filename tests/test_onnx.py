@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,7 @@ import pytest
 import torch
 
 from shards.contract import COARSE_24K, COARSE_48K, TOKENS_PER_COARSE
-from tests.helpers import speechlike
+from tests.helpers import ROOT, speechlike
 from tests.training_helpers import call
 from trainer.checkpoint import load_codec
 from trainer.export_onnx import CODES, DECODER, DECODER_FP16, ENCODER, as_inputs, session, snr_db
@@ -47,6 +49,17 @@ def test_the_decoders_names_types_and_shapes(exported: Path, name: str) -> None:
         assert all(isinstance(size, str) for size in shape), "batch and length are dynamic"
     ((output, (kind, shape)),) = shapes(found.get_outputs()).items()
     assert (output, kind, len(shape)) == ("audio_values", "tensor(float)", 3)
+
+
+def test_running_a_model_tells_nobody(exported: Path, tmp_path: Path) -> None:
+    """onnxruntime would keep a device's id at home and report each session to its makers."""
+    program = (
+        "import sys\nfrom pathlib import Path\nfrom trainer.export_onnx import session\nsession(Path(sys.argv[1]))"
+    )
+    words = [sys.executable, "-c", program, str(exported / DECODER)]
+    inherited = {name: os.environ[name] for name in os.environ.keys() - {"ORT_DISABLE_TELEMETRY", "XDG_CACHE_HOME"}}
+    subprocess.run(words, cwd=ROOT, env={**inherited, "HOME": str(tmp_path)}, check=True)
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_encoders_names(exported: Path) -> None:

@@ -13,6 +13,7 @@ import soundfile
 from codec.audio import Samples
 from demo.voice import synthesize
 from shards.contract import TARGET_RATE
+from shards.errors import UserError
 from trainer import perceptual
 from trainer.scores import METRICS, check_installed, score
 from trainer.signals import Undefined
@@ -35,6 +36,17 @@ def pair() -> tuple[Samples, Samples]:
     voice = synthesize(2, 0, 3.0)
     noise = np.random.default_rng(0).standard_normal(len(voice))
     return (voice + 0.003 * noise).astype(np.float32), voice
+
+
+def test_a_metric_that_can_keep_its_code_nowhere_says_the_way_out(
+    pair: tuple[Samples, Samples], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse() -> None:  # numba's words, where neither home nor the package's folder can be written
+        raise RuntimeError("cannot cache function 'f': no locator available for file '/opt/f.py'")
+
+    monkeypatch.setattr(perceptual, "_visqol", refuse)
+    with pytest.raises(UserError, match=r"^visqol has no folder for its compiled code.*NUMBA_CACHE_DIR"):
+        score(*pair, ["visqol"])
 
 
 def at_16_khz(wav: Samples) -> Samples:

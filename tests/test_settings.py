@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import getpass
 import importlib
 import inspect
 import json
+import os
 import re
 import subprocess
 import sys
@@ -17,7 +19,8 @@ import pytest
 from configs.loader import FOLDER, load_settings
 from pipeline.settings import CodesSettings
 from shards.errors import SettingsError
-from tests.helpers import ROOT, run_command
+from tests.helpers import ROOT, no_such_user, run_command
+from tests.training_helpers import call
 from trainer.settings import TrainSettings
 
 MODULES = ("pipeline", "trainer", "demo")
@@ -186,3 +189,12 @@ def test_help_as_a_user_asks_for_it() -> None:
 def test_a_repository_is_no_work_folder() -> None:
     with pytest.raises(SettingsError, match=r"work: every file in a repository of the hub is a commit"):
         load_settings(CodesSettings, "shard_codes.json", ["audio=hf://datasets/a/b", "work=hf://datasets/a/c"])
+
+
+def test_a_user_who_is_a_mere_number_gets_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a container. PyTorch asks for it when it makes an optimizer."""
+    for name in ("LOGNAME", "USER", "LNAME", "USERNAME"):
+        monkeypatch.setenv(name, "")
+    monkeypatch.setattr("pwd.getpwuid", no_such_user)
+    call("status", f"run={tmp_path}")
+    assert getpass.getuser() == str(os.getuid())

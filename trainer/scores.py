@@ -174,6 +174,13 @@ def score(wav: Samples, reference: Samples, names: Iterable[str]) -> dict[str, o
         except Undefined as reason:
             values = dict.fromkeys(METRICS[name].columns)
             undefined.append(f"{name}: {reason}")
+        except RuntimeError as error:
+            if "cannot cache function" not in str(error):
+                raise
+            raise UserError(
+                f"{name} has no folder for its compiled code: home and the package's own folder are read-only; "
+                "NUMBA_CACHE_DIR in the environment names another"
+            ) from error
         for column in METRICS[name].columns:
             value = values[column]
             if value is not None and not math.isfinite(value):
