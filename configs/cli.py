@@ -12,6 +12,7 @@ from typing import Literal, get_args, get_origin
 
 import click
 
+from configs.cores import granted_cores
 from configs.loader import FOLDER, Settings, load_settings
 from shards.errors import UserError, printable
 
@@ -29,7 +30,7 @@ def add_command(group: click.Group, name: str, settings: type[Settings], config:
             resolved = load_settings(settings, config, overrides)
             if check:
                 return
-            _name_the_user()
+            _prepare_environment()
             module, function = runs.split(":")
             getattr(importlib.import_module(module), function)(resolved)
         except UserError as error:
@@ -43,8 +44,12 @@ def add_command(group: click.Group, name: str, settings: type[Settings], config:
     group.command(name)(body)
 
 
-def _name_the_user() -> None:
-    """PyTorch asks for it when it makes an optimizer, and fails where a container's user is a mere number."""
+def _prepare_environment() -> None:
+    """What PyTorch wants to find in a container, before it is imported: a thread for each core of the quota, and a name
+    of its user, who may be a mere number, when it makes an optimizer.
+    """
+    if (cores := granted_cores()) < len(os.sched_getaffinity(0)):
+        os.environ.setdefault("OMP_NUM_THREADS", str(cores))
     try:
         getpass.getuser()
     except (KeyError, OSError):

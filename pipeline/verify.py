@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -10,6 +9,7 @@ from tempfile import TemporaryDirectory
 
 from tqdm import tqdm
 
+from configs.cores import granted_cores
 from pipeline.settings import VerifySettings
 from shards.cache import ShardCache
 from shards.contract import INDEX_NAME, SUMS_NAME
@@ -90,5 +90,4 @@ def _said(problems: Sequence[str]) -> int:
 
 
 def _threads(settings: VerifySettings) -> int:
-    cores = len(os.sched_getaffinity(0))
-    return max(cores, LEAST_THREADS) if settings.threads == "auto" else settings.threads
+    return max(granted_cores(), LEAST_THREADS) if settings.threads == "auto" else settings.threads

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parameters_to_vector
 
 from codec.snac import device_of, visible
+from configs.cores import granted_cores
 from shards import storage
 from shards.errors import UserError
 from shards.reader import READ_ATTEMPTS
@@ -88,9 +89,10 @@ def launch(gpus: str) -> None:
     chosen = ",".join(map(visible, numbers))
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # which would kill torchrun; its processes ask for it again
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={len(numbers)}"]
-    os.execve(
-        sys.executable, [*torchrun, "-m", "trainer", *sys.argv[1:]], {**os.environ, "CUDA_VISIBLE_DEVICES": chosen}
-    )
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": chosen}
+    if environment.get("OMP_NUM_THREADS") == str(granted_cores()):  # for all of them together: torchrun gives each one
+        del environment["OMP_NUM_THREADS"]
+    os.execve(sys.executable, [*torchrun, "-m", "trainer", *sys.argv[1:]], environment)
 
 
 def under_torchrun() -> bool:

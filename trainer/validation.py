@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from configs.cores import granted_cores
 from shards.index import Index
 from shards.order import rank_slice
 from trainer.data import UNREADABLE, Batch, fixed_batches
@@ -112,4 +113,4 @@ def crop_distances(wav_BN: Tensor, batch: Batch) -> dict[str, Tensor]:
 
 def _cores() -> int:
     """Of this machine, for each of the processes that torchrun started on it."""
-    return max(len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")), 1)
+    return max(granted_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")), 1)

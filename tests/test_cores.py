@@ -1,0 +1,64 @@
+"""A container's quota counts as cores, which neither Python nor OpenMP knows."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from configs import cores
+from tests.training_helpers import call
+
+
+@pytest.fixture(autouse=True)
+def _machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 96 cores."""
+    monkeypatch.setattr(cores, "CGROUPS", tmp_path)
+    monkeypatch.setattr(cores, "OWN_GROUPS", tmp_path / "own")
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(96)))
+
+
+@pytest.mark.parametrize(
+    ("own", "files", "granted"),
+    [
+        ("", {}, 96),
+        ("0::/", {"cpu.max": "max 100000"}, 96),
+        ("0::/", {"cpu.max": "765000 100000"}, 7),
+        ("0::/", {"cpu.max": "50000 100000"}, 1),
+        ("0::/docker/1f", {"cpu.max": "400000 100000"}, 4),
+        (
+            "0::/a/b/c",
+            {"a/cpu.max": "800000 100000", "a/b/cpu.max": "max 1", "a/b/c/cpu.max": "2400000 100000"},
+            8,
+        ),
+        ("4:cpuset:/\n3:cpu,cpuacct:/\n0::/", {"cpu/cpu.cfs_quota_us": "765000", "cpu/cpu.cfs_period_us": "100000"}, 7),
+        ("1:cpu:/a", {"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"}, 96),
+        ("1:cpu:/a", {"cpu/a/cpu.cfs_quota_us": "300000", "cpu/a/cpu.cfs_period_us": "100000"}, 3),
+    ],
+)
+def test_cores_are_those_of_the_narrowest_quota(own: str, files: dict[str, str], granted: int, tmp_path: Path) -> None:
+    (tmp_path / "own").write_text(own)
+    for name, text in files.items():
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f"{text}\n")
+    assert cores.granted_cores() == granted
+
+
+def test_no_control_groups_grant_all(tmp_path: Path) -> None:
+    assert not (tmp_path / "own").exists()
+    assert cores.granted_cores() == 96
+
+
+@pytest.mark.parametrize(("asked", "quota", "told"), [("", 8, "8"), ("3", 8, "3"), ("", 0, "")])
+def test_openmp_is_told_unless_it_was(
+    asked: str, quota: int, told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "own").write_text("0::/")
+    (tmp_path / "cpu.max").write_text(f"{quota}00000 100000" if quota else "max 100000")
+    monkeypatch.setenv("OMP_NUM_THREADS", asked)
+    if not asked:
+        monkeypatch.delenv("OMP_NUM_THREADS")
+    call("status", f"run={tmp_path}")
+    assert os.environ.get("OMP_NUM_THREADS", "") == told
