@@ -183,6 +183,10 @@ def sha256_of(file: IO[bytes]) -> str:
 def _fsync_folder(folder: Path) -> None:
     descriptor = os.open(folder, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
+        with naming_written(folder):
+            os.fsync(descriptor)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # of a file system that knows no such thing, as of a virtual machine's share
+            raise
     finally:
         os.close(descriptor)

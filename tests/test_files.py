@@ -7,6 +7,7 @@ import fcntl
 import os
 import re
 import socket
+import stat
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -169,6 +170,20 @@ def test_a_file_system_without_locks_will_do_for_a_file(tmp_path: Path, monkeypa
     with replacing(tmp_path / "file") as temporary:
         temporary.write_text("whole")
     assert [(file.name, file.read_text()) for file in tmp_path.iterdir()] == [("file", "whole")]
+
+
+def test_a_file_system_whose_folders_cannot_be_flushed_will_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fsync = os.fsync
+
+    def of_files(descriptor: int) -> None:
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", of_files)
+    with replacing(tmp_path / "file") as temporary:
+        temporary.write_text("text")
+    assert (tmp_path / "file").read_text() == "text"
 
 
 @pytest.mark.parametrize("error", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
