@@ -15,6 +15,7 @@ import click
 from configs.cores import granted_cores
 from configs.loader import FOLDER, Settings, load_settings
 from shards.errors import UserError, printable
+from shards.files import described
 
 
 def add_command(group: click.Group, name: str, settings: type[Settings], config: str, runs: str) -> None:
@@ -37,7 +38,7 @@ def add_command(group: click.Group, name: str, settings: type[Settings], config:
             _fail(str(error))
             sys.exit(error.exit_code)
         except OSError as error:
-            _fail(f"{error.strerror or error}: {error.filename or 'while writing'}")
+            _fail(described(error))
             sys.exit(1)
 
     body.__doc__ = f"{inspect.cleandoc(settings.__doc__ or '')}\n\n{_keys(settings, config)}"

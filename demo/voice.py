@@ -4,12 +4,15 @@ Glottal pulses and breath pass through a vocal tract that moves from phone to ph
 in a moving band. The words mean nothing, but pitch, formants, hiss and pauses lie where speech has them, to 20 kHz.
 """
 
+import io
 from pathlib import Path
 
 import numpy as np
 import soundfile as sf
 from numpy.random import Generator, Philox
 from numpy.typing import NDArray
+
+from shards.files import replacing
 
 SAMPLE_RATE = 48_000
 STEP = 48  # samples between targets: 1 ms
@@ -166,8 +169,9 @@ def write_voices(folder: Path, speakers: int = 6, utterances: int = 6, seconds: 
     paths = []
     for speaker, utterance in np.ndindex(speakers, utterances):
         path = folder / f"speaker_{speaker}" / f"utterance_{utterance}.wav"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(".partial")
-        sf.write(partial, synthesize(speaker, utterance, seconds), SAMPLE_RATE, subtype="PCM_16", format="WAV")
-        paths.append(partial.replace(path))
+        file = io.BytesIO()  # libsndfile says little of a disk that is full
+        sf.write(file, synthesize(speaker, utterance, seconds), SAMPLE_RATE, subtype="PCM_16", format="WAV")
+        with replacing(path) as temporary:
+            temporary.write_bytes(file.getbuffer())
+        paths.append(path)
     return paths

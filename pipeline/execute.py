@@ -106,13 +106,6 @@ def attempt(stage: Stage, number: int, advance: Any) -> str | None:
     return None
 
 
-def described(error: BaseException) -> str:
-    """In one line, for another process."""
-    if isinstance(error, OSError) and error.strerror:
-        return f"{error.strerror}: {error.filename or 'while writing'}"
-    return str(error) or type(error).__name__
-
-
 def here(stage: Stage, numbers: Iterable[int], progress: Progress) -> None:
     """One after the other, in this process."""
     try:

@@ -19,11 +19,12 @@ from typing import Any
 
 from tqdm import tqdm
 
-from pipeline.execute import FATAL, Progress, attempt, described
+from pipeline.execute import FATAL, Progress, attempt
 from pipeline.processes import MAX_DEATHS, answer
 from pipeline.settings import ExecutionSettings
 from pipeline.stage import Stage
 from shards.errors import UserError, first_line, last_line
+from shards.files import described
 
 ROOT = Path(__file__).parent.parent
 PATIENCE_SECONDS = 60

@@ -23,10 +23,11 @@ from tqdm import tqdm
 
 from codec.snac import device_of, visible
 from pipeline.ahead import cores_each, use_cores
-from pipeline.execute import FATAL, Progress, attempt, described
+from pipeline.execute import FATAL, Progress, attempt
 from pipeline.settings import ExecutionSettings
 from pipeline.stage import Stage
 from shards.errors import UserError
+from shards.files import described
 
 MAX_DEATHS = 3  # of processes that made the same shard
 

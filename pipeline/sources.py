@@ -29,6 +29,7 @@ from shards.storage import Location, Url, locate
 
 TAR = ".tar"
 TAR_THREADS = 16
+FSCK_FOLDER = "lost+found"  # at the root of a file system, which root alone may read
 FOUND_SCHEMA = pa.schema(  # a recording before anything is known of its content
     [
         ("recording", pa.string()),
@@ -204,7 +205,7 @@ def _below(folder: str, seen: set[tuple[int, int]]) -> Iterator[str]:
     if not entries:
         yield f"{folder}/"
     for entry in entries:
-        if _is_folder(entry):
+        if _is_folder(entry) and entry.name != FSCK_FOLDER:
             yield from _below(entry.path, seen)
         else:
             yield entry.path

@@ -37,6 +37,8 @@ def members(path: Location, extensions: Collection[str]) -> Iterator[Member]:
     try:
         whole = skimmed(path)
         size = whole.stat().st_size
+        if not size:  # a named pipe would wait for a writer
+            raise tarfile.ReadError("empty file")
         with whole.open("rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
             for info in tar:
                 if info.isdir():

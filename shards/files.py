@@ -16,7 +16,7 @@ from typing import IO
 
 from shards.errors import UserError, printable
 from shards.pieces import Fetched, Part
-from shards.storage import Location, Url
+from shards.storage import OF_WRITING, Location, Url, is_full, naming_written
 
 OF_ONE_FILE = {  # errors that say something of one file; others, such as EIO, ESTALE or EMFILE, of the system
     errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG,
@@ -49,10 +49,11 @@ def replacing(path: Location) -> Iterator[Path]:
         if not temporary.exists() or not os.path.samestat(os.fstat(lock.fileno()), temporary.stat()):
             raise UserError(f"{path}: another process has just written it; try again")
         try:
-            yield temporary
-            with temporary.open("rb") as file:
-                os.fsync(file.fileno())
-            temporary.replace(path)
+            with naming_written(path):
+                yield temporary
+                with temporary.open("rb") as file:
+                    os.fsync(file.fileno())
+                temporary.replace(path)
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
@@ -142,6 +143,15 @@ def _holder(lock: IO[bytes]) -> str:
     return f" ({printable(who)})" if who else ""
 
 
+def described(error: BaseException) -> str:
+    """In one line: what and where and, of a disk that is full, the way out."""
+    if not isinstance(error, OSError) or not error.errno:
+        return str(error) or type(error).__name__
+    what = os.strerror(error.errno) if error.errno in OF_WRITING else error.strerror  # pyarrow's words are longer
+    way_out = ": make room (df -h, df -i), and run the same command again" if is_full(error) else ""
+    return f"{what}: {error.filename or 'while writing'}{way_out}"
+
+
 def reason_of_one(path: object, error: OSError) -> str:
     """Why this file alone cannot be read. Raises UserError where the disk or server fails on which it should lie."""
     reason = error.strerror or str(error)
@@ -173,6 +183,10 @@ def sha256_of(file: IO[bytes]) -> str:
 def _fsync_folder(folder: Path) -> None:
     descriptor = os.open(folder, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
+        with naming_written(folder):
+            os.fsync(descriptor)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # of a file system that knows no such thing, as of a virtual machine's share
+            raise
     finally:
         os.close(descriptor)

@@ -24,7 +24,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path, PurePosixPath
-from typing import IO, Any, TypeVar
+from typing import IO, Any, TypeGuard, TypeVar
 
 import fsspec
 
@@ -44,6 +44,8 @@ NETWORK_ERRORS = {  # of Python, botocore, aiohttp, requests, httpx and google.a
 }
 WHOLE_BYTES = 1 << 28  # up to this size `open` fetches an object at once
 BLOCK_BYTES = 1 << 22  # of larger ones
+FULL = {errno.ENOSPC, errno.EDQUOT}
+OF_WRITING = {*FULL, errno.EFBIG, errno.EROFS, errno.EIO}
 
 
 class StorageError(UserError):
@@ -147,21 +149,17 @@ class Url:
         """The whole object into the file `path`, which appears when it is complete."""
         from shards.files import replacing
 
-        try:
-            with replacing(path) as temporary:
-                self._patiently(lambda files, name: files.get_file(name, str(temporary)))
-                self._check_size(temporary.stat().st_size, self.stat().st_size, f"fetched to {path}")
-        except OSError as error:
-            if is_full(error):
-                error.filename = str(path)
-            raise
+        with replacing(path) as temporary:
+            self._patiently(lambda files, name: files.get_file(name, str(temporary)))
+            self._check_size(temporary.stat().st_size, self.stat().st_size, f"fetched to {path}")
 
     @contextmanager
     def replacing(self) -> Iterator[Path]:
         """Yields a local file; on success it is uploaded under a name of its own, checked, and then takes this one."""
         with tempfile.TemporaryDirectory() as folder:
             local = Path(folder) / self.name
-            yield local
+            with naming_written(local):
+                yield local
             temporary = self.with_name(f"{self.name}.{uuid.uuid4().hex}.tmp")
             try:
                 self._patiently(lambda files, _: files.put_file(str(local), _path(files, temporary)))
@@ -206,9 +204,20 @@ class Url:
 _one_says_so = threading.Lock()  # held by the thread that has said that it waits
 
 
-def is_full(error: Exception) -> bool:
+def is_full(error: BaseException) -> TypeGuard[OSError]:
     """Whether a disk of this machine has no room, or none for this user."""
-    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return isinstance(error, OSError) and error.errno in FULL
+
+
+@contextmanager
+def naming_written(path: Path) -> Iterator[None]:
+    """An error of writing is said with what was written: the system names what cannot be opened, and nothing else."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in OF_WRITING and error.filename is None:
+            error.filename = str(path)
+        raise
 
 
 def _is_outage(error: Exception) -> bool:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+import resource
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -63,6 +66,17 @@ def codes_settings(audio: Path, work: Path, *more: str) -> CodesSettings:
 
 def targets_settings(work: Path, *more: str) -> TargetsSettings:
     return load_settings(TargetsSettings, "shard_targets.json", targets_words(work, *more)[1:])
+
+
+@contextmanager
+def longest_file(size: int) -> Iterator[None]:
+    """Writing fails beyond so many bytes of a file, as on a disk that is full, with another of the system's errors."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def forget_contents(work: Path) -> None:

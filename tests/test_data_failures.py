@@ -15,6 +15,7 @@ import pytest
 from shards.errors import ShardError, UserError
 from shards.storage import StorageError
 from shards.stream import Stage, Stream
+from tests.helpers import longest_file
 from tests.test_saving import at_step
 from tests.training_helpers import (
     ADVERSARIAL,
@@ -115,6 +116,12 @@ def test_a_process_that_reads_ahead_and_dies_amid_a_step_costs_none(
     whole = tmp_path / "whole"
     assert_same_state(small_training(work, run, **training), small_training(work, whole, **training))
     assert as_logged(run) == as_logged(whole)
+
+
+def test_where_shared_memory_is_full_no_batch_is_waited_for(work: Path, tmp_path: Path) -> None:
+    training = Trainer(train_settings(work, tmp_path / "run"), CPU)
+    with longest_file(100), pytest.raises(ReaderError, match=r"no shared memory .*: give /dev/shm more room"):
+        next(training_batches(training.corpus.training, training.stream, range(6), 1, 0, 1))
 
 
 def test_so_does_one_that_dies_while_its_batch_is_taken_for_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:

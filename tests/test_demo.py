@@ -19,7 +19,7 @@ from demo.settings import DemoSettings
 from demo.voice import NOISE_FLOOR, SAMPLE_RATE, synthesize, write_voices
 from pipeline.plan import make_plan
 from shards.contract import PLAN_NAME
-from tests.helpers import TINY_SNAC, codes_settings, speechlike
+from tests.helpers import TINY_SNAC, codes_settings, longest_file, speechlike
 
 FRAME = 960  # 20 ms
 
@@ -43,6 +43,12 @@ def test_the_same_arguments_give_the_same_bytes(voices: list[npt.NDArray[np.floa
     assert all(len(voice) == 4 * SAMPLE_RATE and voice.dtype == np.float32 for voice in voices)
     for voice in voices:
         assert 0.54 < np.abs(voice).max() < 0.76
+
+
+def test_a_voice_that_does_not_fit_on_the_disk_does_not_stand(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match=r"File too large: .*utterance_0\.wav"), longest_file(10_000):
+        write_voices(tmp_path, 1, 1, 1.0)
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
 def test_fricatives_reach_20_khz(voices: list[npt.NDArray[np.float32]]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -22,7 +23,7 @@ from shards.contract import FAILED, OK, TARGET_RATE
 from shards.errors import UserError, printable
 from shards.index import Index, load
 from shards.writer import read_metadata
-from tests.helpers import TINY_SNAC
+from tests.helpers import TINY_SNAC, longest_file
 from tests.training_helpers import call
 from trainer import checkpoint, clips
 from trainer.decoder import warm_start
@@ -70,6 +71,21 @@ def test_every_clip_has_a_row_for_every_system(judged: Path, work: Path) -> None
         assert row["undefined"] == []
     assert json.loads((judged / "settings.json").read_text())["seed"] == 5
     assert read_metadata(judged / "clips.parquet")["snac"].startswith("stand-in")
+
+
+@pytest.mark.parametrize("lacking", [1, 3000])
+def test_audio_that_does_not_fit_on_the_disk(
+    lacking: int, judged: Path, work: Path, model: Path, tmp_path: Path
+) -> None:
+    """libsndfile itself leaves a file cut off without a word where its last bytes have no room."""
+    size = max(path.stat().st_size for path in (judged / "audio").rglob("*.flac"))
+    words = [f"shards={work / 'shards'}", f"models={model}", f"out={tmp_path / 'eval'}", "seed=5", *QUICK]
+    with longest_file(size - lacking):
+        code, output = call("eval", *words)
+    assert code == 1
+    (error,) = (line for line in output.splitlines() if line.startswith("error: "))
+    assert re.fullmatch(rf"error: File too large: {tmp_path}/.*/audio/.*\.flac", error)
+    assert not list(tmp_path.iterdir())
 
 
 def test_figures_are_in_the_order_that_they_must_have(judged: Path) -> None:

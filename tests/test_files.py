@@ -7,18 +7,21 @@ import fcntl
 import os
 import re
 import socket
+import stat
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from shards.errors import UserError
-from shards.files import exclusive, new_folder, replacing
-from tests.helpers import ROOT
+from shards.files import described, exclusive, new_folder, replacing
+from tests.helpers import ROOT, longest_file
 
 
 def test_bytes_reach_the_disk_before_the_name_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -38,6 +41,26 @@ def test_bytes_reach_the_disk_before_the_name_is_taken(tmp_path: Path, monkeypat
     with replacing(tmp_path / "file") as temporary:
         temporary.write_text("text")
     assert calls == ["fsync file.tmp", "rename file", f"fsync {tmp_path.name}"]
+
+
+def test_what_could_not_be_written_is_said(tmp_path: Path) -> None:
+    """Neither Python nor pyarrow says it."""
+    path, table = tmp_path / "file", pa.table({"a": os.urandom(4000).hex().split("0")})
+    writers: list[Callable[[Path], object]] = [
+        lambda path: path.write_bytes(bytes(2000)),
+        lambda path: pq.write_table(table, path),
+    ]
+    for write_to in writers:
+        with pytest.raises(OSError, match="File too large") as error, longest_file(1000), replacing(path) as temporary:
+            write_to(temporary)
+        assert described(error.value) == f"File too large: {path}"
+        assert not list(tmp_path.iterdir())
+    full = OSError(errno.ENOSPC, "pyarrow's words")
+    with pytest.raises(OSError, match="words"), replacing(path):
+        raise full
+    assert described(full) == (
+        f"No space left on device: {path}: make room (df -h, df -i), and run the same command again"
+    )
 
 
 def test_a_folder_is_named_before_anything_is_written(tmp_path: Path) -> None:
@@ -147,6 +170,20 @@ def test_a_file_system_without_locks_will_do_for_a_file(tmp_path: Path, monkeypa
     with replacing(tmp_path / "file") as temporary:
         temporary.write_text("whole")
     assert [(file.name, file.read_text()) for file in tmp_path.iterdir()] == [("file", "whole")]
+
+
+def test_a_file_system_whose_folders_cannot_be_flushed_will_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fsync = os.fsync
+
+    def of_files(descriptor: int) -> None:
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", of_files)
+    with replacing(tmp_path / "file") as temporary:
+        temporary.write_text("text")
+    assert (tmp_path / "file").read_text() == "text"
 
 
 @pytest.mark.parametrize("error", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])

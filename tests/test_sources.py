@@ -85,6 +85,13 @@ def test_a_disk_that_is_not_there_is_said(tmp_path: Path) -> None:
         find(audio, None)
 
 
+def test_what_only_root_may_read_at_a_mount_point_is_left_out_and_said(tmp_path: Path) -> None:
+    write(tmp_path / "a.wav")
+    write(tmp_path / "lost+found" / "#12.wav")
+    found, ignored = find(tmp_path, None)
+    assert (found["recording"].to_pylist(), ignored) == (["a.wav"], {"lost+found": 1})
+
+
 def test_a_folder_whose_own_name_is_not_utf8(tmp_path: Path) -> None:
     folder = Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xe9"))
     folder.mkdir()

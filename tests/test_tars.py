@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import shutil
 import subprocess
 import tarfile
@@ -185,6 +186,12 @@ def test_sparse_members_are_refused(tmp_path: Path, recordings: Path) -> None:
         )
         (problem,) = find(tmp_path / f"{kind}.tar", None)[0]["problem"].to_pylist()
         assert problem == "a sparse member: pack the tar without --sparse"
+
+
+def test_a_pipe_is_no_tar_and_no_wait(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "a.tar")
+    (member,) = members(tmp_path / "a.tar", EXTENSIONS)
+    assert member.problem == "not readable as a tar: empty file"
 
 
 def test_a_header_of_endless_length_is_a_reason(tmp_path: Path) -> None:

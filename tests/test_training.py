@@ -6,6 +6,7 @@ import errno
 import json
 import math
 import shutil
+import threading
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from pipeline.targets import shard_targets
 from shards.contract import COARSE_48K, TARGET_RATE
 from shards.errors import SettingsError, UserError
 from tests.command_helpers import assert_one_line
-from tests.helpers import TINY_SNAC, codes_settings, targets_settings
+from tests.helpers import TINY_SNAC, codes_settings, longest_file, targets_settings
 from tests.training_helpers import (
     ADVERSARIAL,
     CPU,
@@ -35,6 +36,7 @@ from tests.training_helpers import (
     train_words,
 )
 from trainer import checkpoint, data
+from trainer.boards import TensorBoard
 from trainer.data import Crop, fixed_batches
 from trainer.distributed import Process
 from trainer.log import RunLog
@@ -284,6 +286,19 @@ def test_a_full_disk_is_said_by_the_command_alone(tmp_path: Path, capfd: pytest.
     assert "Traceback" not in capfd.readouterr().err
     with suppress(OSError):
         log.close()
+
+
+def test_so_is_one_on_which_tensorboard_finds_no_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shown: list[object] = []
+    monkeypatch.setattr(threading, "excepthook", shown.append)
+    board = TensorBoard(tmp_path, 0)
+    with longest_file(10_000):
+        with suppress(OSError):  # where its thread is quick
+            board.audio("clip", 0, torch.rand(48_000))
+        with pytest.raises(OSError, match="File too large"):
+            board.close()
+    assert not shown
+    assert threading.excepthook == shown.append
 
 
 class WithABadOne(Process):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import uuid
 from collections.abc import Mapping
 from pathlib import Path
@@ -86,6 +87,8 @@ class TensorBoard:
         from torch.utils.tensorboard import SummaryWriter
 
         self._writer = SummaryWriter(str(run / "tensorboard"), purge_step=first_step + 1)
+        self._hook = threading.excepthook
+        threading.excepthook = self._thread_ended
 
     def metrics(self, kind: str, step: int, values: Mapping[str, float]) -> None:
         for name, value in values.items():
@@ -99,7 +102,15 @@ class TensorBoard:
         self._writer.add_image(tag, np.concatenate(list(map(spectrogram, wavs)), axis=1), step, dataformats="HWC")
 
     def close(self) -> None:
-        self._writer.close()
+        try:
+            self._writer.close()
+        finally:
+            threading.excepthook = self._hook
+
+    def _thread_ended(self, ended: threading.ExceptHookArgs) -> None:
+        """What cannot be written is said once: the writer raises what ended its thread when it is called next."""
+        if not isinstance(ended.exc_value, OSError):
+            self._hook(ended)
 
 
 class WeightsAndBiases:

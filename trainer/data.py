@@ -9,7 +9,7 @@ import signal
 import warnings
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from shards.contract import COARSE_48K, CONTEXT_COARSE, TOKENS
-from shards.errors import ShardError, UserError, last_line
+from shards.errors import ShardError, UserError, first_line, last_line
 from shards.index import Index
 from shards.order import Order, random_words, rank_slice
 from shards.reader import decode_sample, read_sample
@@ -34,7 +34,7 @@ LOST = ("DataLoader worker", "Pin memory thread")  # the thread ends where it is
 
 
 class ReaderError(UserError):
-    """A process that reads ahead died."""
+    """A process that reads ahead died, or cannot hand over what it read."""
 
 
 UNREADABLE = (ShardError, StorageError, ReaderError)
@@ -71,7 +71,25 @@ class Batch:
         So a message is shorter than PIPE_BUF: of a process that is killed it arrives whole or not at all. The rest of a
         longer one would be waited for in vain.
         """
-        return _received, (torch.frombuffer(bytearray(json.dumps(self.keys), "ascii"), dtype=torch.uint8), self.tensors)
+        return _received, (self._packed_keys, self.tensors)
+
+    @cached_property
+    def _packed_keys(self) -> Tensor:
+        return torch.frombuffer(bytearray(json.dumps(self.keys), "ascii"), dtype=torch.uint8)
+
+    def shared(self) -> Batch:
+        """Itself, in memory that processes share. Where that is full, the thread that sends batches would print so and
+        drop one, which would be waited for for ever; here it raises ReaderError.
+        """
+        try:
+            for tensor in (self._packed_keys, *self.tensors):
+                tensor.share_memory_()
+        except RuntimeError as error:
+            raise ReaderError(
+                f"no shared memory for a batch that is read ahead ({first_line(error)}): give /dev/shm more room (a "
+                "container's --shm-size), or take fewer num_workers"
+            ) from error
+        return self
 
     @property
     def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -150,6 +168,8 @@ def training_batches(
     """This rank's share of each global batch of `steps`. Raises ShardError, naming shard and key, or ReaderError."""
     source = StreamSource(indexes, stream, steps, rank, world_size)
     pipeline = webdataset.DataPipeline(source, webdataset.map(partial(to_batch, seed=stream.seed)))
+    if workers:
+        pipeline.append(webdataset.map(Batch.shared))
     loader = DataLoader(
         pipeline, batch_size=None, num_workers=workers, pin_memory=for_gpu, worker_init_fn=_leave_signals_alone
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -17,7 +18,7 @@ from codec.audio import AudioError, Samples
 from codec.snac import device_of
 from shards.contract import FAILED, OK, TARGET_RATE
 from shards.errors import SettingsError, UserError, printable
-from shards.files import new_folder
+from shards.files import new_folder, replacing
 from shards.order import permutation
 from shards.writer import write_table
 from trainer.checkpoint import load_codec
@@ -165,9 +166,18 @@ def _judge(job: Job) -> list[dict[str, Any]]:
 
 
 def _write_audio(path: Path, wav: Samples) -> None:
-    """16 bit FLAC; libsndfile clips what is beyond full scale."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    soundfile.write(path, wav, TARGET_RATE, "PCM_16", format="FLAC")
+    """By way of memory: libsndfile says nothing of a disk that is full when it closes a file."""
+    with replacing(path) as temporary:
+        temporary.write_bytes(flac(wav))
+
+
+def flac(wav: Samples) -> bytes:
+    """16 bit and lossless, because lossy codecs cut off the top octave, which is what is to be judged; libsndfile clips
+    what is beyond full scale.
+    """
+    file = io.BytesIO()
+    soundfile.write(file, wav, TARGET_RATE, "PCM_16", format="FLAC")
+    return file.getvalue()
 
 
 def _provenance(

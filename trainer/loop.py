@@ -21,6 +21,7 @@ from shards.contract import coarse_tokens
 from shards.errors import SettingsError, UserError
 from shards.files import exclusive, replacing
 from shards.index import check_index
+from shards.storage import naming_written
 from trainer import checkpoint, distributed
 from trainer.boards import Boards
 from trainer.corpus import cache_of, open_corpus
@@ -53,7 +54,7 @@ def train(settings: TrainSettings) -> None:
         distributed.launch(settings.gpu)
     keep_freed_memory()
     process = distributed.start(settings.gpu)
-    with exclusive(settings.run) if process.is_first else nullcontext():
+    with exclusive(settings.run) if process.is_first else nullcontext(), naming_written(settings.run):
         training = Trainer(settings, process)
         try:
             finished = training.run()

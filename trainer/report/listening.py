@@ -18,6 +18,7 @@ from PIL import Image
 from codec.audio import Samples
 from shards.contract import TARGET_RATE
 from shards.errors import UserError
+from trainer.evaluate import flac
 from trainer.signals import rms_db
 from trainer.systems import SOURCE
 
@@ -64,7 +65,7 @@ def listening(audio: Path, key: str, systems: Iterable[str], seconds: float) -> 
     wavs = {system: wav[: round(seconds * TARGET_RATE)] for system, wav in wavs.items()}
     gains = matching_gains(wavs)
     versions = [
-        Version(system, _base64(_flac(wav)), gains[system], f"data:image/webp;base64,{_base64(spectrogram(wav))}")
+        Version(system, _base64(flac(wav)), gains[system], f"data:image/webp;base64,{_base64(spectrogram(wav))}")
         for system, wav in wavs.items()
     ]
     return Listening(key, min(seconds, whole), whole, versions)
@@ -105,13 +106,6 @@ def _read(path: Path) -> Samples:
         raise UserError(f"{path} has {rate} Hz and {wav.ndim} dimensions, expected mono at {TARGET_RATE} Hz")
     samples: Samples = wav
     return samples
-
-
-def _flac(wav: Samples) -> bytes:
-    """16 bit and lossless, because lossy codecs cut off the top octave, which is what is to be judged."""
-    file = io.BytesIO()
-    soundfile.write(file, wav, TARGET_RATE, "PCM_16", format="FLAC")
-    return file.getvalue()
 
 
 def _base64(data: bytes) -> str:
