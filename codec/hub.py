@@ -11,4 +11,4 @@ def make_repository(api: Any, repo: str, repo_type: str, private: bool) -> None:
     """Where there is none yet. Raises UserError where one stands that is public, and should be private."""
     api.create_repo(repo, repo_type=repo_type, private=private, exist_ok=True)
     if private and not api.repo_info(repo, repo_type=repo_type).private:
-        raise UserError(f"{repo} stands and is public: private=false agrees to that, or take another repo=")
+        raise UserError(f"{repo} exists and is public: agree to that with private=false, or take another repo=")

@@ -96,7 +96,7 @@ class SincResampler:
 def sinc_resampler(old: int, new: int) -> SincResampler:
     """old:new in lowest terms. Raises AudioError where they share so little that the kernels would fill gigabytes."""
     if new * (old + 2 * _kernel_width(old, new)) > MAX_KERNEL_ELEMENTS:
-        raise AudioError(f"its rate shares too little with ours ({old}:{new}): convert it to 48 kHz first")
+        raise AudioError(f"its rate has no simple ratio to ours ({old}:{new}): convert it to 48 kHz first")
     stock = Resample(
         old,
         new,

@@ -97,8 +97,8 @@ def _from_hub(name: str, files: tuple[str, ...], entry: dict[str, Any] | None, p
         return {file: Path(hf_hub_download(name, file, revision=entry["revision"])) for file in files}
     except Exception as error:  # the hub's client raises its own, requests' and the system's errors
         raise UnreachableError(
-            f"{name} cannot be had ({type(error).__name__}: {first_line(error)}): run `just prefetch` where the hub "
-            "can be reached, or name a local directory that holds the files"
+            f"{name} cannot be fetched ({type(error).__name__}: {first_line(error)}): run `just prefetch` where the "
+            "hub can be reached, or name a local directory that holds the files"
         ) from error
 
 

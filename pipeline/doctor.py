@@ -107,7 +107,7 @@ def examine(settings: DoctorSettings, recordings: Sequence[Path], folder: Path) 
     failed = {name: check for name, check in checks.items() if not check.passed}
     if failed:
         causes = "; ".join(name for name, check in failed.items() if check.figure != NOT_RUN)
-        raise UserError(f"{len(failed)} of {len(checks)} checks failed, mend first: {causes}")
+        raise UserError(f"{len(failed)} of {len(checks)} checks failed; first repair: {causes}")
 
 
 def _run(step: Callable[[], Check]) -> Check:

@@ -116,7 +116,7 @@ def make_plan(settings: CodesSettings) -> Plan:
             hint = "; where recordings only moved, a link at their old place will do" if moved else ""
             raise UserError(f"{path} was made with other settings ({changed}): use another work= or delete it{hint}")
         if not settings.audio.exists():
-            tqdm.write(f"audio={settings.audio} is not there: {path} stands alone")
+            tqdm.write(f"audio={settings.audio} does not exist: {path} is used as it is")
             return plan
         if listed == plan.listed_sha256 and not settings.extend:
             return plan
@@ -186,7 +186,7 @@ def _check_unchanged(found: pa.Table, planned: pa.Table, audio: Location, path: 
     for name, differs in differing.items():
         if (row := pc.index(pa.array(differs), True).as_py()) >= 0:
             raise UserError(
-                f"{audio} names another {name} for {now['recording'][row].as_py()!r} than {path}, which stands: "
+                f"{audio} has another {name} for {now['recording'][row].as_py()!r} than {path}, which cannot change: "
                 "undo that, or take another work="
             )
 

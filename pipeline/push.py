@@ -189,19 +189,19 @@ configs:
   data_files:
 {configs}
 ---
-# SNAC 24 kHz tokens beside their 48 kHz targets
+# SNAC 24 kHz tokens and their 48 kHz targets
 
-Each sample holds a stretch of speech as the tokens of the SNAC 24 kHz codec and, beside them, as 48 kHz audio.
+Each sample is a stretch of speech: its tokens of the SNAC 24 kHz codec, and its 48 kHz audio.
 
 - codes by: {snac}
 - targets by: {teacher}
-- segments attempted: {statuses}; each has a row in `index.parquet`, with the reason where it has no sample
+- segments attempted: {statuses}; each has a row in `index.parquet`, with a reason if it has no sample
 
 | split | segments | hours | speakers or folders |
 |-|-|-|-|
 {table}
 
-`index.parquet` lists the shards; a tar that it does not list belongs to an upload that has not ended. Plain
+`index.parquet` lists the shards; a tar that it does not list belongs to an unfinished upload. Plain
 `webdataset`, `pyarrow` and `soundfile` read everything:
 
 ```python
@@ -212,8 +212,9 @@ for sample in webdataset.WebDataset(url, shardshuffle=False):
     print(sample["__key__"], sorted(name for name in sample if not name.startswith("__")))
 ```
 
-From a private repository that URL gives nothing. `hf download {repo} --repo-type dataset --local-dir corpus`, signed
-in, fetches all of it, with `--revision COMMIT` as it was then; `corpus/train/000000.tar` is read like the URL.
+For a private repository, this URL does not work. Once signed in, download everything with
+`hf download {repo} --repo-type dataset --local-dir corpus` (add `--revision COMMIT` for an earlier state), and read
+`corpus/train/000000.tar` instead of the URL.
 `datasets.load_dataset("{repo}")` reads the samples too.
 
 The licence of the recordings is that of their source; state it here before you publish.

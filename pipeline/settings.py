@@ -16,7 +16,7 @@ Some = TypeVar("Some", bound="ExecutionSettings")
 
 
 class ExecutionSettings(Settings):
-    """Who makes the shards, and what becomes of failures. The bytes are the same whoever does."""
+    """Which processes make the shards, and how failures are handled. The bytes do not depend on the processes."""
 
     work: Place = Field(description="folder or URL (s3://…) for plan, codes and shards")
     gpu: Gpus = Field(description="number of the GPU, several (0,1,2,3: a process for each), or cpu")
@@ -27,15 +27,16 @@ class ExecutionSettings(Settings):
         default=None,
         ge=1,
         le=10_000,
-        description="processes with gpu=cpu, actors with execute=ray (null: one, or one for each GPU)",
+        description="number of processes with gpu=cpu, of actors with execute=ray (null: one, or one for each GPU)",
     )
     ray_address: str | None = Field(
-        default=None, description="of the Ray cluster, such as auto or ray://HOST:10001 (null: a Ray of its own, here)"
+        default=None,
+        description="of the Ray cluster, such as auto or ray://HOST:10001 (null: start one on this machine)",
     )
     slice_index: int | None = Field(default=None, ge=0, description="which slice this is, from 0, with execute=slice")
     slice_count: int | None = Field(default=None, ge=1, description="how many slices there are, with execute=slice")
-    max_failed_fraction: float = Field(ge=0, le=1, description="the run ends with an error when more segments failed")
-    retry: Literal["none", "failed"] = Field(description="failed: try the segments again that failed")
+    max_failed_fraction: float = Field(ge=0, le=1, description="end with an error if a larger share of segments failed")
+    retry: Literal["none", "failed"] = Field(description="failed: retry the segments that failed")
 
     @field_validator("work")
     @classmethod
@@ -74,7 +75,7 @@ class CodesSettings(ExecutionSettings):
     )
     pretrained_model: str = Field(description="SNAC 24 kHz: hub name or local directory")
     extend: bool = Field(
-        default=False, description="put recordings that came later, or were not readable before, into new shards"
+        default=False, description="put recordings that came later, or could not be read before, into new shards"
     )
     segment_length: float = Field(gt=0, le=60, description="seconds; becomes the nearest whole number of coarse tokens")
     min_seconds: float = Field(ge=0, le=60, description="segments with less real audio are dropped, with a row")
@@ -83,10 +84,10 @@ class CodesSettings(ExecutionSettings):
     group_pattern: str | None = Field(
         default=None, description="regex on the id; its first group names the speaker (null: the parent folder)"
     )
-    seed: int = Field(ge=0, lt=2**63, description="of the split and of the order in which recordings fill shards")
-    window_seconds: float = Field(ge=1, le=600, description="longest stretch encoded at once")
-    batch_seconds: float = Field(ge=1, le=100_000, description="audio of equal length encoded together")
-    threads: Threads = Field(description="that read and decode recordings ahead; auto: one per core, at least 4")
+    seed: int = Field(ge=0, lt=2**63, description="seed of the split and of the order in which recordings fill shards")
+    window_seconds: float = Field(ge=1, le=600, description="longest stretch encoded at once, seconds")
+    batch_seconds: float = Field(ge=1, le=100_000, description="seconds of audio of equal length encoded together")
+    threads: Threads = Field(description="threads that read recordings ahead; auto: one per core, at least 4")
 
     @model_validator(mode="after")
     def _shards_are_no_recordings(self) -> CodesSettings:
@@ -107,16 +108,16 @@ class SidonSettings(Settings):
     sidon_raw: str = Field(description="raw weights (adapter and decoder): hub name or local directory")
     sidon_base: str = Field(description="w2v-BERT 2.0 below the adapter: hub name or local directory")
     sidon_precision: Literal["auto", "fp32", "bf16"] = Field(
-        description="of the raw weights; auto: bf16 on a GPU where it stays within −40 dB of fp32, "
+        description="precision of the raw weights; auto: bf16 on a GPU where it stays within −40 dB of fp32, "
         "and within −20 dB from 12 kHz on"
     )
     delay_samples: int = Field(
-        ge=0, le=934, description="at 48 kHz, taken off SIDON's output; calibrate measures what is left"
+        ge=0, le=934, description="samples at 48 kHz to remove from SIDON's output; calibrate measures what is left"
     )
     weights: Local = Field(description="file with revision and sha256 of the model files")
-    window_seconds: float = Field(ge=4, le=60, description="longest stretch restored at once, overlap included")
-    overlap_seconds: float = Field(ge=0.5, le=10, description="shared by neighbouring windows on each side of a seam")
-    batch_seconds: float = Field(ge=1, le=10_000, description="audio of similar length restored together")
+    window_seconds: float = Field(ge=4, le=60, description="longest stretch restored at once, with overlap, seconds")
+    overlap_seconds: float = Field(ge=0.5, le=10, description="what neighbouring windows share on each side of a seam")
+    batch_seconds: float = Field(ge=1, le=10_000, description="seconds of audio of similar length restored together")
 
     @model_validator(mode="after")
     def _windows_advance(self) -> SidonSettings:
@@ -129,18 +130,18 @@ class SidonSettings(Settings):
 
 
 class JudgeSettings(Settings):
-    """Limits that a target must keep; a rejected segment keeps its row, with the reason."""
+    """Limits for targets. A segment that breaks one is rejected: it keeps its row, with the reason."""
 
     min_correlation: float = Field(
-        ge=-1, le=1, description="least correlation of its envelopes with those of the recording"
+        ge=-1, le=1, description="least correlation between the envelopes of target and recording"
     )
-    max_lag_samples: float = Field(gt=0, le=2400, description="at 48 kHz, of the target against its recording")
-    max_level_difference_db: float = Field(gt=0, le=60, description="of the target over its recording, 100 Hz to 8 kHz")
-    max_clipped_fraction: float = Field(ge=0, le=1, description="share of samples at or beyond full scale")
-    min_speech_share: float = Field(ge=0, le=1, description="share of a segment that is not silence")
-    min_target_bandwidth_hz: float = Field(
-        ge=0, le=24_000, description="where a target's spectrum may end; 0: anywhere"
+    max_lag_samples: float = Field(gt=0, le=2400, description="largest lag behind or ahead of the recording, at 48 kHz")
+    max_level_difference_db: float = Field(
+        gt=0, le=60, description="largest difference from the recording, 100 Hz to 8 kHz"
     )
+    max_clipped_fraction: float = Field(ge=0, le=1, description="largest share of samples at or beyond full scale")
+    min_speech_share: float = Field(ge=0, le=1, description="least share of a segment that is not silence")
+    min_target_bandwidth_hz: float = Field(ge=0, le=24_000, description="least bandwidth of a target (0: any)")
 
 
 class DoctorSettings(SidonSettings, JudgeSettings):
@@ -148,30 +149,30 @@ class DoctorSettings(SidonSettings, JudgeSettings):
 
     audio: Local | None = Field(default=None, description="folder of recordings (null: voices made by code)")
     gpu: Gpu = Field(description="number of the GPU, or cpu")
-    recordings: int = Field(ge=3, le=100, description="of them that go through the models")
+    recordings: int = Field(ge=3, le=100, description="number of recordings that go through the models")
     pretrained_model: str = Field(description="SNAC 24 kHz: hub name or local directory")
-    forms: Literal["both", "torchscript", "native"] = Field(description="of SIDON's weights that are checked")
-    work: Local = Field(description="folder for plan, codes and shards, whose disk must hold them")
-    corpus_hours: float = Field(gt=0, le=10_000_000, description="of your recordings, for disk and time")
+    forms: Literal["both", "torchscript", "native"] = Field(description="which forms of SIDON's weights to check")
+    work: Local = Field(description="folder for plan, codes and shards; its disk is checked for space")
+    corpus_hours: float = Field(gt=0, le=10_000_000, description="hours of your recordings, to estimate disk and time")
 
 
 class TargetsSettings(ExecutionSettings, SidonSettings, JudgeSettings):
     """Stage 2: each segment's codes next to its 48 kHz target → tar shards, sidecars and index.parquet."""
 
     teacher: Literal["sidon", "recording", "auto", "hybrid"] = Field(
-        description="where targets come from; auto: recordings that reach min_bandwidth_hz stay, the rest is restored; "
+        description="where targets come from; auto: recordings that reach min_bandwidth_hz stay, others are restored; "
         "hybrid: the recording below crossover_hz, SIDON above"
     )
     min_bandwidth_hz: float = Field(
         ge=0, le=24_000, description="auto: a recording whose measured bandwidth reaches it is its own target"
     )
     crossover_hz: float = Field(
-        ge=2000, le=20_000, description="hybrid: where SIDON takes over; recordings that do not reach it are restored"
+        ge=2000, le=20_000, description="hybrid: where SIDON takes over; recordings of too low a rate are restored"
     )
-    calibrate_recordings: int = Field(ge=4, le=1000, description="that a run with SIDON measures before it starts")
+    calibrate_recordings: int = Field(ge=4, le=1000, description="recordings that a run with SIDON measures first")
     target_bits: Literal[16, 24] = Field(description="bits per sample of the FLAC target")
     threads: Threads = Field(
-        description="that read recordings ahead, and that judge and compress targets; auto: one per core, at least 4"
+        description="threads that read recordings and that judge and compress targets; auto: one per core, at least 4"
     )
 
 
@@ -180,18 +181,18 @@ class CalibrateSettings(TargetsSettings):
 
 
 class InspectSettings(Settings):
-    """Print what a plan, codes file, sidecar, index, tar shard or a whole folder of shards holds."""
+    """Print what is in a plan, codes file, sidecar, index, tar shard or a whole folder of shards."""
 
     path: Local = Field(description="the file or folder")
     picture: Local | None = Field(default=None, description="PNG of a folder's distributions and spectrograms")
-    rows: int = Field(ge=0, le=1000, description="rows to print, those that failed first")
+    rows: int = Field(ge=0, le=1000, description="rows to print, failed ones first")
 
 
 class VerifySettings(Settings):
     """Check shards: index against sidecars, sizes, sha256, crc32 and every sample against the contract."""
 
     shards: Place = Field(description="folder or URL (s3://…) with index.parquet")
-    threads: Threads = Field(description="that read and check shards; auto: one per core, at least 4")
+    threads: Threads = Field(description="threads that read and check shards; auto: one per core, at least 4")
     set_aside: bool = Field(
         default=False, description="move damaged shards to shards/damaged, and write an index without them"
     )
@@ -208,8 +209,8 @@ class PushShardsSettings(Settings):
 
     shards: Local = Field(description="folder with index.parquet")
     repo: str = Field(pattern=r"^[\w.-]+/[\w.-]+$", description="OWNER/NAME on the hub; made if there is none")
-    private: bool = Field(default=True, description="of a repository that is made now")
-    dry_run: bool = Field(default=False, description="only print what would go")
+    private: bool = Field(default=True, description="whether a repository that is made now is private")
+    dry_run: bool = Field(default=False, description="only print what would be uploaded")
 
 
 class PrefetchSettings(Settings):
@@ -220,7 +221,7 @@ class PrefetchSettings(Settings):
 
 
 class WorkflowSettings(Settings):
-    """Codes, targets and training in one go. What is done is skipped, what was begun goes on."""
+    """Codes, targets and training in one command. What is done is skipped, what was started continues."""
 
     audio: Place = Field(description="folder of recordings, or a manifest; or a URL")
     work: Place = Field(description="folder or URL (s3://…) for plan, codes and shards")

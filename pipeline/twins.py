@@ -22,7 +22,7 @@ def say_twins(folder: Location) -> None:
         such = printable(min(twins["recording"].to_pylist()))
         tqdm.write(
             f"warning: {len(twins)} of {len(validation)} validation segments are in training too, under another group, "
-            f"such as {such}: put its copies into one group, or take them away"
+            f"such as {such}: put its copies into one group, or remove them"
         )
 
 

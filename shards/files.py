@@ -160,8 +160,8 @@ def reason_of_one(path: object, error: OSError) -> str:
         return reason
     if error.errno not in OF_ONE_FILE:
         raise UserError(
-            f"{path}: {reason}: its disk or server fails; once it does not, the same command goes on (where this file "
-            "alone cannot be read, delete it)"
+            f"{path}: {reason}: its disk or server fails; once it works again, repeat the command (if only this file "
+            "cannot be read, delete it)"
         )
     if error.errno == errno.ENOENT:
         folder = next(parent for parent in path.absolute().parents if parent.exists())

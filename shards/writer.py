@@ -143,8 +143,8 @@ def standing(path: Location, fingerprint: Mapping[str, Any]) -> pq.FileMetaData 
     changed = differences(fingerprint_of(path, told_by(path, footer)), fingerprint)
     if changed:
         raise ShardError(
-            f"{path} was made by another run ({changed}): go on as that run did, or in a second work folder over the "
-            f"same plan (docs/scale.md); who deletes {path.parent.parent} has all of it made anew"
+            f"{path} was made by another run ({changed}): use the settings of that run, or a second work folder with "
+            f"the same plan (docs/scale.md); or delete {path.parent.parent} to make all of it again"
         )
     return footer
 

@@ -231,7 +231,7 @@ def directory(folder: Path) -> Path:
         (lambda folder: write(folder / "a.wav", noise(9), 24_000).with_name("missing.wav"), "no such file"),
         (lambda folder: write(folder / "a.wav", noise(9000), 4_000), "sample rate 4000 Hz is outside 8000 … 192000 Hz"),
         (lambda folder: write(folder / "a.wav", noise(9000), 200_000), "sample rate 200000 Hz is outside"),
-        (lambda folder: write(folder / "a.wav", noise(9000), 44_101), r"shares too little with ours \(44101:48000\)"),
+        (lambda folder: write(folder / "a.wav", noise(9000), 44_101), r"has no simple ratio to ours \(44101:48000\)"),
     ],
 )
 def test_what_cannot_be_used_says_why(make: Callable[[Path], Path], reason: str, tmp_path: Path) -> None:

@@ -163,9 +163,7 @@ def test_the_card_says_what_it_is(run: Path, exported: Path, tmp_path: Path) -> 
     published = replace(codec, provenance={**codec.provenance, "snac": "hubertsiuzdak/snac_24khz"})
     assert "\nbase_model: hubertsiuzdak/snac_24khz\n---\n" in snac_card(published, "a", True, None)
     judged = replace(codec, provenance={**codec.provenance, "validation": {"lsd": 1.25}})
-    chosen = (
-        "never saw; by the same crops this step was chosen among others, which flatters it:\n\n| | |\n|-|-|\n| lsd |"
-    )
+    chosen = "never saw; the step was chosen by these same crops, which flatters it:\n\n| | |\n|-|-|\n| lsd |"
     assert chosen in snac_card(judged, "a", True, None)
     assert "chosen" not in card, "nothing was validated"
 

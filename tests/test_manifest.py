@@ -117,7 +117,7 @@ def test_a_manifest_that_changes_what_was_planned_is_refused(
     settings = codes_settings(write(tmp_path, rows, columns), tmp_path / "work")
     plan = make_plan(settings)
     write(tmp_path, [rows[0].replace(old, new), *rows[1:]], columns)
-    with pytest.raises(UserError, match=rf"list.csv names another {what} for 'x' than .*plan.parquet"):
+    with pytest.raises(UserError, match=rf"list.csv has another {what} for 'x' than .*plan.parquet"):
         make_plan(settings)
     write(tmp_path, [*rows[1:], rows[0]], columns)  # another order is nothing
     assert make_plan(settings).rows_sha256 == plan.rows_sha256

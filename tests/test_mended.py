@@ -116,7 +116,7 @@ def test_other_limits_go_into_a_second_folder_over_plan_and_codes(audio: Path, w
     shutil.copy(work / PLAN_NAME, second)
     (second / "codes").symlink_to(work / "codes")
     before = stamps(work)
-    refused(targets_words(work, stricter), "go on as that run did, or in a second work folder over the same plan")
+    refused(targets_words(work, stricter), "use the settings of that run, or a second work folder with the same plan")
     assert in_process(targets_words(second, stricter)).exit_code == 0
     assert in_process(["verify", f"shards={second / 'shards'}"]).exit_code == 0
     assert rows_of(second / "shards") == rows_of(work / "shards"), "each is its own target and keeps any limit"

@@ -81,7 +81,7 @@ def test_what_the_hub_refuses_is_one_line(exported: Path, monkeypatch: pytest.Mo
 def test_a_public_repository_gets_nothing_private(exported: Path, sent: list[Any]) -> None:
     code, output = call("push", f"model={exported}", "repo=someone/public", "private=true")
     assert (code, [kind for kind, *_ in sent]) == (1, ["create"])
-    assert "error: someone/public stands and is public: private=false agrees to that" in output
+    assert "error: someone/public exists and is public: agree to that with private=false" in output
 
 
 def test_a_link_publishes_nothing_of_elsewhere(exported: Path, tmp_path: Path, sent: list[Any]) -> None:

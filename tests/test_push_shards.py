@@ -108,7 +108,7 @@ def test_a_push_that_fails_goes_on(fail_at: int, hub: FakeHub, shards: Path) -> 
 
 def test_nothing_goes_to_a_public_repository_unless_it_may(hub: FakeHub, shards: Path) -> None:
     hub.public = True
-    refused(words(shards), "me/corpus stands and is public: private=false agrees to that")
+    refused(words(shards), "me/corpus exists and is public: agree to that with private=false")
     assert not hub.commits
     assert in_process(words(shards, "private=false")).exit_code == 0
     assert "index.parquet" in hub.files

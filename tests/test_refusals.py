@@ -48,7 +48,9 @@ def test_shards_of_another_version_of_the_program_are_refused(
     words = codes_words(recordings, copy) if stage == "codes" else targets_words(copy)
     before = stamps(copy)
     monkeypatch.setattr(f"pipeline.{stage}.{stage.upper()}_VERSION", 99)
-    refused(words, f"made by another run ({stage}_version is 1, now 99): go on as that run did, or in a second work")
+    refused(
+        words, f"made by another run ({stage}_version is 1, now 99): use the settings of that run, or a second work"
+    )
     assert stamps(copy) == before
 
 

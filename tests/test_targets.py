@@ -78,7 +78,7 @@ def test_a_recording_in_both_splits_is_said(audio: Path, tmp_path: Path, capsys:
     copies, sounding = ([name for name in judged if name.endswith(end)] for end in ("copy.wav", ("copy.wav", "a.wav")))
     assert (
         f"warning: {len(copies)} of {len(sounding)} validation segments are in training too, under another group, such "
-        f"as {printable(min(copies))}: put its copies into one group, or take them away"
+        f"as {printable(min(copies))}: put its copies into one group, or remove them"
     ) in capsys.readouterr().out
 
 

@@ -234,7 +234,7 @@ def test_a_bad_target_stops_before_the_step_and_is_named(
     monkeypatch.setattr(data, "crop", planted)
     with pytest.raises(UserError, match="not finite; stopped before the optimizer step") as caught:
         training.run()
-    assert f"Keys of the batch here: {bad_key}. Mend" in str(caught.value)
+    assert f"Keys of the batch here: {bad_key}. Repair" in str(caught.value)
     assert str(checkpoint.step_path(run, bad_step)) in str(caught.value)
     assert training.step == bad_step
     assert largest_difference(training.learner.decoder.state_dict(), last_state(run)["decoder"]) == 0

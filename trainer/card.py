@@ -32,7 +32,7 @@ Encoder and quantizer are those of {snac}, unchanged; the decoder has rates {rat
 
 ## Recipe
 
-{step} steps; all settings that made it stand in `{provenance}`.
+{step} steps. All settings are in `{provenance}`.
 
 {settings}
 
@@ -46,7 +46,7 @@ Validation on groups (speakers) that training never saw{chosen}:
 
 {license} Encoder and quantizer keep the licence of {snac};
 hubertsiuzdak/snac_24khz is published under MIT. The targets were made from recordings, and with `teacher` sidon by the
-model SIDON: their terms hold too.
+model SIDON: their terms apply, too.
 """
 WITH_SNAC = """\
 ```python
@@ -62,7 +62,7 @@ with torch.inference_mode():
 `encode` still takes 24 kHz audio, which is what `codec.sampling_rate` says. `forward` trims to the 24 kHz length, so
 call `encode` and `decode` instead.
 
-`decoder_only.safetensors` holds what decoding needs and nothing else, under the same names{folding}"""
+`decoder_only.safetensors` contains only what decoding needs, under the same names{folding}"""
 FOLDED = """
 , weight norm folded into the kernels:
 
@@ -87,14 +87,14 @@ levels = {f"audio_codes.{level}": codes[level] for level in range(3)}  # [B, T],
 (wav_48k,) = decoder.run(None, levels)  # [B, 1, 4096 T] at 48 kHz
 ```
 
-Long or streamed: a window of tokens, with 3 coarse tokens (6 middle, 12 fine) of its neighbours on each side or as many
-as there are, decodes to what the whole has there; leave out the neighbours' 4096 samples per coarse token. Tokens are
-0 … 4095 and not checked; samples may exceed ±1.
+To decode long or streamed input in windows, decode each one with 3 coarse tokens (6 middle, 12 fine) of its neighbours
+on each side, or as many as there are. Then drop the neighbours' samples, 4096 per coarse token: the rest is what
+decoding the whole gives there. Tokens are 0 … 4095 and not checked; samples may exceed ±1.
 
-Names are those of onnx-community/snac_24khz-ONNX. `encoder_model.onnx` takes `input_values` [B, 1, N] at 24 kHz, N a
-multiple of 2048. How far the files are from torch, half precision's too, stands in `parity.json`."""
-CHOSEN = "; by the same crops this step was chosen among others, which flatters it"
-STAND_IN = "\n**A stand-in**: its encoder and quantizer are not those of snac_24khz, and nor is its sound.\n"
+Input and output names are those of onnx-community/snac_24khz-ONNX. `encoder_model.onnx` takes `input_values` [B, 1, N]
+at 24 kHz, N a multiple of 2048. The differences to torch, also those of half precision, are in `parity.json`."""
+CHOSEN = "; the step was chosen by these same crops, which flatters it"
+STAND_IN = "\n**A stand-in**: its encoder and quantizer are not those of snac_24khz, and its sound is not either.\n"
 
 
 def snac_card(codec: Codec48k, name: str, fold: bool, license_name: str | None) -> str:

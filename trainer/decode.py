@@ -36,7 +36,7 @@ def decode(settings: DecodeSettings) -> None:
     if not settings.input.is_file():
         raise UserError(f"input={settings.input}: no such file")
     if settings.lookahead_frames < EXACT and not settings.stream:
-        raise UserError(f"lookahead_frames={settings.lookahead_frames} is for stream=true; without it all is known")
+        raise UserError(f"lookahead_frames={settings.lookahead_frames} is for stream=true; otherwise decoding is exact")
     out = settings.out or settings.input.with_suffix(DECODED)
     if out.exists():
         raise UserError(f"out={out} exists: choose another file or delete it")

@@ -210,8 +210,8 @@ def _print(settings: EvalSettings, table: pa.Table, summary: pa.Table, provenanc
         click.echo(line)
     for name in rounded_to_16_bits(settings.systems, used):
         click.echo(
-            f"warning: {name} is judged from 16-bit files, whose rounding LSD takes for energy that models lack: "
-            "give it as 24-bit or float WAVs"
+            f"warning: {name} is judged from 16-bit files; LSD counts their rounding noise, which models do not have: "
+            "use 24-bit or float WAVs"
         )
     why = why_no_intervals(groups)
     how = f"; {why}" if why else f" [95 % interval over voices]; * differs from {settings.baseline} clip by clip"

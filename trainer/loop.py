@@ -214,8 +214,8 @@ class Trainer:
             means = self.learner.step(batch, self.step, crops, factor, of_discriminators)
         except NotFiniteError as error:
             raise UserError(
-                f"step {self.step}: {error}. Mend them (`just verify` checks shards); {self._last_save()}; where the "
-                "data is sound, with a lower learning_rate= or precision=fp32"
+                f"step {self.step}: {error}. Repair them (`just verify` checks shards); {self._last_save()}; if the "
+                "data is sound, use a lower learning_rate= or precision=fp32"
             ) from error
         self.step += 1
         return {**means, "phase": phase, "learning_rate": settings.learning_rate * factor}

@@ -24,23 +24,23 @@ class TrainSettings(Settings):
         default=None, description="several folders: crops of each in every Σ weights crops (null: by their sizes)"
     )
     cache: Local | None = Field(default=None, description="where shards from URLs are kept (null: in the user's cache)")
-    cache_gib: float = Field(gt=0, description="GiB of them kept at most, on each machine")
+    cache_gib: float = Field(gt=0, description="largest size of this cache in GiB, on each machine")
     run: Local = Field(description="folder for checkpoints, logs and settings")
     pretrained_model: str = Field(description="SNAC 24 kHz that made the codes: hub name or local directory")
     init_from: Local | None = Field(
-        default=None, description="run, checkpoint or export whose decoder to begin with (null: the warm start)"
+        default=None, description="run, checkpoint or export whose decoder to start from (null: the warm start)"
     )
     gpu: Gpus = Field(description="number of the GPU, several (0,1,2,3), or cpu")
 
-    batch_size: int = Field(ge=1, le=65_536, description="crops of one step over all GPUs")
+    batch_size: int = Field(ge=1, le=65_536, description="global batch: crops of one step over all GPUs")
     micro_batch: Literal["auto"] | Annotated[int, Field(ge=1)] = Field(
-        description="crops at once on one GPU; auto: all, halved when memory runs out; on a CPU, 8 s of audio"
+        description="crops at once on one GPU; auto: all, halved when memory runs out (on a CPU: 8 s of audio)"
     )
     num_epochs: float = Field(gt=0, le=100_000, description="passes over the training split")
-    max_steps: int | None = Field(default=None, ge=1, description="stop after so many steps (null: num_epochs says)")
-    phase1_steps: int = Field(ge=0, description="steps in which only the new layers learn")
+    max_steps: int | None = Field(default=None, ge=1, description="stop after this many steps (null: after num_epochs)")
+    phase1_steps: int = Field(ge=0, description="first steps, in which only the new layers learn")
     phase1_epochs: float | None = Field(
-        default=None, ge=0, le=100_000, description="the same in epochs (null: phase1_steps says)"
+        default=None, ge=0, le=100_000, description="the same in epochs (null: use phase1_steps)"
     )
     segment_length: float = Field(gt=0, le=60, description="crop in seconds; becomes whole coarse tokens")
     segment_schedule: tuple[tuple[Annotated[int, Field(ge=0)], Annotated[float, Field(gt=0, le=60)]], ...] = Field(
@@ -48,15 +48,15 @@ class TrainSettings(Settings):
         "change so that a step holds the same audio"
     )  # fmt: skip
     precision: Literal["auto", "fp32", "bf16"] = Field(
-        description="of the stock layers and discriminators, all else is fp32; auto: bf16 on a GPU that has it"
+        description="of the stock layers and discriminators, the rest is fp32; auto: bf16 on a GPU that has it"
     )
     compile: Literal["auto"] | bool = Field(description="torch.compile of the decoder; auto: on a GPU")
 
-    learning_rate: float = Field(gt=0, le=1, description="of AdamW")
-    final_rate: float = Field(ge=0, le=1, description="where the rate's cosine ends, as part of it (1: constant)")
-    warmup_steps: int = Field(ge=0, description="steps in which each phase's rate rises")
+    learning_rate: float = Field(gt=0, le=1, description="learning rate of AdamW")
+    final_rate: float = Field(ge=0, le=1, description="where the cosine ends, as share of learning_rate (1: constant)")
+    warmup_steps: int = Field(ge=0, description="steps in which the learning rate of each phase rises")
     gradient_clip: float = Field(gt=0, le=1e6, description="largest gradient norm")
-    ema_decay: float = Field(ge=0, lt=1, description="of the running mean of weights that is validated and kept")
+    ema_decay: float = Field(ge=0, lt=1, description="decay of the EMA of weights, which is what is validated and kept")
     noise: Literal["zero", "keep"] = Field(
         description="SNAC's noise blocks: zero makes the decoder deterministic, keep leaves them as they are"
     )
@@ -69,37 +69,39 @@ class TrainSettings(Settings):
 
     adversarial_weight: float = Field(ge=0, le=1000, description="weight of the adversarial loss (0: none)")
     feature_weight: float = Field(ge=0, le=1000, description="weight of the feature matching loss")
-    balance_losses: bool = Field(description="weights are shares of the gradient's norm, as EnCodec's balancer has it")
+    balance_losses: bool = Field(description="make the weights shares of the gradient's norm, like EnCodec's balancer")
     discriminator_start: int = Field(ge=0, description="first steps, in which only the discriminators learn")
-    discriminator_learning_rate: float = Field(gt=0, le=1, description="of their AdamW")
-    discriminator_clip: float = Field(gt=0, le=1e6, description="largest norm of their gradient")
-    mpd_periods: tuple[Annotated[int, Field(ge=2, le=512)], ...] = Field(description="multi-period discriminators")
-    mpd_channels: int = Field(ge=1, le=256, description="of their first layer; the last has 32 times as many")
+    discriminator_learning_rate: float = Field(gt=0, le=1, description="learning rate of the discriminators' AdamW")
+    discriminator_clip: float = Field(gt=0, le=1e6, description="largest gradient norm of the discriminators")
+    mpd_periods: tuple[Annotated[int, Field(ge=2, le=512)], ...] = Field(
+        description="periods of the multi-period discriminators"
+    )
+    mpd_channels: int = Field(ge=1, le=256, description="channels of their first layer; the last has 32 times as many")
     mrd_n_ffts: tuple[Annotated[int, Field(ge=64, le=65_536)], ...] = Field(
         description="multi-band spectrogram discriminators: their STFT windows"
     )
-    mrd_channels: int = Field(ge=1, le=512, description="of their layers")
+    mrd_channels: int = Field(ge=1, le=512, description="channels of their layers")
 
-    seed: int = Field(ge=0, lt=2**63, description="of order, crops and the new layers' free channels")
+    seed: int = Field(ge=0, lt=2**63, description="seed of order, crops and the free channels of the new layers")
     window_shards: int = Field(ge=1, le=10_000, description="shards among which samples are shuffled")
     num_workers: int = Field(ge=0, le=256, description="processes that read and decode ahead, per GPU")
 
-    eval_batch_size: int = Field(ge=1, le=65_536, description="crops at once in validation")
-    eval_samples: int = Field(ge=1, description="fixed validation crops, at most")
+    eval_batch_size: int = Field(ge=1, le=65_536, description="crops decoded at once in validation")
+    eval_samples: int = Field(ge=1, description="largest number of validation crops, which are fixed")
     eval_every: int = Field(ge=1, description="steps between validations")
     best_metric: Literal["loss", "lsd", "lsd_hf", "lsd_lf", "lsd_hf_reached", "mel_distance", "si_sdr_lf_db"] = Field(
         description="which validation score makes best.pt"
     )
-    patience: int | None = Field(default=None, ge=1, description="stop after so many validations without a new best")
+    patience: int | None = Field(default=None, ge=1, description="stop after this many validations without a new best")
     checkpoint_every: int = Field(ge=1, description="steps between checkpoints")
-    checkpoint_minutes: float | None = Field(default=None, gt=0, description="minutes between checkpoints, too")
-    keep_last: int = Field(ge=1, description="checkpoints kept beside the best")
+    checkpoint_minutes: float | None = Field(default=None, gt=0, description="minutes between checkpoints, in addition")
+    keep_last: int = Field(ge=1, description="newest checkpoints kept, besides the best")
     keep_best: int = Field(ge=1, description="best checkpoints kept; best.pt is the first")
     log_every: int = Field(ge=1, description="steps between lines of metrics.jsonl")
     eval_clips: int = Field(ge=0, le=64, description="validation crops whose audio and spectrograms TensorBoard shows")
     wandb: str | None = Field(default=None, description="project of Weights & Biases to log to, too (null: none)")
     resume: Literal["auto", "never", "other_samples"] = Field(
-        description="auto: go on from the run's newest checkpoint, if any; other_samples: with what shards hold now"
+        description="auto: continue from the newest checkpoint, if any; other_samples: even if shards changed"
     )
 
     @property
@@ -160,7 +162,7 @@ class StatusSettings(Settings):
 class ModelSettings(Settings):
     model: Local = Field(description="a run, a checkpoint (.pt) or an exported directory")
     pretrained_model: str | None = Field(
-        default=None, description="where the checkpoint's SNAC 24 kHz lies now (null: where it was)"
+        default=None, description="where the SNAC 24 kHz of the checkpoint is now (null: where it was)"
     )
 
 
@@ -171,9 +173,9 @@ class DecodeSettings(ModelSettings):
     out: Local | None = Field(default=None, description="WAV to write (null: INPUT.48k.wav)")
     gpu: Gpu = Field(description="number of the GPU, or cpu")
     window_seconds: float = Field(ge=1, le=600, description="longest stretch encoded, or decoded on a GPU, at once")
-    stream: bool = Field(description="frame by frame, as a speech model gives them; reports latency and speed")
+    stream: bool = Field(description="decode frame by frame, as a speech model produces them; report latency and speed")
     lookahead_frames: int = Field(
-        ge=0, le=3, description="with stream: frames waited for; 3 is exact, 0 and 1 are sooner, and not exact"
+        ge=0, le=3, description="with stream: frames to wait for; 3 is exact, 0 and 1 are sooner and not exact"
     )
 
 
@@ -181,7 +183,7 @@ class ExportSettings(ModelSettings):
     """Write a directory that the stock `snac` package loads and whose decode(codes) returns 48 kHz audio."""
 
     out: Local = Field(description="directory to make")
-    fold: bool = Field(description="decoder_only.safetensors with weight norm folded into the kernels")
+    fold: bool = Field(description="fold weight norm into the kernels of decoder_only.safetensors")
     license: str | None = Field(default=None, description="licence of the new decoder's weights, for the model card")
 
 
@@ -243,7 +245,7 @@ class EvalSettings(Settings):
         default=None, description="or a folder of recordings, each its own target; those in one folder are one voice"
     )
     group_pattern: str | None = Field(
-        default=None, description="or what the first group of this regex finds in their paths below `audio`"
+        default=None, description="regex on the paths below `audio`: its first group names the voice (null: the folder)"
     )
     models: Named = Field(
         default={}, description="runs, checkpoints (.pt) or exported directories: a,b or models.NAME=PATH"
@@ -256,16 +258,16 @@ class EvalSettings(Settings):
     )
     out: Local = Field(description="folder to make")
     metrics: Annotated[tuple[MetricName, ...], BeforeValidator(_split)] = Field(
-        min_length=1, description="what is measured, a,b"
+        min_length=1, description="metrics to compute: a,b"
     )
-    samples: int = Field(ge=1, description="clips, at most; which ones is a function of seed")
-    max_seconds: float = Field(gt=0, le=600, description="recordings that last longer are not judged")
+    samples: int = Field(ge=1, description="largest number of clips, chosen by seed")
+    max_seconds: float = Field(gt=0, le=600, description="longer recordings are not judged")
     baseline: str = Field(description="system from which paired differences are taken")
-    bootstrap: int = Field(ge=100, le=1_000_000, description="resamples of voices for the 95 % intervals")
+    bootstrap: int = Field(ge=100, le=1_000_000, description="number of resamples of voices for the 95 % intervals")
     keep_audio: int = Field(ge=0, description="clips whose audio is kept, for `just report` and other systems")
     gpu: Gpu = Field(description="number of the GPU, or cpu")
-    num_workers: int = Field(ge=0, le=256, description="processes that measure (0: none beside this one)")
-    seed: int = Field(ge=0, lt=2**63, description="of the choice of clips, the warm start, noise and the bootstrap")
+    num_workers: int = Field(ge=0, le=256, description="processes that compute metrics (0: only this one)")
+    seed: int = Field(ge=0, lt=2**63, description="seed of the choice of clips, warm start, noise and bootstrap")
 
 
 class ReportSettings(Settings):
@@ -280,5 +282,5 @@ class ReportSettings(Settings):
     shards: Place | None = Field(
         default=None, description="folder or URL with index.parquet, for the targets (null: those that were judged)"
     )
-    clips: int = Field(ge=1, le=1000, description="clips to listen to, at most")
-    seconds: float = Field(gt=0, le=600, description="longest stretch of a clip; the page says where it is not all")
+    clips: int = Field(ge=1, le=1000, description="largest number of clips to listen to")
+    seconds: float = Field(gt=0, le=600, description="longest stretch of a clip; the page says if a clip is cut")
