@@ -193,20 +193,20 @@ def test_a_checkpoint_of_a_former_setting_goes_on(work: Path, finished: Path, tm
 
 @dataclass(frozen=True)
 class OneOfTwo(Process):
-    """The other has these numbers."""
+    """The other has these numbers, call by call."""
 
-    others: list[int]
+    others: list[list[int]]
 
     def all_have(self, numbers: list[int]) -> list[bool]:
-        return [a == b for a, b in zip(numbers, self.others, strict=True)]
+        return [a == b for a, b in zip(numbers, self.others.pop(0), strict=True)]
 
 
 @dataclass(frozen=True)
 class Noting(Process):
-    noted: list[int] = field(default_factory=list)
+    noted: list[list[int]] = field(default_factory=list)
 
     def all_have(self, numbers: list[int]) -> list[bool]:
-        self.noted.extend(numbers)
+        self.noted.append(numbers)
         return [True] * len(numbers)
 
 
@@ -236,6 +236,17 @@ def test_processes_begin_alike(work: Path, finished: Path, tmp_path: Path) -> No
     compared("best validation", run=tmp_path / "no best")
     compared("weights", weight=1e-3)
     compared("last step, max_steps, learning_rate", learning_rate=1e-5, max_steps=7)
+
+
+def test_a_program_that_knows_other_settings_does_not_train_along(work: Path, tmp_path: Path) -> None:
+    """Told before messages are compared that have a number for each: gloo aborts where they differ in length."""
+    settings = train_settings(work, tmp_path / "run")
+    noting = Noting(0, 2, torch.device("cpu"))
+    check_that_all_begin_alike(noting, settings, {"step": 0, "last step": 6, "of a newer version": 1})
+    with pytest.raises(UserError, match="run different versions of this program: bring all to the same"):
+        check_that_all_begin_alike(
+            OneOfTwo(0, 2, torch.device("cpu"), noting.noted), settings, {"step": 0, "last step": 6}
+        )
 
 
 def test_a_run_is_not_overwritten_unasked(

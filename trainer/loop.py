@@ -346,10 +346,11 @@ class Trainer:
 
     def _describe(self) -> str:
         training, validation = (sum(map(len, part)) for part in (self.corpus.training, self.corpus.validation))
+        together = f", the first of {self.process.world_size}" if distributed.under_torchrun() else ""
         return (
             f"{training} training and {validation} validation segments, codes by {self.weights.describe()}, "
             f"targets by {self.data['teacher']}; steps {self.step} … {self.total_steps} of "
-            f"{segment_text(self.stream.stages)} on {self.process.device}, process {os.getpid()}"
+            f"{segment_text(self.stream.stages)} on {self.process.device}, process {os.getpid()}{together}"
         )
 
     def _say(self, text: str) -> None:

@@ -83,6 +83,8 @@ def judges_alike(settings: TrainSettings, data: dict[str, Any], state: dict[str,
 def check_that_all_begin_alike(process: Process, settings: TrainSettings, begins_with: dict[str, Any]) -> None:
     """Raises UserError where processes on several machines would train different things as if they were one."""
     compared = {**begins_with, **settings.model_dump(mode="json", exclude=OF_A_MACHINE)}
+    if not all(process.all_have([number_of(list(compared))])):  # else their messages would not be of one length
+        raise UserError("the processes of this training run different versions of this program: bring all to the same")
     same = process.all_have(list(map(number_of, compared.values())))
     different = [name for name, is_same in zip(compared, same, strict=True) if not is_same]
     if different:
