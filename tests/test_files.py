@@ -218,3 +218,14 @@ def test_who_holds_a_folder_alone_is_said(tmp_path: Path) -> None:
     refused = pytest.raises(UserError, match="writing here; wait for it")
     with exclusive(tmp_path, shared=True), exclusive(tmp_path, shared=True), refused, exclusive(tmp_path):
         pass
+
+
+def test_a_folder_is_held_where_the_disk_is_too_full_to_say_by_whom(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(descriptor: int, data: bytes) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "write", full)
+    with exclusive(tmp_path), pytest.raises(UserError, match="writing here; wait for it"), exclusive(tmp_path):
+        pass
