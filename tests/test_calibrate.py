@@ -148,6 +148,20 @@ def test_other_targets_stop_the_run(
         shard_targets(settings())
 
 
+def test_targets_that_do_not_rise_and_fall_as_their_recordings_stop_the_run(
+    settings: Callable[..., CalibrateSettings],
+) -> None:
+    fine = {name: [0.0, 0.0, 0.0] for name in ("lag_samples", "level_difference_db", "model_level_db")}
+    check({"recordings": 6, **fine, "correlation": [0.9, 0.9, 0.9]}, settings())
+    with pytest.raises(UserError, match=r"typically correlate by 0\.20"):
+        check({"recordings": 6, **fine, "correlation": [0.2, 0.2, 0.9]}, settings())
+
+
+def test_recordings_as_they_are_have_nothing_to_calibrate(work: Path) -> None:
+    with pytest.raises(UserError, match="teacher=recording has nothing to calibrate"):
+        calibrate(CalibrateSettings.model_validate(targets_settings(work).model_dump()))
+
+
 def test_auto_is_not_stopped_by_the_few_that_need_sidon(
     settings: Callable[..., CalibrateSettings], monkeypatch: pytest.MonkeyPatch
 ) -> None:

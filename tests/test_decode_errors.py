@@ -65,6 +65,7 @@ def test_a_wrong_input_is_one_line(untrained: Path, tmp_path: Path, name: str) -
 
 def test_a_wrong_model_is_one_line(untrained: Path, tmp_path: Path) -> None:
     (tmp_path / "text.pt").write_text("no weights")
+    torch.save({"decoder": {}}, tmp_path / "foreign.pt")
     (tmp_path / "empty").mkdir()
     (tmp_path / "a.npy").write_bytes(npy_bytes(GOOD))
     shutil.copytree(TINY_SNAC, tmp_path / "other")
@@ -77,6 +78,7 @@ def test_a_wrong_model_is_one_line(untrained: Path, tmp_path: Path) -> None:
         ([f"model={tmp_path / 'missing'}"], "missing: no checkpoint there"),
         ([f"model={tmp_path / 'empty'}"], "empty: no checkpoint there"),
         ([f"model={tmp_path / 'text.pt'}"], "text.pt is not a readable checkpoint"),
+        ([f"model={tmp_path / 'foreign.pt'}"], "foreign.pt is not a checkpoint of this trainer"),
         ([f"model={TINY_SNAC}"], "is not a directory made by `just export`"),
         ([f"model={tmp_path / 'export'}"], "is not a directory made by `just export`: crc32 of .* differs"),
         (

@@ -150,6 +150,8 @@ def test_a_clip_is_that_stretch_of_the_whole_recording(snac: SNAC, work: Path) -
         expected = Resampler(recording, TARGET_RATE).read(start, start + len(found))
         np.testing.assert_array_equal(clip.source, expected)
     assert middle, "some clip has real context before it"
+    shards.plan[clip.key] = {**row, "file_frames": row["file_frames"] + 1}
+    assert shards.load(place).source is None, "the file is not the one that was planned"
 
 
 @torch.no_grad()
@@ -191,6 +193,14 @@ def test_a_folder_of_recordings(recordings: Path, model: Path, tmp_path: Path) -
     assert len(rows) == 2 + 7 * 4
     low = [row["bandwidth_hz"] for row in rows if row["system"] == "target" and row["clip"] == "speaker_3/take_0"]
     assert low[0] <= 8250, "a recording at 16 kHz"
+
+
+def test_where_no_clip_can_be_used_nothing_is_left(recordings: Path, model: Path, tmp_path: Path) -> None:
+    words = (f"audio={recordings}", f"models.mine={model}", f"out={tmp_path / 'eval'}", "max_seconds=0.1")
+    code, output = call("eval", *words, *QUICK)
+    assert code == 1
+    assert "error: no clip could be used; the first because: lasts 0.4 s, more than max_seconds=0.1" in output
+    assert not list(tmp_path.glob("eval*"))
 
 
 def test_another_systems_folder(judged: Path, work: Path, tmp_path: Path) -> None:

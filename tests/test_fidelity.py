@@ -66,6 +66,8 @@ def test_one_silence_says_nothing_of_the_other(silent: str) -> None:
     found = compare(*((silence, voice) if silent == "source" else (voice, silence)))
     assert found["correlation"] == 0.0
     assert found["lag_samples"] is None
+    assert found["level_difference_db"] is not None
+    assert (found["level_difference_db"] > 0) == (silent == "source")
 
 
 def at_level(samples: Samples, level_db: float, seed: int) -> Samples:

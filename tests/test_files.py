@@ -20,27 +20,36 @@ import pyarrow.parquet as pq
 import pytest
 
 from shards.errors import UserError
-from shards.files import described, exclusive, new_folder, replacing
+from shards.files import described, exclusive, move, new_folder, replacing
 from tests.helpers import ROOT, longest_file
 
 
 def test_bytes_reach_the_disk_before_the_name_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[str] = []
-    fsync, rename = os.fsync, Path.replace
+    fsync, replace, rename = os.fsync, Path.replace, Path.rename
 
     def watched_fsync(descriptor: int) -> None:
         calls.append("fsync " + Path(f"/proc/self/fd/{descriptor}").readlink().name)
         fsync(descriptor)
 
+    def watched_replace(self: Path, target: Path) -> Path:
+        calls.append("name " + target.name)
+        return replace(self, target)
+
     def watched_rename(self: Path, target: Path) -> Path:
-        calls.append("rename " + target.name)
+        calls.append("name " + target.name)
         return rename(self, target)
 
     monkeypatch.setattr(os, "fsync", watched_fsync)
-    monkeypatch.setattr(Path, "replace", watched_rename)
+    monkeypatch.setattr(Path, "replace", watched_replace)
+    monkeypatch.setattr(Path, "rename", watched_rename)
     with replacing(tmp_path / "file") as temporary:
         temporary.write_text("text")
-    assert calls == ["fsync file.tmp", "rename file", f"fsync {tmp_path.name}"]
+    move(tmp_path / "file", tmp_path / "moved")
+    with new_folder(tmp_path / "folder") as made:
+        made.mkdir()
+    named = [call for name in ("file", "moved", "folder") for call in (f"name {name}", f"fsync {tmp_path.name}")]
+    assert calls == ["fsync file.tmp", *named]
 
 
 def test_what_could_not_be_written_is_said(tmp_path: Path) -> None:
@@ -208,4 +217,15 @@ def test_who_holds_a_folder_alone_is_said(tmp_path: Path) -> None:
                 pass
     refused = pytest.raises(UserError, match="writing here; wait for it")
     with exclusive(tmp_path, shared=True), exclusive(tmp_path, shared=True), refused, exclusive(tmp_path):
+        pass
+
+
+def test_a_folder_is_held_where_the_disk_is_too_full_to_say_by_whom(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(descriptor: int, data: bytes) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "write", full)
+    with exclusive(tmp_path), pytest.raises(UserError, match="writing here; wait for it"), exclusive(tmp_path):
         pass

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from shards.contract import COARSE_48K, TARGET_RATE
 from trainer.losses import (
-    LOG_FLOOR,
     MEL_SCALES,
     log_stft_l1,
     magnitudes,
@@ -24,7 +23,7 @@ from trainer.losses import (
     waveform_l1,
     weighted,
 )
-from trainer.metrics import FLOOR, N_FFT, SPLIT_HZ, log_spectral_distances
+from trainer.metrics import FLOOR, N_FFT, log_spectral_distances
 
 N_FFTS = (1024, 2048, 4096, 8192)
 WEIGHTS = {"l1": 0.7, "stft": 1.3, "log_stft": 0.2, "mel": 15.0}
@@ -92,7 +91,7 @@ def test_log_magnitudes_are_compared_as_parallel_wavegan_does() -> None:
     def log_magnitudes(signal: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
         padded = np.pad(signal, n_fft // 2)
         frames = [padded[start : start + n_fft] * window for start in range(0, n + 1, n_fft // 4)]
-        return np.log(np.maximum(np.abs(np.fft.rfft(frames)) / np.sqrt(np.sum(window**2)), LOG_FLOOR))
+        return np.log(np.maximum(np.abs(np.fft.rfft(frames)) / np.sqrt(np.sum(window**2)), 1e-5))
 
     expected = np.abs(log_magnitudes(a) - log_magnitudes(b)).mean()
     pair = torch.from_numpy(a)[None], torch.from_numpy(b)[None], torch.tensor([n])
@@ -115,7 +114,7 @@ def slaney_filters(n_fft: int, n_mels: int) -> npt.NDArray[np.float64]:
 def test_mel_distance_is_dacs() -> None:
     n, expected = 5000, 0.0
     a, b = 0.3 * noise(n, seed=1).numpy(), 0.02 * noise(n, seed=2).numpy()
-    for n_fft, n_mels in MEL_SCALES:
+    for n_fft, n_mels in ((32 << scale, 5 << scale) for scale in range(7)):
         window, filters = scipy.signal.get_window("hann", n_fft), slaney_filters(n_fft, n_mels)
         mels = []
         for signal in (a, b):
@@ -183,7 +182,7 @@ def test_log_spectral_distance_is_numpys() -> None:
     a = 0.3 * np.sin(2 * np.pi * 440 * time) + 0.01 * noise(30_000, seed=4).numpy()
     b = 0.2 * np.sin(2 * np.pi * 445 * time) * (time < 0.3)
     difference = (log_power(a) - log_power(b)) ** 2
-    high = np.fft.rfftfreq(N_FFT, 1 / TARGET_RATE) >= SPLIT_HZ
+    high = np.fft.rfftfreq(N_FFT, 1 / TARGET_RATE) >= 12_000
     bands = {"lsd": high | True, "lsd_hf": high, "lsd_lf": ~high}
     expected = {name: np.sqrt(difference[:, band].mean(axis=1)).mean() for name, band in bands.items()}
     found = log_spectral_distances(torch.from_numpy(a).float(), torch.from_numpy(b).float())

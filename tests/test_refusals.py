@@ -86,6 +86,11 @@ def test_a_damaged_snac_is_one_line(
     assert not stamps(tmp_path / "work")
 
 
+def test_a_snac_that_is_not_pinned_is_refused(recordings: Path, tmp_path: Path) -> None:
+    words = codes_words(recordings, tmp_path / "work", "pretrained_model=someone/snac")
+    refused(words, "someone/snac is neither a directory nor a repository listed in")
+
+
 @pytest.mark.parametrize(
     "changes",
     [

@@ -253,7 +253,9 @@ def test_a_finished_stream_takes_no_more(model: StepDecoder) -> None:
     assert stream.finish().shape == (1, 0)
 
 
-@pytest.mark.parametrize("options", [{"lookahead_frames": 4}, {"lookahead_frames": -1}])
+@pytest.mark.parametrize(
+    "options", [{"lookahead_frames": 4}, {"lookahead_frames": -1}, {"lookahead_frames": 0, "step_coarse": 2}]
+)
 def test_wrong_options_are_refused(model: StepDecoder, options: dict[str, int]) -> None:
     with pytest.raises(UserError, match="lookahead_frames"):
         StreamingDecoder(model, **options)

@@ -98,6 +98,7 @@ def test_targets_beyond_full_scale_are_rejected(audio: Path, tmp_path: Path) -> 
     [
         (lambda table: table.slice(1), "rows of codes for"),
         (lambda table: table.take(list(range(len(table)))[::-1]), "the plan says"),
+        (lambda table: table.set_column(0, "key", table["key"][::-1]), "planned is"),
         (lambda table: with_codes(table, lambda codes: [5000, *codes[1:]]), "tokens run from .* to 5000"),
         (lambda table: with_codes(table, lambda codes: codes[:14]), "2 coarse tokens, metadata says"),
     ],
@@ -110,6 +111,16 @@ def test_damaged_codes_make_no_shard(damage: Any, message: str, audio: Path, tmp
     with pytest.raises(ShardError, match=message):
         shard_targets(targets_settings(work))
     assert not list((work / "shards").rglob("*.tar"))
+
+
+def test_codes_of_another_plan_make_no_shard(audio: Path, tmp_path: Path) -> None:
+    work = tmp_path / "work"
+    shard_codes(codes_settings(audio, work))
+    path = min((work / "codes").glob("*/*.parquet"))
+    told = read_metadata(path)
+    write_table(path, pq.read_table(path), {**told, "fingerprint": {**told["fingerprint"], "plan_rows": "0"}})
+    with pytest.raises(ShardError, match="was made for another plan"):
+        shard_targets(targets_settings(work))
 
 
 def with_codes(table: pa.Table, change: Any) -> pa.Table:

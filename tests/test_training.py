@@ -21,6 +21,7 @@ from pipeline.codes import shard_codes
 from pipeline.targets import shard_targets
 from shards.contract import COARSE_48K, TARGET_RATE
 from shards.errors import SettingsError, UserError
+from shards.index import compact, shard_list
 from tests.command_helpers import assert_one_line
 from tests.helpers import TINY_SNAC, codes_settings, longest_file, targets_settings
 from tests.training_helpers import (
@@ -344,6 +345,14 @@ def test_shards_of_another_snac_are_refused(work: Path, tmp_path: Path) -> None:
     torch.save(weights, other / "pytorch_model.bin")
     with pytest.raises(UserError, match=r"holds codes of another SNAC .*pytorch_model\.bin is \w+, now \w+"):
         Trainer(train_settings(work, tmp_path / "run", pretrained_model=str(other)), CPU)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("split", ["train", "validation"])
+def test_shards_without_a_usable_segment_are_refused(split: str, shards: Path, tmp_path: Path) -> None:
+    compact(shards, [place for place in shard_list(shards) if place[0] != split])
+    with pytest.raises(UserError, match=f"has no usable segment in the split {split}"):
+        Trainer(train_settings(tmp_path, tmp_path / "run"), CPU)
     assert not (tmp_path / "run").exists()
 
 
