@@ -60,8 +60,8 @@ class Process:
 
     def raise_together(self, error: Exception | None) -> None:
         """Raises `error`; where only other processes have one, ElsewhereError. So none waits for those that end."""
-        one = torch.tensor([error is not None], dtype=torch.float32, device=self.device)
-        on_any = self.world_size > 1 and self.sum(one).item() > 0
+        raises = [float(error is not None)]
+        on_any = self.world_size > 1 and self.sum(torch.tensor(raises, device=self.device)).item() > 0
         if error:
             raise error
         if on_any:
