@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -206,6 +207,15 @@ distributed.launch("0,1")
 """
 
 
+@contextmanager
+def ending(process: subprocess.Popen[Any]) -> Iterator[None]:
+    """Whatever fails, it is not waited for in vain."""
+    try:
+        yield
+    finally:
+        process.kill()
+
+
 def test_signals_to_several_processes(work: Path, tmp_path: Path) -> None:
     """SIGUSR1 to the process that the log names saves, to torchrun does nothing; when torchrun dies, they leave."""
     run = tmp_path / "run"
@@ -213,7 +223,7 @@ def test_signals_to_several_processes(work: Path, tmp_path: Path) -> None:
     with subprocess.Popen(
         [sys.executable, "-c", LAUNCHER, "train", *words], cwd=ROOT, env=ENVIRONMENT,
         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-    ) as torchrun:  # fmt: skip
+    ) as torchrun, ending(torchrun):  # fmt: skip
 
         def wait_for(what: Callable[[], Any]) -> None:
             until = time.monotonic() + 120

@@ -60,6 +60,23 @@ def test_sigusr1_saves_within_the_step_and_goes_on(work: Path, tmp_path: Path, m
     assert signal.getsignal(signal.SIGUSR1) == signal.SIG_DFL
 
 
+def test_sigusr1_amid_an_answer_is_answered_at_the_next_step(
+    work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It arrives once the answer is made up, and before that is given."""
+    tensor, asked = torch.tensor, list[int]()
+
+    def asking(values: Any, **options: Any) -> torch.Tensor:
+        if values == [False, False] and not asked:  # whether to leave, whether to save
+            asked.append(signal.SIGUSR1)
+            os.kill(os.getpid(), signal.SIGUSR1)
+        return tensor(values, **options)
+
+    at_step(2, lambda: monkeypatch.setattr(torch, "tensor", asking), monkeypatch)
+    small_training(work, tmp_path / "run", checkpoint_every=99, eval_every=99, keep_last=9)
+    assert steps_kept(tmp_path / "run") == [4, 6]
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_sigterm_and_ctrl_c_save_within_the_step_and_leave(
     number: int, work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -288,8 +288,7 @@ class Trainer:
         """Whether any process was asked to leave, and whether any was to save, or it is time to."""
         minutes = self.settings.checkpoint_minutes
         due = minutes is not None and self.process.is_first and time.monotonic() - self.saved_at > 60 * minutes
-        wanted = torch.tensor([asked.leave, asked.save or due], dtype=torch.float32, device=self.process.device)
-        asked.save = False
+        wanted = torch.tensor([asked.leave, asked.save() or due], dtype=torch.float32, device=self.process.device)
         leave, save = self.process.sum(wanted).tolist()
         return leave > 0, save > 0
 

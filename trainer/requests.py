@@ -11,20 +11,23 @@ HEARD = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
 class Requests:
-    """`leave` and `save` become true when their signal arrives; the loop answers within its step.
-
-    A second Ctrl-C does not wait for that.
-    """
+    """What the loop answers within its step. A second Ctrl-C does not wait for that."""
 
     def __init__(self) -> None:
-        self.leave = self.save = False
+        self.leave = False
+        self._saves = self._answered = 0
 
     def hear(self, number: int, frame: Any) -> None:
         if number == signal.SIGUSR1:
-            self.save = True
+            self._saves += 1
             return
         self.leave = True
         signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def save(self) -> bool:
+        """Whether SIGUSR1 came since the last call."""
+        before, self._answered = self._answered, self._saves  # what comes from here on is the next call's
+        return self._answered > before
 
 
 @contextmanager
