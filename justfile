@@ -4,6 +4,7 @@ set positional-arguments
 set no-exit-message
 
 export PYTHONUTF8 := "1"  # whatever the locale's letters are, which may lack … and ×
+export PYTHONSAFEPATH := ""  # `python -m` finds the packages here
 
 python := ".venv/bin/python"
 sync := "uv pip sync --python " + python

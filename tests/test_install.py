@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -99,3 +100,11 @@ def test_an_argument_is_one_word_and_no_code(recipe: str, clone: Path) -> None:
     told = subprocess.run(["just", recipe, *words], cwd=clone, capture_output=True, text=True, check=True).stdout
     assert told.splitlines()[-len(words) :] == words
     assert not (clone / "made").exists()
+
+
+def test_commands_are_found_where_python_leaves_out_their_folder(clone: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert just(clone, "_env").wait(30) == 0
+    (clone / ".venv" / "bin" / "python").write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
+    (clone / "trainer.py").touch()
+    monkeypatch.setenv("PYTHONSAFEPATH", "1")
+    assert just(clone, "status").wait(30) == 0
