@@ -42,14 +42,26 @@ LEFT_BEHIND = timedelta(days=1)
 FATAL = (UserError, OSError, MemoryError)
 
 
+class _Lines:
+    """Shows each state of a bar as a line of its own: a container's log shows none that has not ended."""
+
+    def write(self, text: str) -> None:
+        if state := text.strip():
+            print(state, file=sys.stderr, flush=True)
+
+    def flush(self) -> None:
+        pass
+
+
 class Progress:
     """The bar over all processes, in seconds of audio; and the count of shards that could not be made."""
 
     def __init__(self, doing: str, plan: Plan, mine: Sequence[int], waiting: Sequence[int]) -> None:
         total, left = (sum(plan.seconds[number] for number in numbers) for numbers in (mine, waiting))
         shown = "{desc}: {percentage:3.0f}%|{bar}| {n:.0f}/{total:.0f} s of audio, {rate_fmt}, {remaining} left"
-        between = 0.1 if sys.stderr.isatty() else SECONDS_BETWEEN_LINES
-        options = {"initial": total - left, "unit": " s", "bar_format": shown, "mininterval": between}
+        options: dict[str, Any] = {"initial": total - left, "unit": " s", "bar_format": shown}
+        if not sys.stderr.isatty():
+            options |= {"file": _Lines(), "mininterval": SECONDS_BETWEEN_LINES}
         self._bar = tqdm(total=total, desc=doing, **options)
         self._plan, self._advanced = plan, defaultdict[int, float](float)
         self._problems: dict[int, str] = {}

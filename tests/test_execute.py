@@ -152,6 +152,20 @@ def killing(find: Callable[[], int | None], times: int) -> Iterator[list[int]]:
         thread.join()
 
 
+def test_in_a_log_progress_is_lines(small: Callable[..., Stage], capfd: pytest.CaptureFixture[str]) -> None:
+    stage = small(Slow)
+    progress = progress_of(stage)
+    progress.finish(0, "planted")
+    progress.close()
+    began, *problem, ended = capfd.readouterr().err.split("\n")[:-1]
+    assert [began[:13], *problem, ended[:9]] == [
+        "testing:   0%",
+        f"{progress.name(0)} could not be made:",
+        "planted",
+        "testing: ",
+    ]
+
+
 def test_a_killed_process_loses_nothing(small: Callable[..., Stage]) -> None:
     """Its shard goes to another process; no other shard is begun twice."""
     stage = small(Slow, "", "workers=2")
