@@ -148,8 +148,9 @@ def described(error: BaseException) -> str:
     if not isinstance(error, OSError) or not error.errno:
         return str(error) or type(error).__name__
     what = os.strerror(error.errno) if error.errno in OF_WRITING else error.strerror  # pyarrow's words are longer
-    way_out = ": make room (df -h, df -i), and run the same command again" if is_full(error) else ""
-    return f"{what}: {error.filename or 'while writing'}{way_out}"
+    where = error.filename or ("while writing" if error.errno in OF_WRITING else "")
+    way_out = "make room (df -h, df -i), and run the same command again" if is_full(error) else ""
+    return ": ".join(filter(None, (what, str(where), way_out)))
 
 
 def reason_of_one(path: object, error: OSError) -> str:

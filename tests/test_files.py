@@ -70,6 +70,7 @@ def test_what_could_not_be_written_is_said(tmp_path: Path) -> None:
     assert described(full) == (
         f"No space left on device: {path}: make room (df -h, df -i), and run the same command again"
     )
+    assert described(OSError(errno.EMFILE, "Too many open files")) == "Too many open files"  # as of a socket
 
 
 def test_a_folder_is_named_before_anything_is_written(tmp_path: Path) -> None:
