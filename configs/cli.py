@@ -37,6 +37,8 @@ def add_command(group: click.Group, name: str, settings: type[Settings], config:
         except UserError as error:
             _fail(str(error))
             sys.exit(error.exit_code)
+        except BrokenPipeError:  # of `head` that has read enough: click ends without a word
+            raise
         except OSError as error:
             _fail(described(error))
             sys.exit(1)

@@ -186,6 +186,16 @@ def test_help_as_a_user_asks_for_it() -> None:
     assert "retry=none (or failed)\n" in process.stdout
 
 
+def test_output_that_nobody_reads_to_its_end_ends_a_command_without_a_word(work: Path) -> None:
+    """As `head` reads it."""
+    read, write = os.pipe()
+    os.close(read)
+    words = [sys.executable, "-m", "pipeline", "inspect", f"path={work}"]
+    process = subprocess.run(words, cwd=ROOT, stdout=write, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(write)
+    assert (process.returncode, process.stderr) == (1, "")
+
+
 def test_a_repository_is_no_work_folder() -> None:
     with pytest.raises(SettingsError, match=r"work: every file in a repository of the hub is a commit"):
         load_settings(CodesSettings, "shard_codes.json", ["audio=hf://datasets/a/b", "work=hf://datasets/a/c"])
