@@ -143,16 +143,17 @@ pins:
 
 # .venv holds exactly requirements.lock, or requirements-all.lock once `just extras` has run
 _env:
-    @cmp -s "$(cat .venv/.lock 2>/dev/null || echo requirements.lock)" .venv/.installed || just _install
+    @cmp -s "$(cat .venv/.wanted 2>/dev/null || echo requirements.lock)" .venv/.installed || just _install
 
 # one at a time, so the default is read when it is this one's turn
 _install *lock:
     @mkdir -p .venv && flock .venv/.installing just _sync {{ lock }}
 
 # what is there already, or in uv's cache, needs no network; the stamp is written last
-_sync lock=`cat .venv/.lock 2>/dev/null || echo requirements.lock`:
+# (not in .venv/.lock: uv makes that one, for every user of the machine to write)
+_sync lock=`cat .venv/.wanted 2>/dev/null || echo requirements.lock`:
     @echo "installing {{ lock }} into .venv" >&2
     @test -x {{ python }} || uv venv --quiet --allow-existing .venv
     @rm -f .venv/.installed
     @{{ sync }} --offline {{ lock }} >/dev/null 2>&1 || {{ sync }} {{ lock }} >&2
-    @echo {{ lock }} > .venv/.lock && cp {{ lock }} .venv/.installed
+    @echo {{ lock }} > .venv/.wanted && cp {{ lock }} .venv/.installed

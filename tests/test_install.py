@@ -66,6 +66,14 @@ def test_two_commands_at_once_install_one_after_the_other(clone: Path) -> None:
     assert (clone / "log").read_text().split() == lines, "there is nothing left to do"
 
 
+def test_what_others_write_into_uvs_own_lock_is_not_run(clone: Path) -> None:
+    """uv makes .venv/.lock, which every user of the machine may write."""
+    assert just(clone, "_env").wait(30) == 0
+    (clone / ".venv" / ".lock").write_text("requirements.lock; touch made; true")
+    assert just(clone, "_env").wait(30) == 0
+    assert not (clone / "made").exists()
+
+
 @pytest.mark.parametrize("recipe", ["extras", "_env"])
 def test_without_a_network_what_was_installed_stays_of_use(recipe: str, clone: Path) -> None:
     """Once the lock file is what it was, or at once where other packages were only asked for."""
