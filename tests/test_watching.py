@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from shards.files import exclusive
 from tests.helpers import ROOT
 from tests.training_helpers import ADVERSARIAL, CPU, call, logged_steps, metrics, small_training, train_settings
 from trainer.boards import WeightsAndBiases, spectrogram
+from trainer.distributed import Process
 from trainer.log import RunLog
 from trainer.loop import Trainer
 from trainer.status import report
@@ -107,6 +109,16 @@ def test_speed_is_that_of_all_steps_and_of_real_audio(work: Path, tmp_path: Path
     ]  # fmt: skip
     speeds = [line["audio_seconds_per_second"] for line in lines]
     assert speeds == pytest.approx([sum(audio[:2]) / 5, sum(audio[2:]) / 10])
+
+
+def test_waiting_for_the_data_of_another_process_counts(
+    work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Process, "raise_together", lambda *_: time.sleep(0.2))
+    small_training(work, tmp_path, max_steps=2)
+    lines = [line for line in metrics(tmp_path) if line["kind"] == "train"]
+    assert all(line["seconds_per_step"] * line["data_wait_share"] > 0.199 for line in lines)
+    assert len(lines) == 2
 
 
 def test_status_after_the_end(finished: Path) -> None:

@@ -187,18 +187,17 @@ class Trainer:
         return left, early
 
     def _next_batch(self, batches: Iterator[Batch]) -> tuple[Batch | None, float]:
-        """What is trained on next, None after the last step; and the seconds that this process waited for it.
+        """What is trained on next, None after the last step; and the seconds until every process had its share.
 
-        Raises on every process where one cannot read its share: all leave after the same step, with whole weights.
+        Raises on every process where one cannot read it: all leave after the same step, with whole weights.
         """
         batch, unread, started = None, None, time.monotonic()
         try:
             batch = next(batches, None)
         except UNREADABLE as error:
             unread = error
-        waited = time.monotonic() - started
         self.process.raise_together(unread)
-        return batch, waited
+        return batch, time.monotonic() - started
 
     def _train_step(self, batch: Batch) -> dict[str, float]:
         settings, phase = self.settings, 1 if self.step < self.phase1_steps else 2
@@ -300,7 +299,7 @@ class Trainer:
             checkpoint.prune(self.settings.run, self.settings.keep_last)
 
     def _save_what_is_not(self) -> None:
-        """Without the other processes, who wait for this one. What ended training is said, whether or not this goes."""
+        """Without the other processes, which leave too. What ended training is said, whether or not this goes."""
         with suppress(OSError, UserError):
             if self.process.is_first and self.step > checkpoint.newest_step(self.settings.run):
                 self._save()
