@@ -22,6 +22,10 @@ from shards.storage import Location, Url, is_full
 KEPT = "*-" + 16 * "[0-9a-f]"  # how names begin of what is kept
 
 
+class CacheError(UserError):
+    """What is read from a URL finds no place on this machine."""
+
+
 def default_cache() -> ShardCache:
     """8 GiB below the user's cache folder; a folder is made when the first remote shard is read.
 
@@ -87,19 +91,19 @@ class ShardCache:
                 if not is_full(error):
                     raise
                 if not self._give_up(size):
-                    raise UserError(
+                    raise CacheError(
                         f"cache={self.folder}: {error.strerror} for the {size / 2**30:.2f} GiB of {shard}, beside "
                         f"{self._held() / 2**30:.2f} GiB of shards that are read at once: make room, or name a cache= "
                         "on another disk, and a cache_gib= that fits it"
                     ) from error
 
     def _make_room(self, size: int) -> None:
-        """Raises UserError when the shards that are needed at once take more than the limit."""
+        """Raises CacheError when the shards that are needed at once take more than the limit."""
         self._drop_leftovers()
         total = size + self._held()
         total -= self._give_up(total - self.limit_bytes)
         if total > self.limit_bytes:
-            raise UserError(
+            raise CacheError(
                 f"the shards that are read at once take {total / 2**30:.2f} GiB, cache_gib allows "
                 f"{self.limit_bytes / 2**30:.2f}: allow more, or take fewer window_shards"
             )
@@ -142,7 +146,7 @@ class ShardCache:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise UserError(
+            raise CacheError(
                 f"cache={self.folder} cannot be made ({error.strerror}: {error.filename}): name another cache=, or "
                 "XDG_CACHE_HOME in the environment"
             ) from error
@@ -152,7 +156,7 @@ class ShardCache:
             except BlockingIOError:
                 raise
             except OSError as error:
-                raise UserError(
+                raise CacheError(
                     f"cache={self.folder} cannot be locked ({error.strerror}): name a cache= on a local disk"
                 ) from error
             yield

@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 from fsspec.implementations.local import LocalFileSystem
 
-from shards.cache import ShardCache, default_cache
-from shards.errors import ShardError, UserError
+from shards.cache import CacheError, ShardCache, default_cache
+from shards.errors import ShardError
 from shards.index import load
 from shards.order import Order
 from shards.reader import read_sample
@@ -58,7 +58,7 @@ def test_a_user_without_a_home_keeps_shards_beside_temporary_files(
 def test_a_cache_that_cannot_be_made_names_the_way_out(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     shard = shard_of(tmp_path / "far", "a")
-    with pytest.raises(UserError, match=r"cannot be made \(Not a directory: .*\): name another cache="):
+    with pytest.raises(CacheError, match=r"cannot be made \(Not a directory: .*\): name another cache="):
         ShardCache(tmp_path / "file" / "shards", MANY).open(shard)
 
 
@@ -104,7 +104,7 @@ def test_the_least_recently_read_goes_and_what_is_wanted_stays(tmp_path: Path) -
     cache.wanted = (a, c, b)
     read(cache, b)
     assert held(cache) == ["a", "b", "c"]
-    with pytest.raises(UserError, match=r"cache_gib allows .*: allow more, or take fewer window_shards"):
+    with pytest.raises(CacheError, match=r"cache_gib allows .*: allow more, or take fewer window_shards"):
         read(cache, d)
     assert held(cache) == ["a", "b", "c"]
 
@@ -134,7 +134,7 @@ def test_on_a_full_disk_what_is_not_wanted_makes_room(
     expected = (
         rf"cache={cache.folder}: {os.strerror(error)} for the 0.00 GiB of .*d\.tar.* name a cache= on another disk"
     )
-    with pytest.raises(UserError, match=expected):
+    with pytest.raises(CacheError, match=expected):
         read(cache, d)
     assert held(cache) == ["a", "c"]
     assert tried == ["a", "b", "c", "c", "d"], "trying again frees no disk"
@@ -148,7 +148,7 @@ def test_a_cache_that_cannot_be_locked_is_named(work: Path, tmp_path: Path, monk
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
     monkeypatch.setattr(fcntl, "flock", none)
-    with pytest.raises(UserError, match=f"cache={cache.folder} cannot be locked .No locks available.*local disk"):
+    with pytest.raises(CacheError, match=f"cache={cache.folder} cannot be locked .No locks available.*local disk"):
         read_sample(index, 0)
 
 

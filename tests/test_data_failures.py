@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from shards.cache import CacheError
 from shards.errors import ShardError, UserError
 from shards.storage import StorageError
 from shards.stream import Stage, Stream
@@ -71,13 +72,13 @@ def test_a_shard_that_changes_under_way_stops_before_the_step_and_is_named(
     assert_same_state(mended, small_training(work, tmp_path / "whole", max_steps=3, eval_every=1))
 
 
-@pytest.mark.parametrize("error", [ShardError, StorageError])
+@pytest.mark.parametrize("error", [ShardError, StorageError, CacheError])
 @pytest.mark.parametrize("where", ["a batch", "a validation"])
 def test_data_that_cannot_be_read_costs_no_step(
     where: str, error: Any, work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The batch after step 3, or the validation there."""
-    run, training = tmp_path / "run", {"checkpoint_every": 99, "eval_every": 3, "max_steps": 5}
+    run, training = tmp_path / "run", {"checkpoint_every": 99, "eval_every": 99, "max_steps": 5}
 
     def fail(*_: Any) -> Any:
         raise error("it is away")
@@ -85,6 +86,7 @@ def test_data_that_cannot_be_read_costs_no_step(
     if where == "a batch":
         at_step(2, lambda: monkeypatch.setattr("shards.stream.read_sample", fail), monkeypatch)
     else:
+        training["eval_every"] = 3
         at_step(2, lambda: monkeypatch.setattr("trainer.loop.validate", fail), monkeypatch)
     with pytest.raises(error, match="it is away"):
         small_training(work, run, **training)

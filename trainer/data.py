@@ -19,6 +19,7 @@ import webdataset
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from shards.cache import CacheError
 from shards.contract import COARSE_48K, CONTEXT_COARSE, TOKENS
 from shards.errors import ShardError, UserError, first_line, last_line
 from shards.index import Index
@@ -37,7 +38,7 @@ class ReaderError(UserError):
     """A process that reads ahead died, or cannot hand over what it read."""
 
 
-UNREADABLE = (ShardError, StorageError, ReaderError)
+UNREADABLE = (ShardError, StorageError, CacheError, ReaderError)
 
 
 @dataclass(frozen=True)
