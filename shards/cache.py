@@ -31,9 +31,8 @@ def default_cache() -> ShardCache:
 
     Without a home, as users of containers may be, below the folder for temporary files.
     """
-    at_home = os.path.expanduser("~/.cache")  # noqa: PTH111  (pathlib's raises where there is no home)
-    users = os.environ.get("XDG_CACHE_HOME") or (gettempdir() if at_home.startswith("~") else at_home)
-    return ShardCache(Path(users) / "snac48" / "shards", 8 << 30)
+    users = os.path.expanduser(os.environ.get("XDG_CACHE_HOME") or "~/.cache")  # noqa: PTH111  (pathlib's raises)
+    return ShardCache(Path(gettempdir() if users.startswith("~") else users) / "snac48" / "shards", 8 << 30)
 
 
 @dataclass

@@ -50,6 +50,9 @@ def test_a_user_without_a_home_keeps_shards_beside_temporary_files(
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
     assert default_cache().folder == tmp_path / ".cache" / "snac48" / "shards"
+    monkeypatch.setenv("XDG_CACHE_HOME", "~/mine")
+    assert default_cache().folder == tmp_path / "mine" / "snac48" / "shards"
+    monkeypatch.setenv("XDG_CACHE_HOME", "")
     monkeypatch.delenv("HOME")
     monkeypatch.setattr("pwd.getpwuid", no_such_user)
     assert default_cache().folder == Path(gettempdir()) / "snac48" / "shards"
