@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
 
 from configs import cores
 from tests.training_helpers import call
+from trainer import distributed
 
 
 @pytest.fixture(autouse=True)
@@ -62,3 +64,21 @@ def test_openmp_is_told_unless_it_was(
         monkeypatch.delenv("OMP_NUM_THREADS")
     call("status", f"run={tmp_path}")
     assert os.environ.get("OMP_NUM_THREADS", "") == told
+
+
+@pytest.mark.parametrize(("told", "passed_on"), [("8", None), ("3", "3")])
+def test_each_of_several_processes_does_not_get_the_threads_of_all(
+    told: str, passed_on: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torchrun gives each its own number where it is told none."""
+    (tmp_path / "own").write_text("0::/")
+    (tmp_path / "cpu.max").write_text("800000 100000")
+    monkeypatch.setenv("OMP_NUM_THREADS", told)
+    given: dict[str, str] = {}
+    monkeypatch.setattr(os, "execve", lambda program, words, environment: given.update(environment))
+    monkeypatch.setattr(signal, "signal", lambda number, handler: None)
+    monkeypatch.setattr(distributed, "device_of", lambda gpu: None)
+    monkeypatch.setattr(distributed, "visible", str)
+    distributed.launch("0,1")
+    assert given["CUDA_VISIBLE_DEVICES"] == "0,1"
+    assert given.get("OMP_NUM_THREADS") == passed_on
