@@ -65,6 +65,14 @@ def test_what_is_corrected_is_bounded(spoken_db: float) -> None:
     assert 20 * np.log10(factor) == pytest.approx(min(max(-spoken_db, LEAST_DB), MOST_DB), abs=0.01)
 
 
+def test_levels_are_compared_where_both_speak() -> None:
+    """What only one of them has says nothing of the other's level."""
+    whole = recording(random_pattern(3.0, 2), 48_000, 0.5)
+    half = whole * (np.arange(len(whole)) < len(whole) // 2).astype(np.float32)
+    for pair in ((whole, half), (half, whole)):
+        assert match(*pair, PEAK) == pytest.approx((1.0, 0.0), abs=0.01)
+
+
 def test_noise_that_was_removed_stays_removed() -> None:
     noise = (0.01 * np.random.default_rng(0).standard_normal(3 * 48_000)).astype(np.float32)
     factor, _ = match(noise, (1e-4 * noise).astype(np.float32), PEAK)

@@ -16,7 +16,7 @@ from transformers import SeamlessM4TFeatureExtractor
 
 from codec.audio import Samples
 from pipeline.codes import shard_codes
-from pipeline.sidon import FRAME, PADDING, Sidon, TorchScript
+from pipeline.sidon import FRAME, PADDING, Sidon, TorchScript, high_passed
 from pipeline.targets import shard_targets
 from pipeline.teachers import Pieces, Teacher
 from shards.contract import OK, TARGET_RATE
@@ -154,6 +154,12 @@ def test_batched_is_single(sidon: Sidon) -> None:
     for window, found in zip(windows, sidon.restore(windows), strict=True):
         (alone,) = sidon.restore([window])
         assert np.square(found - alone).sum() <= 1e-6 * np.square(alone).sum()
+
+
+def test_what_lies_below_50_hz_is_not_heard() -> None:
+    impulse = np.eye(1, 16_000, dtype=np.float32)[0]
+    response_db = 20 * np.log10(np.abs(np.fft.rfft(high_passed(impulse))))
+    assert response_db[[10, 50, 200]] == pytest.approx([-28, -3, 0], abs=0.1)
 
 
 def test_the_model_hears_the_reference_features(sidon: Sidon, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -40,6 +40,15 @@ def test_windows_cover_what_is_asked_for_and_join_to_the_whole(total: int) -> No
         assert all(window.padded[1] - window.padded[0] <= 4 * 16_000 + 320 for window in windows[:-1])
 
 
+def test_a_seam_leads_from_one_window_to_the_next() -> None:
+    """Of a model whose first window is all 0 and whose second is all 1."""
+    windows, joiner = Grid.of(4.0, 0.5).windows(90_000, 0, 270_000), Joiner()
+    ones = [np.full(3 * 320 * window.frames, number, np.float32) for number, window in enumerate(windows)]
+    joined = np.concatenate([joiner.add(*pair) for pair in zip(windows, ones, strict=True)])
+    seam = 3 * windows[1].start
+    assert np.allclose(joined, np.interp(np.arange(270_000), [seam - 480, seam + 479], [0, 1]), atol=1e-6)
+
+
 def test_only_windows_that_are_needed_are_asked_for() -> None:
     grid = Grid.of(4.0, 0.5)  # a window owns 3 s, 144,000 samples of the output
     assert [w.start for w in grid.windows(480_000, 150_000, 280_000)] == [48_000]
