@@ -262,12 +262,22 @@ def test_only_the_discriminators_learn_at_first(work: Path, tmp_path: Path) -> N
     assert losses.MEL_SCALES[-1] == (2048, 320)
 
 
-def test_the_decoder_warms_up_when_it_begins_to_learn(work: Path, tmp_path: Path) -> None:
-    recipe = {**ADVERSARIAL, "discriminator_start": 3, "phase1_steps": 0, "warmup_steps": 3, "eval_every": 99}
-    small_training(work, tmp_path / "run", **recipe, max_steps=6)
-    rates = [line["learning_rate"] for line in as_logged(tmp_path / "run") if line["kind"] == "train"]
-    assert rates[:3] == [0, 0, 0]
-    assert rates[3] < rates[4] < rates[5]
+def test_rates_warm_up_whenever_who_learns_changes(work: Path, tmp_path: Path) -> None:
+    """The discriminators alone, then phase 1, then phase 2; a rate per optimizer, and the decoder's is logged."""
+    rates = {"learning_rate": 1e-3, "discriminator_learning_rate": 2e-4}
+    recipe = {**ADVERSARIAL, **rates, "discriminator_start": 2, "phase1_steps": 3, "warmup_steps": 3, "max_steps": 5}
+    run = tmp_path / "run"
+    small_training(work, run, **recipe, eval_every=99, checkpoint_every=1, keep_last=9)
+    lines = [line for line in as_logged(run) if line["kind"] == "train"]
+    assert [line["phase"] for line in lines] == [1, 1, 1, 2, 2]
+    assert [line["learning_rate"] for line in lines] == pytest.approx([0, 0, 0.25e-3, 0.25e-3, 0.5e-3])
+    states = [checkpoint.load(checkpoint.step_path(run, step)) for step in range(1, 6)]
+    decoders, discriminators = (
+        [part["optimizer"]["param_groups"][0]["lr"] for part in parts]
+        for parts in (states[2:], [state["adversary"] for state in states])
+    )
+    assert decoders == [line["learning_rate"] for line in lines[2:]]
+    assert discriminators == pytest.approx([0.5e-4, 1e-4, 1.5e-4, 0.5e-4, 1e-4])
 
 
 def test_folders_are_mixed_and_named(work: Path, tmp_path: Path) -> None:
