@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
 
 from shards.errors import UserError
@@ -42,6 +44,16 @@ def without_first_shard(work: Path, folder: Path) -> Path:
 def indexes(folder: Path) -> tuple[Index, Index]:
     train, validation = (load(folder / "shards", split) for split in ("train", "validation"))
     return train, validation
+
+
+def test_samples_are_their_keys_and_lengths(work: Path) -> None:
+    """Crops follow from the lengths, which another plan gives to the same keys."""
+    index = indexes(work)[0]
+    for name, other in (("key", "000000-99999"), ("n_coarse", 1), ("n_samples", 1)):
+        rows = index.table.to_pylist()
+        rows[-1][name] = other
+        table = pa.Table.from_pylist(rows, index.table.schema)
+        assert replace(index, table=table).samples_sha256 != index.samples_sha256, name
 
 
 def test_other_samples_are_refused_with_the_way_on(work: Path, run: Path, tmp_path: Path) -> None:

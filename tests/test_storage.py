@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import random
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -154,6 +155,15 @@ def test_an_outage_of_minutes_is_waited_for(
     (line,) = capsys.readouterr().out.splitlines()
     assert line.startswith(f"{url}: ")
     assert line.endswith(": trying for 10 minutes")
+
+
+def test_an_outage_beyond_patience_is_an_error(folder: Url, door: Door, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(storage, "PATIENCE_SECONDS", 0.3)
+    monkeypatch.setattr(storage, "LONGEST_WAIT_SECONDS", 0.01)
+    url, over = put(folder / "a.bin"), time.monotonic() + 5
+    door.fault = lambda method, path: "error" if time.monotonic() < over else None
+    with pytest.raises(StorageError, match=rf"{url}: .* attempts in"):
+        url.read_bytes()
 
 
 @pytest.mark.parametrize(("kind", "attempts"), [("refused", storage.ATTEMPTS), ("denied", 1)])

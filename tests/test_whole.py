@@ -184,6 +184,13 @@ def test_chunks_and_scraps_behind_a_wav_are_no_samples(behind: bytes, tmp_path: 
     assert len(read(written(tmp_path, "wav", wav(48_000, behind)))) == 24_000
 
 
+def test_behind_an_odd_number_of_bytes_one_more_is_no_sample(tmp_path: Path) -> None:
+    """RIFF fills chunks up to an even number of bytes; what follows is a chunk all the same."""
+    data = encoded(speechlike(1, 24_000, 0)[:23_999], 24_000, "WAV", "PCM_U8")
+    data += b"\0" * (len(data) % 2) + b"LIST" + struct.pack("<I", 9000) + bytes(9000)
+    assert len(read(written(tmp_path, "wav", data))) == 23_999
+
+
 @pytest.mark.parametrize("told", [0xFFFFFFFF, 0x7FFFFFFF, 0x7FFFF000, 0x7FFFF000 // 6 * 6])
 def test_a_wav_from_a_pipe_is_read_to_its_end(told: int, tmp_path: Path) -> None:
     assert np.array_equal(read(written(tmp_path, "wav", wav(told))), decoded(wav(48_000)))
