@@ -7,6 +7,7 @@ import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, get_args
 
 import numpy as np
@@ -27,6 +28,7 @@ from tests.helpers import TINY_SNAC, longest_file
 from tests.training_helpers import call
 from trainer import checkpoint, clips
 from trainer.decoder import warm_start
+from trainer.evaluate import _choose
 from trainer.scores import METRICS, columns_of
 from trainer.settings import MetricName
 from trainer.systems import Stock, decode_clip, decoded_systems, rounded_to_16_bits
@@ -71,6 +73,15 @@ def test_every_clip_has_a_row_for_every_system(judged: Path, work: Path) -> None
         assert row["undefined"] == []
     assert json.loads((judged / "settings.json").read_text())["seed"] == 5
     assert read_metadata(judged / "clips.parquet")["snac"].startswith("stand-in")
+
+
+def test_the_seed_chooses_the_clips_which_keep_their_order() -> None:
+    many: Any = SimpleNamespace(entries=range(100))
+    some, others = (_choose(many, 9, seed) for seed in (0, 1))
+    assert some != others
+    assert some == sorted(set(some))
+    assert len(some) == 9
+    assert set(_choose(many, 4, 0)) < set(some), "the audio that is kept is of clips that are judged"
 
 
 @pytest.mark.parametrize("lacking", [1, 3000])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import numpy.typing as npt
 import pytest
@@ -124,6 +126,13 @@ def test_unrelated_waveforms_have_no_lag(offset: float) -> None:
         signals.lag_samples(noise(1, 48_000) + np.float32(offset), noise(2, 48_000) + np.float32(offset))
 
 
+def test_a_lag_takes_a_correlation_of_three_tenths() -> None:
+    one, other = noise(1, 96_000), noise(2, 96_000)
+    assert signals.lag_samples(0.34 * one + math.sqrt(1 - 0.34**2) * other, one) == pytest.approx(0, abs=0.2)
+    with pytest.raises(Undefined, match="hardly correlate"):
+        signals.lag_samples(0.26 * one + math.sqrt(1 - 0.26**2) * other, one)
+
+
 def test_polarity_is_no_lag() -> None:
     voice = np.pad(synthesize(0, 0, 1.0), 2400)
     assert signals.lag_samples(-np.roll(voice, 37), voice) == pytest.approx(37, abs=0.05)
@@ -158,6 +167,20 @@ def test_a_planted_bandwidth_is_reached(cutoff: int, quantised: bool) -> None:
     if quantised:
         wav = np.round(wav * 32768) / 32768
     assert abs(signals.bandwidth_hz(wav.astype(np.float32)) - cutoff) <= 250
+
+
+@pytest.mark.parametrize(("top_db", "expected"), [(-78, 18_000), (-82, 12_000)])
+def test_what_lies_80_db_below_the_strongest_band_is_not_heard(top_db: float, expected: int) -> None:
+    spectrum, hertz = np.fft.rfft(noise(3, 96_000).astype(np.float64)), np.fft.rfftfreq(96_000, 1 / TARGET_RATE)
+    spectrum *= np.select([hertz <= 12_000, hertz <= 18_000], [1, 10 ** (top_db / 20)])
+    assert signals.bandwidth_hz(np.fft.irfft(spectrum).astype(np.float32)) == pytest.approx(expected, abs=500)
+
+
+@pytest.mark.parametrize(("per_bin_db", "expected"), [(-108, 24_000), (-112, 0)])
+def test_noise_below_that_of_16_bits_is_no_bandwidth(per_bin_db: float, expected: int) -> None:
+    """White noise of power 1 has 6 / 2048 in a bin of a Hann window, where a full-scale sine has 1."""
+    rms = 10 ** (per_bin_db / 20) / math.sqrt(6 / 2048)
+    assert signals.bandwidth_hz((rms * noise(4, 96_000)).astype(np.float32)) == expected
 
 
 def test_the_high_bands_share_is_welchs(pair: tuple[Samples, Samples]) -> None:
@@ -210,6 +233,13 @@ def test_silence_says_nothing() -> None:
     for own in (signals.bandwidth_hz, signals.high_band_db):
         with pytest.raises(Undefined, match="fewer than a frame"):
             own(voice[35_000:36_000])
+
+
+def test_silence_is_below_minus_90_db() -> None:
+    voice, faint = synthesize(0, 0, 1.0), np.ones(TARGET_RATE, np.float32)
+    assert signals.level_db(voice, faint * np.float32(10 ** (-89.9 / 20))) > 0
+    with pytest.raises(Undefined, match="reference is silent"):
+        signals.level_db(voice, faint * np.float32(10 ** (-90.1 / 20)))
 
 
 def test_a_silent_output_counts() -> None:
