@@ -129,6 +129,7 @@ def test_the_decoder_alone_decodes(run: Path, tmp_path: Path, fold: bool) -> Non
     out = tmp_path / "export"
     assert call("export", f"model={run}", f"out={out}", f"fold={str(fold).lower()}")[0] == 0
     codec, weights = SNAC.from_config(out / "config.json").eval(), load_file(out / "decoder_only.safetensors")
+    assert not [name for name in weights if name.startswith("encoder.") or ".in_proj." in name]
     if fold:
         assert not [name for name in weights if "parametrizations" in name]
         card = re.findall(r"```python\n(.*?)```", (out / "README.md").read_text(), re.DOTALL)[1]
