@@ -47,7 +47,7 @@ class Adversary:
             adversarial, features = list[Tensor](), list[Tensor]()
             for x, y in self._maps(wav_BN, batch):
                 adversarial.append(_real_frames((1 - x[-1]).square(), batch))
-                features += [_real_frames((a - b.detach()).abs(), batch) for a, b in zip(x[:-1], y[:-1], strict=True)]
+                features += [_real_frames((a - b).abs(), batch) for a, b in zip(x[:-1], y[:-1], strict=True)]
         return {"adversarial": torch.stack(adversarial).sum(dim=0), "features": torch.stack(features).sum(dim=0)}
 
     def state_dict(self) -> dict[str, Any]:
