@@ -21,6 +21,7 @@ from shards.files import exclusive
 from shards.index import compact, read_sums, shard_list
 from tests.helpers import ROOT
 from tests.training_helpers import (
+    ADVERSARIAL,
     CPU,
     as_logged,
     assert_same_state,
@@ -236,6 +237,15 @@ def test_processes_begin_alike(work: Path, finished: Path, tmp_path: Path) -> No
     compared("best validation", run=tmp_path / "no best")
     compared("weights", weight=1e-3)
     compared("last step, max_steps, learning_rate", learning_rate=1e-5, max_steps=7)
+
+
+def test_discriminators_are_weights_too(work: Path, tmp_path: Path) -> None:
+    learner = Trainer(train_settings(work, tmp_path / "run", **ADVERSARIAL), CPU).learner
+    before = learner.weights_sha256()
+    assert learner.adversary
+    with torch.no_grad():
+        next(learner.adversary.discriminators.parameters()).add_(1e-3)
+    assert learner.weights_sha256() != before
 
 
 def test_a_program_that_knows_other_settings_does_not_train_along(work: Path, tmp_path: Path) -> None:

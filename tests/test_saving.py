@@ -8,6 +8,7 @@ import math
 import os
 import shutil
 import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from snac import SNAC
 
 from pipeline.codes import shard_codes
 from pipeline.targets import shard_targets
-from shards.contract import PLAN_NAME
+from shards.contract import PLAN_NAME, coarse_tokens
 from shards.errors import UserError
 from shards.writer import read_table
 from tests.helpers import TINY_SNAC, codes_settings, targets_settings
@@ -35,9 +36,12 @@ from tests.training_helpers import (
     train_words,
 )
 from trainer import checkpoint, losses
+from trainer.corpus import open_corpus
+from trainer.decoder import CodesToLatent, CropDecoder
 from trainer.ema import Ema
 from trainer.learner import Learner
 from trainer.loop import Trainer
+from trainer.requests import Requests
 from trainer.validation import validate
 
 
@@ -140,6 +144,10 @@ def test_a_full_disk_keeps_the_last_good_checkpoint(
 def test_checkpoints_by_the_clock(work: Path, tmp_path: Path) -> None:
     small_training(work, tmp_path / "run", checkpoint_every=99, checkpoint_minutes=1e-9, keep_last=9)
     assert steps_kept(tmp_path / "run") == [1, 2, 3, 4, 5, 6]
+    training = Trainer(train_settings(work, tmp_path / "other", checkpoint_minutes=1), CPU)
+    for seconds, due in ((50, False), (70, True)):
+        training.saved_at = time.monotonic() - seconds
+        assert training._agree(Requests()) == (False, due)
 
 
 def test_what_a_kill_left_half_written_goes(work: Path, tmp_path: Path) -> None:
@@ -191,6 +199,10 @@ def test_the_mean_is_validated_kept_and_loaded(work: Path, tmp_path: Path) -> No
         assert largest_difference(at_end["decoder"], state["ema"]) == 0
     loaded = checkpoint.load_codec(checkpoint.step_path(run, 6))
     assert largest_difference(loaded.decoder.state_dict(), state["ema"]) == 0
+    mean, settings = CropDecoder(CodesToLatent(loaded.snac), loaded.decoder), train_settings(work, run)
+    length, crops = coarse_tokens(settings.segment_length), open_corpus(settings, state["snac_sha256"]).validation
+    line = next(line for line in as_logged(run) if (line["kind"], line["step"]) == ("validation", 6))
+    assert line["loss"] == pytest.approx(validate(mean, crops, length, settings, CPU)["loss"], rel=1e-5)
 
 
 def test_a_run_begins_from_anothers_mean(work: Path, tmp_path: Path) -> None:
@@ -253,7 +265,9 @@ def test_only_the_discriminators_learn_at_first(work: Path, tmp_path: Path) -> N
     first.run()
     assert largest_difference(first.learner.decoder.state_dict(), begun) == 0
     lines = [line for line in as_logged(tmp_path / "none") if line["kind"] == "train"]
-    assert all({"discriminator", "discriminator_grad_norm"} <= line.keys() and "loss" not in line for line in lines)
+    for line in lines:
+        assert {"discriminator", "discriminator_grad_norm"} <= line.keys()
+        assert not {"loss", "grad_norm"} & line.keys()
     state = small_training(work, tmp_path / "some", **recipe, max_steps=3)
     assert largest_difference(state["decoder"], begun) > 0
     line = [line for line in as_logged(tmp_path / "some") if line["kind"] == "train"][-1]

@@ -8,6 +8,7 @@ import math
 import shutil
 import threading
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from snac import SNAC
 
 from pipeline.codes import shard_codes
 from pipeline.targets import shard_targets
-from shards.contract import COARSE_48K, TARGET_RATE
+from shards.contract import COARSE_48K, TARGET_RATE, coarse_tokens
 from shards.errors import SettingsError, UserError
 from shards.index import compact, shard_list
 from tests.command_helpers import assert_one_line
@@ -42,6 +43,7 @@ from trainer.data import Crop, fixed_batches
 from trainer.distributed import Process
 from trainer.log import RunLog
 from trainer.loop import Trainer, train
+from trainer.settings import BETAS
 from trainer.validation import crop_losses
 
 
@@ -73,6 +75,7 @@ def test_phase_1_moves_the_new_layers_only(work: Path, tmp_path: Path) -> None:
     ended = training.learner.decoder.state_dict()
     moved = {int(name.split(".")[1]) for name in begun if not torch.equal(begun[name], ended[name])}
     assert moved == {6, 7, 8}
+    assert largest_difference(training.learner.ema.model.state_dict(), ended) == 0, "ema_decay=0 follows"
     assert {line["phase"] for line in metrics(tmp_path / "run") if line["kind"] == "train"} == {1}
 
 
@@ -161,18 +164,65 @@ def test_it_overfits_eight_segments(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("double_precision")
-def test_micro_batches_change_nothing(work: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("recipe", [{}, {**ADVERSARIAL, "balance_losses": True}])
+def test_micro_batches_change_nothing(recipe: dict[str, Any], work: Path, tmp_path: Path) -> None:
     """In float64, because Adam magnifies rounding: a gradient of 1e-12 moves a weight as far as one of 1."""
     states = {}
     for size in ("auto", 2, 1):
         run = tmp_path / str(size)
         settings = {"batch_size": 3, "micro_batch": size, "max_steps": 3, "phase1_steps": 1, "eval_every": 99}
-        states[size] = small_training(work, run, **settings)
+        states[size] = small_training(work, run, **settings, **recipe)
     for size in (2, 1):
         assert largest_difference(states[size]["decoder"], states["auto"]["decoder"]) < 1e-9
         for line, expected in zip(metrics(tmp_path / str(size)), metrics(tmp_path / "auto"), strict=True):
-            assert line["loss"] == pytest.approx(expected["loss"], rel=1e-9)
+            for name in {"loss", "discriminator", "grad_norm", "discriminator_grad_norm"} & expected.keys():
+                assert line[name] == pytest.approx(expected[name], rel=1e-9)
     assert states[1]["decoder"]["model.8.bias"].dtype == torch.float64
+
+
+def test_a_first_step_has_nothing_to_balance_by(work: Path, tmp_path: Path) -> None:
+    """Its gradient, of the mean over crops, is that of plain weights."""
+    norms = []
+    for balanced in (False, True):
+        run = tmp_path / str(balanced)
+        small_training(work, run, phase1_steps=0, max_steps=1, balance_losses=balanced)
+        norms.append(next(line["grad_norm"] for line in metrics(run) if line["kind"] == "train"))
+    assert norms[0] == pytest.approx(norms[1], rel=1e-4)
+
+
+def test_noise_is_another_in_each_step_and_process(work: Path, tmp_path: Path) -> None:
+    training = Trainer(train_settings(work, tmp_path / "run", noise="keep"), CPU)
+    learner, settings = training.learner, training.settings
+    length = coarse_tokens(settings.segment_length)
+    (batch,) = fixed_batches(training.corpus.training[0], 2, 2, length, settings.seed)
+    learner.enter_phase(2)
+    for name, gain in learner.decoder.named_parameters():
+        if name.endswith("block.2.linear.parametrizations.weight.original0"):
+            torch.nn.init.ones_(gain)  # the stand-in's noise is silent
+
+    def loss(step: int, rank: int) -> float:
+        learner.process = replace(CPU, rank=rank)
+        return learner.step(batch, step, 2, rate_factor=0)["loss"]
+
+    assert loss(0, 0) == loss(0, 0)
+    assert len({loss(0, 0), loss(1, 0), loss(0, 1)}) == 3
+
+
+def test_a_short_crop_is_silent_behind_its_end(work: Path, tmp_path: Path) -> None:
+    """As its padded target is: a spectrum of its last frames would hear the difference."""
+    training = Trainer(train_settings(work, tmp_path / "run"), CPU)
+    (batch,) = fixed_batches(training.corpus.training[0], 1, 1, coarse_tokens(1.0), 0)
+    wav_BN = training.learner._decode(replace(batch, valid_B=torch.tensor([3000])))
+    assert wav_BN[:, :3000].any()
+    assert not wav_BN[:, 3000:].any()
+
+
+def test_each_optimizer_clips_by_its_own_norm(work: Path, tmp_path: Path) -> None:
+    recipe = {**ADVERSARIAL, "discriminator_start": 0, "phase1_steps": 0, "max_steps": 1}
+    state = small_training(work, tmp_path / "run", **recipe, gradient_clip=1e-2, discriminator_clip=1e-3)
+    for part, clip in ((state, 1e-2), (state["adversary"], 1e-3)):
+        means = [values["exp_avg"].double().norm() for values in part["optimizer"]["state"].values()]
+        assert float(torch.stack(means).norm()) == pytest.approx((1 - BETAS[0]) * clip, rel=1e-3)
 
 
 def test_validation_does_not_touch_training(work: Path, tmp_path: Path) -> None:
