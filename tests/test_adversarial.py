@@ -40,8 +40,8 @@ def batch_of(valid: list[int], coarse: int = 2) -> Batch:
     )
 
 
-def adversary() -> Adversary:
-    return Adversary(load_settings(TrainSettings, "decoder_48khz.json", SMALL), CPU, bf16=False)
+def adversary(*words: str) -> Adversary:
+    return Adversary(load_settings(TrainSettings, "decoder_48khz.json", (*SMALL, *words)), CPU, bf16=False)
 
 
 def convolved(conv: nn.Module, x_CHW: Floats) -> Floats:
@@ -178,6 +178,8 @@ def test_one_seed_one_adversary_and_no_other_draw() -> None:
     before = torch.get_rng_state()
     a, b = adversary().discriminators.state_dict(), adversary().discriminators.state_dict()
     assert all(torch.equal(a[name], b[name]) for name in a)
+    other = adversary("seed=1").discriminators.state_dict()
+    assert not any(torch.equal(a[name], other[name]) for name in a if name.endswith("original1"))
     assert torch.equal(torch.get_rng_state(), before)
 
 

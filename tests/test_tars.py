@@ -130,10 +130,12 @@ def test_a_part_is_a_file(recordings: Path, tmp_path: Path) -> None:
         assert file.read(100) == data[-10:]
         file.seek(3)
         assert (file.read(4), file.tell()) == (data[3:7], 7)
+        assert file.seek(-len(data) - 5, io.SEEK_END) == 0, "nothing before it is its own"
     assert probe(part) == probe(path)
     for ours, theirs in zip(Recording(part, probe(part)).blocks(), Recording(path, probe(path)).blocks(), strict=True):
         assert (ours == theirs).all()
     assert Part(tmp_path / "whole", 6, len(data) + 100).stat().st_size == len(data) + 5
+    assert Part(tmp_path / "whole", len(data) + 100, 9).stat().st_size == 0
 
 
 def test_what_a_tar_holds_and_is_no_recording_is_said(recordings: Path, tmp_path: Path) -> None:

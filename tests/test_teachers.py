@@ -152,7 +152,7 @@ HISS = 0.1
 
 
 @pytest.mark.parametrize(
-    ("rate", "used"), [(22_050, "sidon"), (24_000, "hybrid"), (32_000, "hybrid"), (44_100, "hybrid")]
+    ("rate", "used"), [(22_050, "sidon"), (23_600, "sidon"), (24_000, "hybrid"), (32_000, "hybrid"), (44_100, "hybrid")]
 )
 def test_no_hole_at_the_crossover(tmp_path: Path, rate: int, used: str) -> None:
     """White noise, which reaches half of its rate, but resampled not quite."""
