@@ -31,7 +31,7 @@ def load_encoder(config: Path, base: Path, adapter_config: Path, adapter: Path) 
     """w2v-BERT with the adapter merged, in eval mode, on the CPU. Raises UserError for what does not fit."""
     pairs = _adapter_pairs(adapter)
     layers = 1 + max(int(LAYER_KEY.match(name)[1]) for name in pairs)  # type: ignore[index]
-    settings = {**_read_json(config), "num_hidden_layers": layers, "layerdrop": 0.0}
+    settings = {**_read_json(config), "num_hidden_layers": layers}
     with torch.device("meta"):
         model = Wav2Vec2BertModel(Wav2Vec2BertConfig.from_dict(settings))
     weights = _base_weights(base, {name: value.shape for name, value in model.state_dict().items()}, layers)
