@@ -172,6 +172,6 @@ def write_voices(folder: Path, speakers: int = 6, utterances: int = 6, seconds: 
         file = io.BytesIO()  # libsndfile says little of a disk that is full
         sf.write(file, synthesize(speaker, utterance, seconds), SAMPLE_RATE, subtype="PCM_16", format="WAV")
         with replacing(path) as temporary:
-            temporary.write_bytes(file.getbuffer())
+            temporary.write_bytes(file.getvalue())
         paths.append(path)
     return paths

@@ -45,7 +45,7 @@ def save(path: Path, state: Mapping[str, Any]) -> None:
     buffer = io.BytesIO()
     torch.save(state, buffer)
     with replacing(path) as temporary:
-        temporary.write_bytes(buffer.getbuffer())
+        temporary.write_bytes(buffer.getvalue())  # no copy; a view of the buffer, kept by an error, crashes Python 3.12
 
 
 def load(path: Path) -> dict[str, Any]:
