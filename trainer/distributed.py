@@ -6,6 +6,8 @@ import ctypes
 import os
 import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -99,8 +101,25 @@ def under_torchrun() -> bool:
     return "LOCAL_RANK" in os.environ
 
 
-def start(gpu: str | int) -> Process:
-    """Joins torchrun's group, or stands alone. `gpu` numbers count only without torchrun."""
+@contextmanager
+def joined(gpu: str | int) -> Iterator[Process]:
+    """This process in torchrun's group, or alone. `gpu` numbers count only without torchrun.
+
+    The group is left before Python ends, after an error too: one of gloo's threads that lets go of its last tensor
+    then would take the process with it, "terminate called without an active exception"
+    (https://github.com/pytorch/pytorch/pull/179291). NCCL has no such threads, but after an error would wait for
+    processes that wait for this one.
+    """
+    process, failed = _join(gpu), True
+    try:
+        yield process
+        failed = False
+    finally:
+        if dist.is_initialized() and (process.device.type == "cpu" or not failed):
+            dist.destroy_process_group()
+
+
+def _join(gpu: str | int) -> Process:
     alone = not under_torchrun()
     device = device_of("cpu" if gpu == "cpu" else gpu if alone else int(os.environ["LOCAL_RANK"]))
     if device.type == "cuda":
@@ -115,13 +134,3 @@ def start(gpu: str | int) -> Process:
 def _save_and_leave_with_parent() -> None:
     """SIGTERM for this process when torchrun is gone, which else would leave it running."""
     ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-
-
-def stop() -> None:
-    """Leaves the group and ends gloo's threads.
-
-    A thread that lets go of its last tensor while Python ends takes the process with it: "terminate called without an
-    active exception" (https://github.com/pytorch/pytorch/pull/179291).
-    """
-    if dist.is_initialized():
-        dist.destroy_process_group()

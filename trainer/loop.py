@@ -53,17 +53,17 @@ def train(settings: TrainSettings) -> None:
     if isinstance(settings.gpu, str) and settings.gpu != "cpu" and not distributed.under_torchrun():
         distributed.launch(settings.gpu)
     keep_freed_memory()
-    process = distributed.start(settings.gpu)
-    with exclusive(settings.run) if process.is_first else nullcontext(), naming_written(settings.run):
-        training = Trainer(settings, process)
-        try:
-            finished = training.run()
-        except ElsewhereError:
-            raise  # the process that knows why logs it
-        except Exception as error:
-            training.log.ended_by(error)
-            raise
-    distributed.stop()  # not after an error: it would wait for processes that wait for this one
+    with distributed.joined(settings.gpu) as process:
+        lock = exclusive(settings.run) if process.is_first else nullcontext()
+        with lock, naming_written(settings.run):
+            training = Trainer(settings, process)
+            try:
+                finished = training.run()
+            except ElsewhereError:
+                raise  # the process that knows why logs it
+            except Exception as error:
+                training.log.ended_by(error)
+                raise
     if not finished:
         sys.exit(TERMINATED)
 
