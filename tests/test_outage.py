@@ -100,7 +100,7 @@ def test_a_shard_that_cannot_be_written_leaves_no_thread(
     before = set(threading.enumerate())
     with pytest.raises(OSError, match="No space left") as error:
         stage.make(0, lambda seconds: None)
-    assert set(threading.enumerate()) == before
+    assert set(threading.enumerate()) <= before  # of which some may end meanwhile
     assert error.tb is not None, "which holds on to the frames that it came through"
 
 

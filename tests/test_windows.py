@@ -146,7 +146,7 @@ def test_no_more_is_read_ahead_than_allowed() -> None:
 
 
 def test_sources_run_at_once_and_come_out_one_after_the_other() -> None:
-    barrier = threading.Barrier(3, timeout=10)
+    barrier = threading.Barrier(3, timeout=120)
 
     def source(number: int) -> Iterator[tuple[int, int]]:
         barrier.wait()  # passes only while three sources run
