@@ -11,9 +11,11 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import suppress
+from multiprocessing.connection import Connection
 from multiprocessing.context import ForkServerContext
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import Any
 
 import pytest
 import soundfile
@@ -86,27 +88,30 @@ def cpu_seconds(process: BaseProcess) -> float:
     return time.clock_gettime((~process.pid << 3) | 2)  # Linux: the CPU clock of a process
 
 
+def timed(stage: str, audio: Path, work: Path, told: Connection[float, Any]) -> None:
+    STAGES[stage](audio, work)
+    told.send(time.process_time())
+
+
 def undisturbed(context: ForkServerContext, stage: str, audio: Path, work: Path) -> float:
     """Its seconds of computing."""
-    process, seconds = start(context, stage, audio, work), 0.0
-    while process.is_alive():
-        with suppress(OSError):
-            seconds = cpu_seconds(process)
-        time.sleep(0.002)
+    ours, theirs = context.Pipe()
+    process = context.Process(target=timed, args=(stage, audio, work, theirs))
+    process.start()
+    process.join()
     assert process.exitcode == 0
-    return seconds
+    return float(ours.recv())
 
 
-def killed(process: BaseProcess, seconds: float) -> float | None:
-    """None where it was still running after `seconds` of computing; else how long it took."""
-    took = 0.0
+def killed(process: BaseProcess, seconds: float) -> bool:
+    """Whether it was still running after `seconds` of computing."""
     with suppress(OSError):
-        while process.is_alive() and (took := cpu_seconds(process)) < seconds:
+        while process.is_alive() and cpu_seconds(process) < seconds:
             time.sleep(0.001)
     process.kill()
     process.join()
     assert process.exitcode in (0, -signal.SIGKILL)
-    return took if process.exitcode == 0 else None
+    return process.exitcode != 0
 
 
 @pytest.fixture(scope="module")
@@ -162,8 +167,7 @@ def test_killed_twenty_times(
     left: list[list[str]] = []
     early, kills_here, work = 0, 0, fresh("first")
     while len(left) < kills:
-        took = killed(start(context, stage, audio, work), moments[len(left)])
-        if took is None:
+        if killed(start(context, stage, audio, work), moments[len(left)]):
             left.append(sorted(contents(work)))
             tally[f"SIGKILL, {stage}", place(left[-1])] += 1
             kills_here += 1
@@ -175,8 +179,7 @@ def test_killed_twenty_times(
             if kills_here:  # little was left to do
                 moments[len(left)] *= 0.9
             else:  # the machine is quicker now than when it was timed
-                quicker = min(took / moments[len(left)], 0.9)
-                moments[len(left) :] = [moment * quicker for moment in moments[len(left) :]]
+                moments[len(left) :] = [0.9 * moment for moment in moments[len(left) :]]
             assert early < 2 * kills, "most runs ended before they were killed"
         found = contents(work)
         assert found.keys() == expected.keys()
