@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import signal
 import socket
 import subprocess
 import sys
@@ -19,6 +20,7 @@ import torch
 from tests.conftest import Tally
 from tests.helpers import ROOT
 from tests.test_killed_pipeline import context
+from tests.test_saving import at_step
 from tests.training_helpers import (
     ADVERSARIAL,
     as_logged,
@@ -61,6 +63,12 @@ def start(context: ForkServerContext, work: Path, run: Path, changes: dict[str, 
     process = context.Process(target=train_quietly, args=(work, run, changes))
     process.start()
     return process
+
+
+def train_until_killed(work: Path, run: Path, changes: dict[str, Any]) -> None:
+    """Amid the 23rd step."""
+    at_step(22, lambda: os.kill(os.getpid(), signal.SIGKILL), pytest.MonkeyPatch())
+    train_quietly(work, run, changes)
 
 
 def wait_for_step(process: BaseProcess, run: Path, step: int) -> None:
@@ -142,7 +150,7 @@ def test_one_of_two_processes_is_killed(
             pair[victim].kill()
             kills += 1
             tally["SIGKILL, training by two processes", f"rank {victim}"] += 1
-            pair[1 - victim].join(60)
+            pair[1 - victim].join(300)
             assert pair[1 - victim].exitcode in (0, 1), "the other process hangs"  # 0 where only the end was left
             pair = start_two(context, work, run)
         assert ended(pair) == [0, 0]
@@ -157,16 +165,11 @@ def test_forty_steps_are_seventeen_a_kill_and_the_rest(
     """Over both phases and two lengths of crops; the rest is read by a worker."""
     whole, run = tmp_path / "whole", tmp_path / "run"
     undisturbed = start(context, work, whole, {**FORTY, **recipe})
-    process = start(context, work, run, {**FORTY, **recipe})
-    while not checkpoint.step_path(run, 17).exists():
-        assert process.is_alive()
-        time.sleep(0.005)
-    process.kill()
+    process: BaseProcess = context.Process(target=train_until_killed, args=(work, run, {**FORTY, **recipe}))
+    process.start()
     process.join()
-    assert last_state(run)["step"] < 40
-    for path in checkpoint.folder(run).glob("step_*"):  # should it have got further
-        if path.stem != "step_000000017":
-            path.unlink()
+    assert process.exitcode == -signal.SIGKILL
+    assert last_state(run)["step"] == 17
     process = start(context, work, run, {**FORTY, **recipe, "num_workers": 1})
     undisturbed.join()
     process.join()
