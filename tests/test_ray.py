@@ -8,11 +8,9 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 
 from pipeline import on_ray
@@ -63,14 +61,15 @@ def cluster() -> Iterator[Any]:
         cluster.shutdown()
 
 
-def pool() -> list[psutil.Process]:
-    """The actors, by the titles that Ray gives its processes."""
-    found = []
-    for process in psutil.Process().children(recursive=True):
-        with suppress(psutil.Error, IndexError):
-            if "Maker" in process.cmdline()[0]:
-                found.append(process)
-    return found
+class DiesOnce(Maker):
+    """The first actor that has made a shard is killed over its next."""
+
+    def make(self, number: int | None) -> tuple[str | None, str]:
+        died = self._settings.work / "died"
+        if self._stage and not died.exists():
+            died.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().make(number)
 
 
 def meanwhile(action: Callable[[], bool]) -> threading.Thread:
@@ -85,19 +84,15 @@ def meanwhile(action: Callable[[], bool]) -> threading.Thread:
     return thread
 
 
-def test_an_actor_and_a_node_are_killed(cluster: Any, recordings: Path, whole: Path, tmp_path: Path) -> None:
+def test_an_actor_and_a_node_are_killed(
+    cluster: Any, recordings: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     work = tmp_path / "work"
-    on_ray = ["execute=ray", f"ray_address={cluster.address}", "workers=2"]
-
-    def kill_an_actor() -> bool:
-        actors = pool() if list((work / "codes").glob("*/*.parquet")) else []
-        for actor in actors[:1]:
-            actor.kill()
-        return bool(actors)
-
-    killing = meanwhile(kill_an_actor)
-    shard_codes(codes_settings(recordings, work, SMALL, *on_ray))
-    assert not killing.is_alive()
+    words = ["execute=ray", f"ray_address={cluster.address}", "workers=2"]
+    with monkeypatch.context() as patched:
+        patched.setattr(on_ray, "Maker", DiesOnce)
+        shard_codes(codes_settings(recordings, work, SMALL, *words))
+    (work / "died").unlink()
 
     def remove_a_node() -> bool:
         if not list((work / "shards").glob("*/*.parquet")):
@@ -106,7 +101,7 @@ def test_an_actor_and_a_node_are_killed(cluster: Any, recordings: Path, whole: P
         return True
 
     killing = meanwhile(remove_a_node)
-    shard_targets(targets_settings(work, *on_ray))
+    shard_targets(targets_settings(work, *words))
     killing.join(timeout=60)
     assert not killing.is_alive()
     same(work, whole)
