@@ -31,7 +31,7 @@ from shards.contract import (
     tar_path,
 )
 from shards.errors import ShardError
-from shards.files import file_sha256, replacing, sha256_of
+from shards.files import file_sha256, replacing, sha256_of, write_whole
 from shards.pieces import Fetched
 from shards.storage import Location, Url
 from shards.writer import (
@@ -122,8 +122,7 @@ def write_index(path: Path, schema: pa.Schema, tables: Iterable[pa.Table]) -> No
 
 
 def write_sums(folder: Location, sums: Mapping[str, str]) -> None:
-    with replacing(folder / SUMS_NAME) as temporary:
-        temporary.write_text("".join(f"{digest}  {name}\n" for name, digest in sums.items()))
+    write_whole(folder / SUMS_NAME, "".join(f"{digest}  {name}\n" for name, digest in sums.items()))
 
 
 def read_sums(folder: Location) -> dict[str, str]:

@@ -18,7 +18,7 @@ from torch import Tensor
 from codec.resample import sinc_resampler
 from shards.contract import COARSE_48K, CONTEXT_COARSE, TARGET_RATE, coarse_tokens
 from shards.errors import UserError
-from shards.files import replacing
+from shards.files import write_whole
 from trainer.corpus import Corpus
 from trainer.data import fixed_batches
 from trainer.decoder import CodesToLatent, CropDecoder, padded
@@ -123,8 +123,7 @@ class WeightsAndBiases:
             raise UserError(f"wandb={project} needs the package wandb: `just extras` installs it") from error
         known = run / "wandb_id.txt"
         if not known.exists():
-            with replacing(known) as temporary:
-                temporary.write_text(uuid.uuid4().hex[:8])
+            write_whole(known, uuid.uuid4().hex[:8])
         id = known.read_text()
         self._run = wandb.init(project=project, name=run.name, id=id, dir=run, config=settings, resume="allow")
 
