@@ -134,6 +134,7 @@ META_FIELDS = {
     "teacher": str,
     "snac": str,
 }
+SAID_TWICE = META_FIELDS.keys() & set(SIDECAR_SCHEMA.names) - {"teacher"}  # by a sample's json and by its row
 
 
 def sample_key(shard: int, row: int) -> str:
