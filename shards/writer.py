@@ -86,12 +86,6 @@ def read_table(path: Location | Fetched, **options: Any) -> pa.Table:
         return table
 
 
-def counted(column: pa.ChunkedArray) -> dict[Any, int]:
-    """Value → how often, the most frequent first."""
-    found = {row["values"]: row["counts"] for row in column.value_counts().to_pylist()}
-    return dict(sorted(found.items(), key=lambda pair: -pair[1]))
-
-
 def parquet_source(path: Location | Fetched) -> Path | IO[bytes]:
     """What pyarrow reads it from: a remote table is fetched whole."""
     if isinstance(path, Path):
