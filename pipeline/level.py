@@ -8,7 +8,6 @@ one who is heard beside a click.
 from __future__ import annotations
 
 import math
-from functools import cache
 
 import torch
 from torch import Tensor
@@ -44,13 +43,8 @@ def _powers(samples: Samples) -> Tensor:
     """Of each frame, in BAND_HZ, up to a factor."""
     first, last = (math.ceil(edge * N_FFT / TARGET_RATE) for edge in BAND_HZ)
     frames_TN = torch.from_numpy(samples[: len(samples) // N_FFT * N_FFT]).reshape(-1, N_FFT)
-    spectrum_TK = torch.fft.rfft(frames_TN * _window())[:, first:last]
+    spectrum_TK = torch.fft.rfft(frames_TN * torch.hann_window(N_FFT))[:, first:last]
     return torch.view_as_real(spectrum_TK).square().sum((1, 2)).double()
-
-
-@cache
-def _window() -> Tensor:
-    return torch.hann_window(N_FFT)
 
 
 def _loud(power_T: Tensor) -> Tensor:
