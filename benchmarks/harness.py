@@ -21,7 +21,7 @@ from typing import Any
 import click
 
 from codec.audio import EXTENSIONS, AudioError, Recording, probe
-from shards.files import replacing
+from shards.files import write_whole
 
 RESULTS = Path(__file__).parent / "results"
 PACKAGES = ("torch", "torchaudio", "snac", "transformers", "numpy", "webdataset", "soundfile", "pyarrow")
@@ -115,8 +115,7 @@ def report(name: str, rows: Sequence[Mapping[str, Any]], gpu: str = "cpu", **con
         print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
     hardware = machine(gpu)
     path = RESULTS / f"{name}{'.gpu' if hardware['gpu'] else ''}.json"
-    with replacing(path) as temporary:
-        temporary.write_text(json.dumps({"rows": list(rows), **context, "machine": hardware}, indent=2) + "\n")
+    write_whole(path, json.dumps({"rows": list(rows), **context, "machine": hardware}, indent=2) + "\n")
     print(f"written: {path}")
     return path
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.harness import RESULTS
-from shards.files import replacing
+from shards.files import write_whole
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
@@ -58,8 +58,7 @@ def main() -> None:
     for path in DOCUMENTS:
         text = path.read_text()
         if filled(text) != text:
-            with replacing(path) as temporary:
-                temporary.write_text(filled(text))
+            write_whole(path, filled(text))
             print(f"{path.relative_to(ROOT)}: tables made anew")
 
 

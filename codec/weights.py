@@ -14,6 +14,7 @@ from shards.files import file_sha256
 
 PINS = Path(__file__).parent.parent / "configs" / "weights.json"
 SNAC_FILES = ("config.json", "pytorch_model.bin")
+_sha256 = cache(file_sha256)
 
 
 class UnreachableError(UserError):
@@ -100,8 +101,3 @@ def _from_hub(name: str, files: tuple[str, ...], entry: dict[str, Any] | None, p
             f"{name} cannot be fetched ({type(error).__name__}: {first_line(error)}): run `just prefetch` where the "
             "hub can be reached, or name a local directory that holds the files"
         ) from error
-
-
-@cache
-def _sha256(path: Path) -> str:
-    return file_sha256(path)

@@ -20,7 +20,7 @@ from pydantic import (
 )
 
 from shards.errors import SettingsError
-from shards.files import replacing
+from shards.files import write_whole
 from shards.storage import Location, Url, locate
 
 FOLDER = Path(__file__).parent
@@ -74,8 +74,7 @@ class Settings(BaseModel):
 
     def write(self, path: Location) -> None:
         """The resolved settings, beside what they produced."""
-        with replacing(path) as temporary:
-            temporary.write_text(self.model_dump_json(indent=2) + "\n")
+        write_whole(path, self.model_dump_json(indent=2) + "\n")
 
 
 S = TypeVar("S", bound=Settings)

@@ -12,7 +12,7 @@ import soundfile as sf
 from numpy.random import Generator, Philox
 from numpy.typing import NDArray
 
-from shards.files import replacing
+from shards.files import write_whole
 
 SAMPLE_RATE = 48_000
 STEP = 48  # samples between targets: 1 ms
@@ -171,7 +171,6 @@ def write_voices(folder: Path, speakers: int = 6, utterances: int = 6, seconds: 
         path = folder / f"speaker_{speaker}" / f"utterance_{utterance}.wav"
         file = io.BytesIO()  # libsndfile says little of a disk that is full
         sf.write(file, synthesize(speaker, utterance, seconds), SAMPLE_RATE, subtype="PCM_16", format="WAV")
-        with replacing(path) as temporary:
-            temporary.write_bytes(file.getvalue())
+        write_whole(path, file.getvalue())
         paths.append(path)
     return paths

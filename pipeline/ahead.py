@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import queue
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import Literal, TypeVar
 
 import torch
@@ -82,6 +84,26 @@ class Ahead(Iterator[Item]):
         """Ends the thread after what it has in hand: none should still compute while the process ends."""
         self._closed.set()
         self._thread.join(CLOSE_SECONDS)
+
+
+class Clock:
+    """How long a device worked, in `threads` at once, and how long it waited for what is read or is to be fetched."""
+
+    def __init__(self, threads: int = 1) -> None:
+        self._threads, self._began = threads, time.perf_counter()
+        self._busy, self._audio = list[float](), list[float]()  # seconds; to append is safe in threads
+
+    @contextmanager
+    def busy(self, audio_seconds: float) -> Iterator[None]:
+        began = time.perf_counter()
+        yield
+        self._busy.append(time.perf_counter() - began)
+        self._audio.append(audio_seconds)
+
+    def figures(self) -> tuple[float, float, float]:
+        """Seconds of audio, seconds that they took, and the share of these that it was idle."""
+        took = time.perf_counter() - self._began
+        return sum(self._audio), took, max(1 - sum(self._busy) / (took * self._threads), 0)
 
 
 def chained_ahead(sources: Iterable[Iterable[Item]], threads: int, size: int) -> Generator[Item, None, None]:

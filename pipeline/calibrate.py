@@ -23,7 +23,7 @@ from pipeline.settings import CalibrateSettings, TargetsSettings
 from pipeline.teachers import Teacher
 from shards.contract import COARSE_48K, OK, PLAN_NAME, TARGET_RATE, Row
 from shards.errors import UserError
-from shards.files import replacing
+from shards.files import write_whole
 
 FILE = "calibration.json"
 VERSION = 2  # of what is measured
@@ -71,9 +71,8 @@ def _measured_and_kept(settings: TargetsSettings, plan: Plan, teacher: Teacher) 
     number = settings.calibrate_recordings
     rows = choose(plan, number * (AUTO_TRIES if settings.teacher == "auto" else 1))
     result = summary(islice(measure(teacher, rows), number))
-    with replacing(settings.work / FILE) as temporary:
-        kept = {"made_from": _made_from(settings, plan, teacher), "result": result}
-        temporary.write_text(json.dumps(kept, indent=1) + "\n")
+    kept = {"made_from": _made_from(settings, plan, teacher), "result": result}
+    write_whole(settings.work / FILE, json.dumps(kept, indent=1) + "\n")
     return result
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 from contextlib import closing
 from functools import cached_property
@@ -22,7 +21,7 @@ from codec.audio import AudioError, Recording
 from codec.encoder import prepared
 from codec.resample import Resampler
 from codec.snac import Window, bucketed, coarse_length, device_of, encode, load_snac, windows
-from pipeline.ahead import chained_ahead, map_ahead, thread_count
+from pipeline.ahead import Clock, chained_ahead, map_ahead, thread_count
 from pipeline.execute import holding, run
 from pipeline.plan import make_plan
 from pipeline.recordings import Opener, by_file, content_crc32
@@ -116,7 +115,13 @@ def encode_shard(
     sources = (_windows_of(list(wanted), coarse_tokens(settings.window_seconds), problems) for _, wanted in files)
     on_cpu = next(model.parameters()).device.type == "cpu"
     encoders, batch = (torch.get_num_threads(), 1) if on_cpu else (1, int(settings.batch_seconds * CODEC_RATE))
-    encoding = Encoding(model, encoders)
+    clock = Clock(encoders)
+
+    def encoding(items: list[Read]) -> tuple[list[Read], list[Tokens]]:
+        _, parts, audio = zip(*items, strict=True)
+        with clock.busy(sum(map(len, audio)) / CODEC_RATE):
+            return items, encode(model, list(parts), np.stack(audio))
+
     with closing(chained_ahead(sources, thread_count(settings.threads), WINDOWS_AHEAD)) as read:
         batches = (items for _, items in bucketed(read, batch, PENDING_BATCHES * batch))
         with closing(map_ahead(encoding, batches, encoders, 2 * encoders)) as done:
@@ -124,7 +129,8 @@ def encode_shard(
                 for (id, window, _), codes in zip(items, encoded, strict=True):
                     tokens.setdefault(id, []).append((window, codes))
                     advance(len(codes) * COARSE_24K / CODEC_RATE)
-    encoding.report()
+    audio, took, idle = clock.figures()
+    tqdm.write(f"  {audio:.0f} s of audio encoded in {took:.1f} s, {audio / took:.0f} × real time; idle: {idle:.0%}")
     joined = {id: _join(parts) for id, parts in tokens.items() if id not in problems}
     return [_codes_row(row, joined, problems) for row in rows]
 
@@ -147,32 +153,6 @@ def _windows_of(
                 yield len(audio), (id, window, audio)
         except AudioError as error:
             problems[id] = str(error)
-
-
-class Encoding:
-    """Encodes batches of equal length, in `encoders` threads at once; knows how long each was idle."""
-
-    def __init__(self, model: SNAC, encoders: int) -> None:
-        self._model, self._encoders = model, encoders
-        self._began, self._busy = time.perf_counter(), list[float]()
-        self._seconds = list[float]()
-
-    def __call__(self, items: list[Read]) -> tuple[list[Read], list[Tokens]]:
-        began = time.perf_counter()
-        _, parts, audio = zip(*items, strict=True)
-        codes = encode(self._model, list(parts), np.stack(audio))
-        self._busy.append(time.perf_counter() - began)
-        self._seconds.append(sum(map(len, audio)) / CODEC_RATE)
-        return items, codes
-
-    def report(self) -> None:
-        """One line of the log."""
-        took = time.perf_counter() - self._began
-        idle = max(1 - sum(self._busy) / (took * self._encoders), 0)
-        audio = sum(self._seconds)
-        tqdm.write(
-            f"  {audio:.0f} s of audio encoded in {took:.1f} s, {audio / took:.0f} × real time; idle: {idle:.0%}"
-        )
 
 
 def read_windows(

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
+import soundfile
 import torch
 from tqdm import tqdm
 
@@ -251,8 +252,6 @@ def seams(patient: Patient, form: str) -> Check:
 
 
 def _one_after_the_other(patient: Patient, seconds: float) -> Path:
-    import soundfile
-
     recordings = [Recording(path, probe(path)) for path in patient.recordings]
     pieces = [Resampler(recording, TARGET_RATE).read(0, recording.length(TARGET_RATE)) for recording in recordings]
     joined = np.concatenate(pieces)

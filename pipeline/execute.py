@@ -31,12 +31,11 @@ from pipeline.statuses import COLUMNS, Statuses
 from shards.contract import FAILED, OK, REJECTED
 from shards.errors import UserError, first_line, last_line
 from shards.files import exclusive
-from shards.storage import Location, Url
+from shards.storage import READERS, Location, Url
 from shards.writer import AHEAD, finish, read_table
 
 REASONS_SHOWN = 5
 MAX_IN_A_ROW = 3  # shards that could not be made, one after the other: something is wrong with more than one shard
-LOOKING_THREADS = 16
 SECONDS_BETWEEN_LINES = 30  # of progress where it goes to a file
 LEFT_BEHIND = timedelta(days=1)
 FATAL = (UserError, OSError, MemoryError)
@@ -152,7 +151,7 @@ def run(stage: Stage) -> bool:
 def _others_are_done(stage: Stage, mine: range) -> bool:
     """Says what of other slices is missing. Raises ShardError where another run's shard stands."""
     others = [number for number in range(len(stage.plan.shards)) if number not in mine]
-    with ThreadPoolExecutor(LOOKING_THREADS) as pool:
+    with ThreadPoolExecutor(READERS) as pool:
         found = list(pool.map(lambda number: stage.table(number).exists(), others))
         made = list(pool.map(stage.made, others)) if all(found) else found
     missing = made.count(False)
@@ -190,7 +189,7 @@ def selected(shards: int, settings: ExecutionSettings) -> range:
 
 def left_to_do(stage: Stage, numbers: Sequence[int]) -> list[int]:
     """Those that are not done. Raises ShardError where another run's shard stands."""
-    with ThreadPoolExecutor(LOOKING_THREADS) as pool:
+    with ThreadPoolExecutor(READERS) as pool:
         return [number for number, done in zip(numbers, pool.map(stage.done, numbers), strict=True) if not done]
 
 
@@ -244,7 +243,7 @@ def _is_left_behind(path: Url) -> bool:
 def summarize(paths: Sequence[Location], max_failed_fraction: float, title: str) -> None:
     """Prints counts by status and the commonest reasons. Raises UserError above `max_failed_fraction`."""
     found = Statuses()
-    with ThreadPoolExecutor(LOOKING_THREADS) as pool:
+    with ThreadPoolExecutor(READERS) as pool:
         for table in pool.map(partial(read_table, columns=COLUMNS), paths):
             found.add(table)
     statuses = found.counts()

@@ -20,10 +20,9 @@ from tqdm import tqdm
 from codec.audio import Samples
 from shards.contract import TARGET_RATE
 from shards.errors import UserError
-from shards.storage import Location
+from shards.storage import READERS, Location
 from shards.writer import read_table
 
-READING_THREADS = 16
 HOP = 96  # samples of one envelope step: 2 ms
 N_FFT = 960  # 20 ms
 BAND_EDGES_HZ = np.geomspace(200, 10_000, 13)  # twelve bands, whose envelopes are aligned together
@@ -74,7 +73,7 @@ def check_alignment(sidecars: Sequence[Location], max_median_lag: float) -> None
     """Prints lag and level over all targets that were compared. Raises UserError when the typical lag is not small."""
     columns = ["lag_samples", "level_difference_db"]
     read = partial(read_table, columns=columns, filters=pc.field("lag_samples").is_valid())
-    with ThreadPoolExecutor(READING_THREADS) as pool:
+    with ThreadPoolExecutor(READERS) as pool:
         tables = list(pool.map(read, sidecars))
     for name, values in ((name, np.concatenate([table[name].to_numpy() for table in tables])) for name in columns):
         if not len(values):

@@ -72,26 +72,21 @@ def _unfinished(work: Path, rows: int) -> None:
 
 def _table(path: Path, rows: int) -> None:
     try:
-        _shown(path, rows)
+        metadata, table = read_metadata(path), read_table(path)
+        click.echo(f"{path}: {table.num_rows} rows")
+        for key, value in metadata.items():
+            text = printable(str(value))
+            click.echo(f"  {key}: {text if len(text) < 400 else f'{len(value)} entries'}")
+        if {*COLUMNS} <= {*table.column_names}:
+            statuses = Statuses()
+            statuses.add(table)
+            _statuses(statuses)
+            _usable(table)
+            in_turn = (FAILED, REJECTED, TOO_SHORT, OK)
+            table = pa.concat_tables([table.filter(pc.field("status") == status) for status in in_turn])
+        _rows(table.slice(0, rows).to_pylist())
     except (pa.ArrowException, TypeError, ValueError, OverflowError) as error:
         raise ShardError(f"{path}: not a table of ours: {error}") from error
-
-
-def _shown(path: Path, rows: int) -> None:
-    metadata, table = read_metadata(path), read_table(path)
-    click.echo(f"{path}: {table.num_rows} rows")
-    for key, value in metadata.items():
-        text = printable(str(value))
-        click.echo(f"  {key}: {text if len(text) < 400 else f'{len(value)} entries'}")
-    if {*COLUMNS} <= {*table.column_names}:
-        statuses = Statuses()
-        statuses.add(table)
-        _statuses(statuses)
-        _usable(table)
-        table = pa.concat_tables(
-            [table.filter(pc.field("status") == status) for status in (FAILED, REJECTED, TOO_SHORT, OK)]
-        )
-    _rows(table.slice(0, rows).to_pylist())
 
 
 def _statuses(statuses: Statuses) -> None:

@@ -12,6 +12,8 @@ from pipeline.fidelity import compare, speech_share
 from pipeline.settings import JudgeSettings
 from shards.contract import REJECTED, TARGET_RATE, Row
 
+CLIPPED = 1 - 2**-15  # full scale in 16 bit
+
 
 def judge(target: Samples, source: Samples | None, settings: JudgeSettings, restored: Samples | None = None) -> Row:
     """The sidecar's columns for a target and its recording (None: it is the recording), and, where a limit of
@@ -19,7 +21,7 @@ def judge(target: Samples, source: Samples | None, settings: JudgeSettings, rest
 
     With `restored`, lag, level and correlation are those of SIDON's part of a mixed target.
     """
-    row = measure(target)
+    row = _loudness(target)
     row["target_bandwidth_hz"] = bandwidth_hz(target, TARGET_RATE)
     row["source_bandwidth_hz"] = row["target_bandwidth_hz"] if source is None else bandwidth_hz(source, TARGET_RATE)
     row["speech_share"] = speech_share(target if source is None else source)
@@ -29,7 +31,7 @@ def judge(target: Samples, source: Samples | None, settings: JudgeSettings, rest
     return {**row, "status": REJECTED, "reason": reason} if reason else row
 
 
-def measure(target: Samples) -> Row:
+def _loudness(target: Samples) -> Row:
     """Peak, RMS level (dB re full scale, at least −120) and samples beyond full scale, which will be clipped."""
     rms = math.sqrt(float(np.mean(target.astype(np.float64) ** 2)))
     return {
@@ -37,9 +39,6 @@ def measure(target: Samples) -> Row:
         "level_db": 20 * math.log10(max(rms, 1e-6)),
         "clipped_samples": int((np.abs(target) >= CLIPPED).sum()),
     }
-
-
-CLIPPED = 1 - 2**-15  # full scale in 16 bit
 
 
 def _reason(row: Row, settings: JudgeSettings, samples: int) -> str | None:

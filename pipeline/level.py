@@ -8,7 +8,6 @@ one who is heard beside a click.
 from __future__ import annotations
 
 import math
-from functools import cache
 
 import torch
 from torch import Tensor
@@ -29,9 +28,11 @@ def match(source: Samples, restored: Samples, heard_peak: float) -> tuple[float,
     needs, and how much louder, in dB, the model spoke than at a peak of PEAK.
     """
     expected = heard_peak / PEAK  # of a model that always speaks as if what it hears peaked there
+    if expected == 0 or len(source) < MIN_FRAMES * N_FFT:
+        return expected, 0.0
     heard_T, spoken_T = _powers(source), _powers(restored)
     both_T = _loud(heard_T) & _loud(spoken_T)
-    if expected == 0 or int(both_T.sum()) < MIN_FRAMES:
+    if int(both_T.sum()) < MIN_FRAMES:
         return expected, 0.0
     ratio = math.sqrt(float(heard_T[both_T].sum() / spoken_T[both_T].sum()))
     correction_db = 20 * math.log10(ratio / expected)
@@ -42,18 +43,9 @@ def _powers(samples: Samples) -> Tensor:
     """Of each frame, in BAND_HZ, up to a factor."""
     first, last = (math.ceil(edge * N_FFT / TARGET_RATE) for edge in BAND_HZ)
     frames_TN = torch.from_numpy(samples[: len(samples) // N_FFT * N_FFT]).reshape(-1, N_FFT)
-    if not len(frames_TN):
-        return torch.zeros(0)
-    spectrum_TK = torch.fft.rfft(frames_TN * _window())[:, first:last]
+    spectrum_TK = torch.fft.rfft(frames_TN * torch.hann_window(N_FFT))[:, first:last]
     return torch.view_as_real(spectrum_TK).square().sum((1, 2)).double()
 
 
-@cache
-def _window() -> Tensor:
-    return torch.hann_window(N_FFT)
-
-
 def _loud(power_T: Tensor) -> Tensor:
-    if not len(power_T):
-        return torch.zeros(0, dtype=torch.bool)
     return power_T > max(float(torch.quantile(power_T, 0.95)) * 10 ** (-LOUD_DB / 10), 1e-12)

@@ -15,9 +15,8 @@ from codec.audio import AudioError, probe
 from pipeline.sources import stored
 from shards.files import reason_of_one
 from shards.pieces import skimmed
-from shards.storage import locate
+from shards.storage import READERS, locate
 
-PROBE_THREADS = 16
 # A manifest's end may lie this far after the file's: people round, voices are found in frames of up to 62 ms, and who
 # counts an MP3's frames counts what LAME fills them up with: 102 ms at 16 kHz, 41 at 44.1.
 END_TOLERANCE_SECONDS = 0.11
@@ -41,7 +40,7 @@ def _with_headers(table: pa.Table, rows: npt.NDArray[np.intp]) -> pa.Table:
     wanted = table.take(pa.array(rows))
     places = list(zip(*(wanted[name].to_pylist() for name in ("path", "offset", "file_bytes")), strict=True))
     files = list(dict.fromkeys(places))
-    with ThreadPoolExecutor(PROBE_THREADS) as pool:
+    with ThreadPoolExecutor(READERS) as pool:
         found = tqdm(pool.map(_header, files), total=len(files), desc="reading headers", unit="file", disable=None)
         headers = dict(zip(files, found, strict=True))
     for name, values in zip(HEADER, zip(*map(headers.__getitem__, places), strict=True), strict=True):

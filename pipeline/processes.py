@@ -11,11 +11,10 @@ import os
 import signal
 import threading
 from collections import Counter, deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
-from multiprocessing.context import ForkServerContext
 from multiprocessing.process import BaseProcess
 from typing import Any
 
@@ -46,8 +45,7 @@ def processes(stage: Stage, numbers: Sequence[int], progress: Progress) -> None:
     devices = stage.settings.devices() * (stage.settings.workers or 1)
     for device in stage.settings.devices():
         device_of(device)
-    context = _context(type(stage))
-    workers = [_start(context, stage, device, len(devices)) for device in devices[: len(waiting)]]
+    workers = [_start(stage, device, len(devices)) for device in devices[: len(waiting)]]
     try:
         while waiting or any(worker.number is not None for worker in workers):
             for worker in workers:
@@ -61,7 +59,7 @@ def processes(stage: Stage, numbers: Sequence[int], progress: Progress) -> None:
                 except (EOFError, ConnectionResetError):  # the latter where it died before it read its number
                     workers.remove(worker)
                     _bury(worker, waiting, deaths, progress)
-                    workers.append(_start(context, stage, worker.device, len(devices)))
+                    workers.append(_start(stage, worker.device, len(devices)))
     finally:
         for worker in workers:
             worker.process.kill()  # what it has begun is left out, for the next run
@@ -69,20 +67,21 @@ def processes(stage: Stage, numbers: Sequence[int], progress: Progress) -> None:
             worker.connection.close()
 
 
-def _context(kind: type[Stage]) -> ForkServerContext:
-    """Processes that start with everything imported."""
+def _start(stage: Stage, device: str, count: int) -> Worker:
+    return Worker(device, *_process(work, type(stage), stage.settings.of_one(device), count))
+
+
+def _process(
+    target: Callable[..., None], kind: type[Stage], settings: Any, *more: Any
+) -> tuple[BaseProcess, Connection[Any, Any]]:
+    """One that starts with everything imported, and this end of its pipe."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([kind.__module__])
-    return context
-
-
-def _start(context: ForkServerContext, stage: Stage, device: str, count: int) -> Worker:
     ours, theirs = context.Pipe()
-    arguments = type(stage), stage.settings.of_one(device), theirs, count
-    process = context.Process(target=work, args=arguments, daemon=True)
+    process = context.Process(target=target, args=(kind, settings, theirs, *more), daemon=True)
     process.start()
     theirs.close()
-    return Worker(device, process, ours)
+    return process, ours
 
 
 def _give(worker: Worker, waiting: deque[int]) -> None:
@@ -159,11 +158,7 @@ def _end_with_parent() -> None:
 def ask(kind: type[Stage], settings: ExecutionSettings) -> Any:
     """`kind(settings).known`, as a process of the first device finds. Raises UserError for what it cannot."""
     device_of(settings.devices()[0])
-    context = _context(kind)
-    ours, theirs = context.Pipe()
-    process = context.Process(target=_tell, args=(kind, settings.of_one(settings.devices()[0]), theirs), daemon=True)
-    process.start()
-    theirs.close()
+    process, ours = _process(_tell, kind, settings.of_one(settings.devices()[0]))
     try:
         found, problem = ours.recv()
     except EOFError:

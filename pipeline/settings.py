@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
@@ -11,8 +11,6 @@ from configs.loader import Gpu, Gpus, Local, Place, Settings
 from shards.storage import Location, Url
 
 Threads = Literal["auto"] | Annotated[int, Field(ge=1, le=256)]
-
-Some = TypeVar("Some", bound="ExecutionSettings")
 
 
 class ExecutionSettings(Settings):
@@ -60,7 +58,7 @@ class ExecutionSettings(Settings):
     def devices(self) -> list[str]:
         return str(self.gpu).split(",")
 
-    def of_one(self: Some, gpu: str | int) -> Some:
+    def of_one(self, gpu: str | int) -> Self:
         """What a process is told that makes shards on this device for others."""
         gpu = gpu if gpu == "cpu" else int(gpu)
         alone = {"execute": "local", "workers": None, "slice_index": None, "slice_count": None}

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -54,19 +55,19 @@ def _read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def _read_tensors(path: Path, wanted: Iterable[str] | None = None) -> dict[str, Tensor]:
-    """The tensors of a safetensors file, or those that are wanted and there."""
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
     try:
         with safe_open(path, "pt") as file:
-            names = set(file.keys())
-            return {name: file.get_tensor(name) for name in (names if wanted is None else names & set(wanted))}
+            yield file
     except SafetensorError as error:
         raise UserError(f"{path} is not a whole safetensors file: {error}") from error
 
 
 def _adapter_pairs(path: Path) -> dict[str, tuple[Tensor, Tensor]]:
     """Name of the layer → its A and B."""
-    tensors = _read_tensors(path)
+    with _opened(path) as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no dict)
     found: dict[str, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
         match = ADAPTER_KEY.fullmatch(name)
@@ -89,14 +90,11 @@ def _scaling(path: Path) -> float:
 
 def _base_weights(path: Path, shapes: dict[str, torch.Size], layers: int) -> dict[str, Tensor]:
     """The weights of the first `layers` layers; what lies above them is left out knowingly, all else must fit."""
-    try:
-        with safe_open(path, "pt") as file:
-            there = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 (no dict)
-    except SafetensorError as error:
-        raise UserError(f"{path} is not a whole safetensors file: {error}") from error
-    above = {name for name in there if (match := LAYER_KEY.match(name)) and int(match[1]) >= layers}
-    check_keys(path, shapes, {name: shape for name, shape in there.items() if name not in above}, ONLY_IN_TRAINING)
-    weights = _read_tensors(path, shapes)
+    with _opened(path) as file:
+        there = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 (no dict)
+        above = {name for name in there if (match := LAYER_KEY.match(name)) and int(match[1]) >= layers}
+        check_keys(path, shapes, {name: shape for name, shape in there.items() if name not in above}, ONLY_IN_TRAINING)
+        weights = {name: file.get_tensor(name) for name in there.keys() & shapes.keys()}
     unused = {name: torch.zeros(shapes[name]) for name in shapes.keys() & ONLY_IN_TRAINING - weights.keys()}
     return {**weights, **unused}
 

@@ -25,10 +25,9 @@ from shards.errors import UserError
 from shards.files import file_sha256
 from shards.groups import group_finder
 from shards.pieces import Part, version
-from shards.storage import Location, Url, locate
+from shards.storage import READERS, Location, Url, locate
 
 TAR = ".tar"
-TAR_THREADS = 16
 FSCK_FOLDER = "lost+found"  # at the root of a file system, which root alone may read
 FOUND_SCHEMA = pa.schema(  # a recording before anything is known of its content
     [
@@ -80,7 +79,7 @@ def listed_sha256(audio: Location) -> str:
         return file_sha256(audio)
     paths = sorted(path for path, _ in _walk(audio)) if audio.is_dir() else [str(audio)]
     digest = hashlib.sha256()
-    with ThreadPoolExecutor(TAR_THREADS) as pool:
+    with ThreadPoolExecutor(READERS) as pool:
         versions = pool.map(_version, (path for path in paths if path.lower().endswith(TAR)))
         for part in (*map(os.fsencode, paths), *versions):
             digest.update(part + b"\0")
@@ -144,7 +143,7 @@ def _folder(folder: Location) -> Iterator[Item]:
             tars.append((locate(path), id))
         else:
             yield {"recording": id, "path": path, "file_bytes": file_bytes}
-    with ThreadPoolExecutor(TAR_THREADS) as pool:
+    with ThreadPoolExecutor(READERS) as pool:
         for items in pool.map(lambda tar: list(_tar(*tar)), tars):
             yield from items
 

@@ -12,7 +12,6 @@ import pyarrow.compute as pc
 
 from shards.contract import FAILED
 from shards.errors import printable
-from shards.writer import counted
 
 COLUMNS = ["recording", "n_coarse", "status", "reason"]
 NUMBER = re.compile(r"\d+(\.\d+)?")
@@ -50,7 +49,8 @@ class Statuses:
         if self._unusable:
             for recording in self._unusable.keys() & set(segments["recording"].unique().to_pylist()):
                 del self._unusable[recording]
-        self._counts.update(counted(segments["status"]))
+        for row in sorted(segments["status"].value_counts().to_pylist(), key=lambda row: -row["counts"]):
+            self._counts[row["values"]] += row["counts"]
         given = segments.filter(pc.field("reason").is_valid())
         found = given.group_by("reason", use_threads=False).aggregate([("recording", "first"), ("recording", "count")])
         for row in found.sort_by("reason").to_pylist():

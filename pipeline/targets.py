@@ -39,6 +39,7 @@ from shards.contract import (
     META_SUFFIX,
     OK,
     PLAN_NAME,
+    SAID_TWICE,
     TARGET_RATE,
     TARGET_SUFFIX,
     Row,
@@ -261,19 +262,9 @@ def _sidecar_row(plan: Row, codes: Row) -> Row:
 
 
 def _members(row: Row, codes: list[int], target: Samples, bits: int, provenance: Row) -> dict[str, bytes]:
-    names = (
-        "recording",
-        "group",
-        "segment",
-        "start_seconds",
-        "n_coarse",
-        "context_before",
-        "context_after",
-        "n_samples",
-    )
     meta = {
         "format_version": FORMAT_VERSION,
-        **{name: row[name] for name in names},
+        **{name: row[name] for name in SAID_TWICE},
         "sampling_rate": TARGET_RATE,
         **provenance,
     }

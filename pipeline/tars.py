@@ -66,22 +66,20 @@ def members(path: Location, extensions: Collection[str]) -> Iterator[Member]:
 
 
 def _member(info: tarfile.TarInfo, extensions: Collection[str], speakers: dict[str, str | None], size: int) -> Member:
-    suffix = _suffix(info.name)
+    name, suffix = info.name.removeprefix("./"), _suffix(info.name)
     if not info.isfile():
         return Member(ignored="links in tars")
     if info.issparse():  # what follows its header are pieces, not the file
-        return Member(info.name.removeprefix("./"), problem="a sparse member: pack the tar without --sparse")
+        return Member(name, problem="a sparse member: pack the tar without --sparse")
     if suffix not in extensions:
         return Member(ignored=f"{suffix or PurePosixPath(info.name).name} in tars")
     if info.offset_data + info.size > size:
-        return Member(info.name.removeprefix("./"), problem="cut off with its tar")
+        return Member(name, problem="cut off with its tar")
     speaker = speakers.get(_key(info.name), "")
     if speaker is None:  # in a group by its folder it might be in another split than the rest of its speaker
-        return Member(
-            info.name.removeprefix("./"),
-            problem=f"its speaker is not known: the .json beside it is not JSON of at most {MAX_JSON_BYTES:,} bytes",
-        )
-    return Member(info.name.removeprefix("./"), info.offset_data, info.size, speaker or None)
+        why = f"its speaker is not known: the .json beside it is not JSON of at most {MAX_JSON_BYTES:,} bytes"
+        return Member(name, problem=why)
+    return Member(name, info.offset_data, info.size, speaker or None)
 
 
 def _suffix(name: str) -> str:

@@ -6,9 +6,7 @@ outputs are put back in the plan's order and joined per recording. A recording t
 
 from __future__ import annotations
 
-import time
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain, groupby
 from pathlib import Path
@@ -22,7 +20,7 @@ from codec.audio import AudioError, Recording, Samples, output_length, probe
 from codec.held import Held
 from codec.resample import Resampler, passed_hz
 from codec.snac import device_of
-from pipeline.ahead import Ahead, chained_ahead, thread_count
+from pipeline.ahead import Ahead, Clock, chained_ahead, thread_count
 from pipeline.bandwidth import BAND_HZ, Spectrum
 from pipeline.hybrid import HALF, TRANSITION_HZ, hybrid
 from pipeline.level import PEAK, match
@@ -198,7 +196,9 @@ class Teacher:
         clock = Clock()
         for items in groups:
             yield list(self._restore_all(items, clock))
-        clock.report()
+        audio, took, idle = clock.figures()
+        if audio:
+            tqdm.write(f"  {audio:.0f} s of audio restored in {took:.1f} s, the device idle {idle:.0%} of them")
 
     def _restore_all(self, items: list[Read], clock: Clock) -> Iterator[tuple[Read, Samples | None]]:
         outputs: dict[int, Samples] = {}
@@ -302,24 +302,3 @@ class Pieces:
                 factor, self.model_level_db = match(item.source, output[own], heard_peak)
                 self._restored.append(self._joiner.add(item.window, output * np.float32(factor)))
         return self._source.read(a, b), self._restored.read(a, b) if is_restored else np.zeros(0, np.float32)
-
-
-class Clock:
-    """How long the device worked, and how long it waited for recordings to be read or targets to be fetched."""
-
-    def __init__(self) -> None:
-        self._began = time.perf_counter()
-        self._busy = self._audio = 0.0
-
-    @contextmanager
-    def busy(self, audio_seconds: float) -> Iterator[None]:
-        began = time.perf_counter()
-        yield
-        self._busy += time.perf_counter() - began
-        self._audio += audio_seconds
-
-    def report(self) -> None:
-        wall = time.perf_counter() - self._began
-        if self._audio:
-            idle = 1 - self._busy / wall
-            tqdm.write(f"  {self._audio:.0f} s of audio restored in {wall:.1f} s, the device idle {idle:.0%} of them")

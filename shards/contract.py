@@ -105,15 +105,10 @@ SIDECAR_SCHEMA = pa.schema(
         ("source_bandwidth_hz", pa.float32()),  # where the recording's spectrum falls away; null in silence
         ("target_bandwidth_hz", pa.float32()),
         ("speech_share", pa.float32()),  # of the recording's 20 ms frames: those that are not silence
-        (
-            "lag_samples",
-            pa.float32(),
-        ),  # at 48 kHz, of the target behind its recording; null when it is the recording, or one is silent
-        (
-            "level_difference_db",
-            pa.float32(),
-        ),  # of target over recording, 100 Hz to 8 kHz; null when it is the recording, or both are silent
-        ("correlation", pa.float32()),  # of their 50 ms envelopes; 0 when one is silent; null as the level
+        # of the target against its recording; null when it is the recording, or both are silent
+        ("lag_samples", pa.float32()),  # at 48 kHz, positive when the target is late; null when one is silent
+        ("level_difference_db", pa.float32()),  # of target over recording, 100 Hz to 8 kHz
+        ("correlation", pa.float32()),  # of their 50 ms envelopes; 0 when one is silent
     ]
 )
 
@@ -134,6 +129,7 @@ META_FIELDS = {
     "teacher": str,
     "snac": str,
 }
+SAID_TWICE = META_FIELDS.keys() & set(SIDECAR_SCHEMA.names) - {"teacher"}  # by a sample's json and by its row
 
 
 def sample_key(shard: int, row: int) -> str:

@@ -10,7 +10,7 @@ from typing import IO, Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from shards.contract import META_FIELDS, OK, SIDECAR_SCHEMA, SUMS_NAME, tar_path
+from shards.contract import OK, SAID_TWICE, SUMS_NAME, tar_path
 from shards.errors import ShardError
 from shards.files import file_sha256, sha256_of
 from shards.index import common, index_rows, read_sidecar, sidecar_metadata, wrong_key, wrong_place
@@ -18,8 +18,6 @@ from shards.pieces import Fetched, nearby
 from shards.reader import decode_sample, sample_at
 from shards.storage import Location, Url
 from shards.writer import differences, fingerprint_of, read_metadata, read_table
-
-SAID_TWICE = set(META_FIELDS) & set(SIDECAR_SCHEMA.names) - {"teacher"}  # by a sample's json and by its row
 
 
 def unlisted(folder: Location, shards: Sequence[tuple[str, int]]) -> Iterator[str]:

@@ -60,11 +60,15 @@ def replacing(path: Location) -> Iterator[Path]:
     _fsync_folder(path.parent)
 
 
+def write_whole(path: Location, content: str | bytes) -> None:
+    with replacing(path) as temporary:
+        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
 def move(path: Location, target: Location) -> None:
     """A whole file takes the name of another, or of none. Remote: it is copied, and then goes."""
     if isinstance(path, Url) or isinstance(target, Url):
-        with replacing(target) as temporary:
-            temporary.write_bytes(path.read_bytes())
+        write_whole(target, path.read_bytes())
         path.unlink(missing_ok=True)
         return
     path.replace(target)

@@ -31,9 +31,9 @@ from shards.contract import (
     tar_path,
 )
 from shards.errors import ShardError
-from shards.files import file_sha256, replacing, sha256_of
+from shards.files import file_sha256, replacing, sha256_of, write_whole
 from shards.pieces import Fetched
-from shards.storage import Location, Url
+from shards.storage import READERS, Location, Url
 from shards.writer import (
     check_columns,
     encode_metadata,
@@ -45,13 +45,12 @@ from shards.writer import (
 )
 
 GROUP_ROWS = 1 << 16  # of an index in memory at once
-READ_AT_ONCE = 16  # sidecars
 MAX_SAMPLE_BYTES = 1 << 30
 KEY_PATTERN = r"^\d{6,}-\d{5,}$"  # of `sample_key`: keys name files, and nothing else may stand in one
 
 
 def compact(folder: Location, shards: Sequence[tuple[str, int]], about: Mapping[str, Any] | None = None) -> Location:
-    """All sidecars of `shards`, in that order, into `folder/index.parquet`; each read once, READ_AT_ONCE at a time.
+    """All sidecars of `shards`, in that order, into `folder/index.parquet`; each read once, READERS at a time.
 
     Its schema metadata holds what their fingerprints have in common, and `about`. SHA256SUMS, last,
     names tars, sidecars and index. Raises ShardError for a remote tar that is not its sidecar's.
@@ -63,9 +62,9 @@ def compact(folder: Location, shards: Sequence[tuple[str, int]], about: Mapping[
     sums: dict[str, str] = {}
 
     def rows() -> Iterator[pa.Table]:
-        with ThreadPoolExecutor(READ_AT_ONCE) as pool:
-            for start in range(0, len(shards), READ_AT_ONCE):
-                some = shards[start : start + READ_AT_ONCE]
+        with ThreadPoolExecutor(READERS) as pool:
+            for start in range(0, len(shards), READERS):
+                some = shards[start : start + READERS]
                 for (split, shard), (sidecar, table) in zip(some, pool.map(of_shard, some), strict=True):
                     sums[f"{split}/{shard:06d}.tar"] = sidecar_metadata(sidecar)["tar_sha256"]
                     sums[f"{split}/{shard:06d}.parquet"] = file_sha256(sidecar)
@@ -122,8 +121,7 @@ def write_index(path: Path, schema: pa.Schema, tables: Iterable[pa.Table]) -> No
 
 
 def write_sums(folder: Location, sums: Mapping[str, str]) -> None:
-    with replacing(folder / SUMS_NAME) as temporary:
-        temporary.write_text("".join(f"{digest}  {name}\n" for name, digest in sums.items()))
+    write_whole(folder / SUMS_NAME, "".join(f"{digest}  {name}\n" for name, digest in sums.items()))
 
 
 def read_sums(folder: Location) -> dict[str, str]:

@@ -50,30 +50,29 @@ class Order:
         """The shards that hold the samples from `position` on: those of its window, then those of the next."""
         found: list[int] = []
         for _ in range(2):
-            epoch, place = divmod(position, self.samples_per_epoch)
-            shards = permutation(len(self.counts), self.seed, "shards", epoch)
-            ends = np.cumsum(self._counts[shards])
-            first = int(np.searchsorted(ends, place, side="right")) // self.window * self.window
-            members = shards[first : first + self.window].tolist()
-            found += [shard for shard in members if shard not in found]
-            position += int(ends[min(first + self.window, len(ends)) - 1]) - place
+            _, place, _, members, ends = self._window_of(position)
+            found += [shard for shard in members.tolist() if shard not in found]
+            position += int(ends[-1]) - place
         return found
 
     def sample_at(self, position: int) -> int:
         """Number of the sample at `position` of the endless stream."""
+        epoch, place, window, members, ends = self._window_of(position)
+        start = int(ends[0] - self._counts[members[0]])
+        shuffled = permutation(int(ends[-1]) - start, self.seed, "samples", epoch, window)
+        chosen = start + int(shuffled[place - start])
+        member = int(np.searchsorted(ends, chosen, side="right"))
+        row = chosen - int(ends[member] - self._counts[members[member]])
+        return int(self._first_of_shard[members[member]]) + row
+
+    def _window_of(self, position: int) -> tuple[int, int, int, npt.NDArray[np.intp], npt.NDArray[np.int64]]:
+        """Epoch, place in it, number of the window there, the window's shards, and the places at which they end."""
         epoch, place = divmod(position, self.samples_per_epoch)
         shards = permutation(len(self.counts), self.seed, "shards", epoch)
         ends = np.cumsum(self._counts[shards])
         window = int(np.searchsorted(ends, place, side="right")) // self.window
-        first = window * self.window
-        members = shards[first : first + self.window]
-        member_ends = ends[first : first + self.window]
-        window_start = int(ends[first - 1]) if first else 0
-        shuffled = permutation(int(member_ends[-1]) - window_start, self.seed, "samples", epoch, window)
-        chosen = window_start + int(shuffled[place - window_start])
-        member = int(np.searchsorted(member_ends, chosen, side="right"))
-        row = chosen - int(member_ends[member] - self._counts[members[member]])
-        return int(self._first_of_shard[members[member]]) + row
+        own = slice(window * self.window, (window + 1) * self.window)
+        return epoch, place, window, shards[own], ends[own]
 
 
 def rank_slice(n: int, rank: int, world_size: int) -> range:

@@ -44,6 +44,7 @@ NETWORK_ERRORS = {  # of Python, botocore, aiohttp, requests, httpx and google.a
 }
 WHOLE_BYTES = 1 << 28  # up to this size `open` fetches an object at once
 BLOCK_BYTES = 1 << 22  # of larger ones
+READERS = 16  # threads that look into many files, and mostly wait for disks or storage
 FULL = {errno.ENOSPC, errno.EDQUOT}
 OF_WRITING = {*FULL, errno.EFBIG, errno.EROFS, errno.EIO}
 

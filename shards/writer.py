@@ -26,13 +26,11 @@ ARROW_KEY = b"ARROW:schema"
 AHEAD = ".next"  # at the end of a sidecar's name whose tar may not stand yet
 
 
-def write_table(
-    path: Location, table: pa.Table, metadata: Mapping[str, Any], row_group_size: int | None = None
-) -> None:
+def write_table(path: Location, table: pa.Table, metadata: Mapping[str, Any]) -> None:
     """A Parquet file whose schema metadata holds `metadata`, each value as JSON."""
     table = table.replace_schema_metadata(encode_metadata(metadata))
     with replacing(path) as temporary:
-        pq.write_table(table, temporary, row_group_size=row_group_size, compression="zstd", write_page_checksum=True)
+        pq.write_table(table, temporary, compression="zstd", write_page_checksum=True)
 
 
 def encode_metadata(metadata: Mapping[str, Any]) -> dict[str, str]:
@@ -86,12 +84,6 @@ def read_table(path: Location | Fetched, **options: Any) -> pa.Table:
         table = pq.read_table(parquet_source(path), page_checksum_verification=True, **options)
         table.validate(full=True)  # pyarrow takes any bytes for text
         return table
-
-
-def counted(column: pa.ChunkedArray) -> dict[Any, int]:
-    """Value → how often, the most frequent first."""
-    found = {row["values"]: row["counts"] for row in column.value_counts().to_pylist()}
-    return dict(sorted(found.items(), key=lambda pair: -pair[1]))
 
 
 def parquet_source(path: Location | Fetched) -> Path | IO[bytes]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +18,9 @@ from torch import Tensor
 from codec.resample import sinc_resampler
 from shards.contract import COARSE_48K, CONTEXT_COARSE, TARGET_RATE, coarse_tokens
 from shards.errors import UserError
-from shards.files import replacing
+from shards.files import write_whole
 from trainer.corpus import Corpus
-from trainer.data import fixed_batches
+from trainer.data import Batch, fixed_batches
 from trainer.decoder import CodesToLatent, CropDecoder, padded
 from trainer.losses import magnitudes
 from trainer.settings import TrainSettings
@@ -39,7 +39,7 @@ class Boards:
             self._boards.append(WeightsAndBiases(settings.wandb, settings.run, settings.model_dump(mode="json")))
         length = coarse_tokens(settings.segment_length)
         self._clips = list(fixed_batches(corpus.validation[0], settings.eval_clips, 1, length, settings.seed))
-        self._references = list(map(References(snac), self._clips))
+        self._references = list(references(snac, self._clips))
         self._references_shown = first_step > 0
 
     def metrics(self, kind: str, step: int, values: Mapping[str, float]) -> None:
@@ -65,19 +65,15 @@ class Boards:
             board.close()
 
 
-class References:
-    """A clip → what it is compared with: the stock decoder's audio, resampled, and the target; on the CPU."""
-
-    def __init__(self, snac: SNAC) -> None:
-        self._stock, self._sinc = CropDecoder(CodesToLatent(snac), snac.decoder), sinc_resampler(1, 2)
-
-    @torch.no_grad()
-    def __call__(self, batch: Any) -> tuple[Tensor, Tensor]:
-        valid = int(batch.valid_B)
+@torch.no_grad()
+def references(snac: SNAC, clips: Iterable[Batch]) -> Iterator[tuple[Tensor, Tensor]]:
+    """What each clip is compared with: the stock decoder's audio, resampled, and the target; on the CPU."""
+    stock, start = CropDecoder(CodesToLatent(snac), snac.decoder), CONTEXT_COARSE * COARSE_48K
+    for batch in clips:
         with torch.random.fork_rng(devices=[]):  # of noise blocks
-            wav_N = self._sinc(self._stock(padded(batch.tokens_BT7)))[0]  # with its context
-        start = CONTEXT_COARSE * COARSE_48K
-        return wav_N[start : start + valid].float(), batch.target_BN[0, :valid]
+            wav_N = sinc_resampler(1, 2)(stock(padded(batch.tokens_BT7)))[0]  # with its context
+        valid = int(batch.valid_B)
+        yield wav_N[start : start + valid].float(), batch.target_BN[0, :valid]
 
 
 class TensorBoard:
@@ -123,8 +119,7 @@ class WeightsAndBiases:
             raise UserError(f"wandb={project} needs the package wandb: `just extras` installs it") from error
         known = run / "wandb_id.txt"
         if not known.exists():
-            with replacing(known) as temporary:
-                temporary.write_text(uuid.uuid4().hex[:8])
+            write_whole(known, uuid.uuid4().hex[:8])
         id = known.read_text()
         self._run = wandb.init(project=project, name=run.name, id=id, dir=run, config=settings, resume="allow")
 

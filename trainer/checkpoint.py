@@ -17,7 +17,7 @@ from snac.layers import Decoder
 
 from codec.snac import GEOMETRY, load_snac, load_verified
 from shards.errors import UserError, first_line, printable
-from shards.files import file_sha256, replacing
+from shards.files import file_sha256, write_whole
 from shards.writer import differences
 from trainer.decoder import RATES_48K
 from trainer.log import as_json
@@ -35,8 +35,8 @@ def save_described(path: Path, state: Mapping[str, Any]) -> None:
 
     In this order, so that a process that is killed in between writes both again when it comes to this step again.
     """
-    with replacing(path.with_suffix(".json")) as temporary:
-        temporary.write_text(as_json({name: state[name] for name in SUMMARY if name in state}, indent=2) + "\n")
+    summary = {name: state[name] for name in SUMMARY if name in state}
+    write_whole(path.with_suffix(".json"), as_json(summary, indent=2) + "\n")
     save(path, state)
 
 
@@ -44,8 +44,7 @@ def save(path: Path, state: Mapping[str, Any]) -> None:
     """Through memory, because torch reports a full disk as an error of its own."""
     buffer = io.BytesIO()
     torch.save(state, buffer)
-    with replacing(path) as temporary:
-        temporary.write_bytes(buffer.getvalue())  # no copy; a view of the buffer, kept by an error, crashes Python 3.12
+    write_whole(path, buffer.getvalue())  # no copy; a view of the buffer, kept by an error, crashes Python 3.12
 
 
 def load(path: Path) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from codec.audio import AudioError, Samples
 from codec.snac import device_of
 from shards.contract import FAILED, OK, TARGET_RATE
 from shards.errors import SettingsError, UserError, printable
-from shards.files import new_folder, replacing
+from shards.files import new_folder, write_whole
 from shards.order import permutation
 from shards.writer import write_table
 from trainer.checkpoint import load_codec
@@ -139,7 +139,7 @@ def _jobs(
                 problem = str(error)
         if place in kept:
             for name, wav in wavs.items():
-                _write_audio(folder / AUDIO / name / f"{entry.key}.flac", wav)
+                write_whole(folder / AUDIO / name / f"{entry.key}.flac", flac(wav))
         yield Job(entry, clip, wavs, problem, settings.metrics)
 
 
@@ -165,15 +165,9 @@ def _judge(job: Job) -> list[dict[str, Any]]:
     return [{**about, "system": name, **score(wav, job.clip.target, job.metrics)} for name, wav in job.wavs.items()]
 
 
-def _write_audio(path: Path, wav: Samples) -> None:
-    """By way of memory: libsndfile says nothing of a disk that is full when it closes a file."""
-    with replacing(path) as temporary:
-        temporary.write_bytes(flac(wav))
-
-
 def flac(wav: Samples) -> bytes:
     """16 bit and lossless, because lossy codecs cut off the top octave, which is what is to be judged; libsndfile clips
-    what is beyond full scale.
+    what is beyond full scale. In memory: it says nothing of a disk that is full when it closes a file.
     """
     file = io.BytesIO()
     soundfile.write(file, wav, TARGET_RATE, "PCM_16", format="FLAC")

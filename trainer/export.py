@@ -10,7 +10,6 @@ README.md, provenance.json       the model card, and where weights, codes and ta
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from pathlib import Path
 
 import click
@@ -20,7 +19,7 @@ from snac import SNAC
 from torch import Tensor
 from torch.nn.utils import parametrize
 
-from shards.files import new_folder, replacing
+from shards.files import new_folder, write_whole
 from trainer.card import snac_card
 from trainer.checkpoint import PROVENANCE, Codec48k, load_codec, save
 from trainer.decoder import RATES_48K
@@ -34,7 +33,7 @@ def export(settings: ExportSettings) -> None:
     with new_folder(settings.out) as folder:
         codec = load_codec(settings.model, settings.pretrained_model)
         write_export(codec, folder, settings.fold)
-        write_texts(folder, {"README.md": snac_card(codec, settings.out.name, settings.fold, settings.license)})
+        write_whole(folder / "README.md", snac_card(codec, settings.out.name, settings.fold, settings.license))
     click.echo(f"{settings.out}: SNAC.from_pretrained loads it; codes by {codec.snac_name}")
 
 
@@ -44,21 +43,12 @@ def write_export(codec: Codec48k, folder: Path, fold: bool) -> None:
     whole.encoder.load_state_dict(codec.snac.encoder.state_dict())
     whole.quantizer.load_state_dict(codec.snac.quantizer.state_dict())
     whole.decoder.load_state_dict(codec.decoder.state_dict())
-    texts = {
-        "config.json": json.dumps(config, indent=2),
-        PROVENANCE: json.dumps(codec.provenance, indent=2, sort_keys=True),
-    }
-    write_texts(folder, texts)
+    write_whole(folder / "config.json", json.dumps(config, indent=2))
+    write_whole(folder / PROVENANCE, json.dumps(codec.provenance, indent=2, sort_keys=True))
     state = whole.state_dict()
     save(folder / "pytorch_model.bin", state)
     save_safetensors(folder / "model.safetensors", state)
     save_safetensors(folder / "decoder_only.safetensors", decoding_weights(whole, fold), weight_norm=not fold)
-
-
-def write_texts(folder: Path, texts: Mapping[str, str]) -> None:
-    for name, text in texts.items():
-        with replacing(folder / name) as temporary:
-            temporary.write_text(text)
 
 
 @torch.no_grad()
@@ -75,5 +65,4 @@ def decoding_weights(whole: SNAC, fold: bool) -> dict[str, Tensor]:
 def save_safetensors(path: Path, state: dict[str, Tensor], weight_norm: bool = True) -> None:
     metadata = {"format": "pt", "weight_norm": "kept" if weight_norm else "folded"}
     tensors = {name: value.contiguous() for name, value in state.items()}
-    with replacing(path) as temporary:
-        temporary.write_bytes(safetensors.torch.save(tensors, metadata))
+    write_whole(path, safetensors.torch.save(tensors, metadata))

@@ -27,10 +27,9 @@ from torch import Tensor, nn
 
 from shards.contract import COARSE_24K, CODEBOOK_SIZE, TARGET_RATE, TOKENS, TOKENS_PER_COARSE
 from shards.errors import UserError
-from shards.files import new_folder, replacing
+from shards.files import new_folder, replacing, write_whole
 from trainer.card import onnx_card
 from trainer.checkpoint import PROVENANCE, Codec48k, load_codec
-from trainer.export import write_texts
 from trainer.inference import folded
 from trainer.settings import ExportOnnxSettings
 
@@ -78,8 +77,9 @@ def export_onnx(settings: ExportOnnxSettings) -> None:
         write_encoder(codec.snac, folder / ENCODER)
         found = parity(codec, folder)
         records = {"parity.json": found, PROVENANCE: codec.provenance}
-        texts = {name: json.dumps(record, indent=2, sort_keys=True) + "\n" for name, record in records.items()}
-        write_texts(folder, {**texts, "README.md": onnx_card(codec, settings.license)})
+        for name, record in records.items():
+            write_whole(folder / name, json.dumps(record, indent=2, sort_keys=True) + "\n")
+        write_whole(folder / "README.md", onnx_card(codec, settings.license))
     click.echo(
         f"{settings.out}: {DECODER} differs from torch by {found['decoder_largest_difference']:.1e}, "
         f"{DECODER_FP16} has {found['decoder_fp16_snr_db']:.1f} dB "

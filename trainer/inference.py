@@ -21,23 +21,10 @@ from torch.nn.utils import parametrize
 from shards.contract import LATENT_PER_COARSE
 from trainer.decoder import RATES_48K, CodesToLatent
 from trainer.kernels import TAPS, Snake, depthwise, depthwise_snake, snake
+from trainer.training_decoder import PlainSnake
 
 DILATIONS = (1, 3, 9)  # of a block's residual units
 HEAD_COLUMNS = 8  # the head's 7 taps as one matrix product, which is quicker with one column more
-
-
-class FrozenSnake(nn.Module):
-    """Snake without TorchScript, so that exporters see its operations."""
-
-    inverse: Tensor
-
-    def __init__(self, stock: Snake1d) -> None:
-        super().__init__()
-        self.alpha = nn.Parameter(stock.alpha.detach().clone())
-        self.register_buffer("inverse", (self.alpha.detach() + 1e-9).reciprocal(), persistent=False)
-
-    def forward(self, x_BCN: Tensor) -> Tensor:
-        return x_BCN + self.inverse * torch.sin(self.alpha * x_BCN).square()
 
 
 def folded(module: nn.Module) -> nn.Module:
@@ -48,7 +35,7 @@ def folded(module: nn.Module) -> nn.Module:
             if isinstance(child, NoiseBlock):
                 setattr(parent, name, nn.Identity())
             elif isinstance(child, Snake1d):
-                setattr(parent, name, FrozenSnake(child))
+                child.__class__ = PlainSnake
             elif parametrize.is_parametrized(child, "weight"):
                 setattr(parent, name, _unnormed(child))
     return plain.eval().requires_grad_(False)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from tqdm import tqdm
 
 from shards.errors import UserError, printable
-from shards.files import replacing
+from shards.files import write_whole
 
 if TYPE_CHECKING:
     from trainer.boards import Boards
@@ -101,8 +101,7 @@ class RunLog:
                     kept.append(line + "\n")
             except ValueError:  # the line that a kill cut off
                 continue
-        with replacing(self._metrics) as temporary:
-            temporary.write_text("".join(kept))
+        write_whole(self._metrics, "".join(kept))
 
 
 def as_json(value: Any, indent: int | None = None) -> str:

@@ -19,7 +19,7 @@ from codec.memory import keep_freed_memory
 from codec.snac import load_snac
 from shards.contract import coarse_tokens
 from shards.errors import SettingsError, UserError
-from shards.files import exclusive, replacing
+from shards.files import exclusive, write_whole
 from shards.index import check_index
 from shards.storage import naming_written
 from trainer import checkpoint, distributed
@@ -111,8 +111,8 @@ class Trainer:
         check_that_all_begin_alike(process, settings, self.begins_with())  # and nobody writes before everybody has read
         if process.is_first:
             settings.write(settings.run / "settings.json")
-            with replacing(settings.run / "progress.json") as temporary:  # for `just status`
-                temporary.write_text(json.dumps({"total_steps": self.total_steps}) + "\n")
+            progress = json.dumps({"total_steps": self.total_steps}) + "\n"
+            write_whole(settings.run / "progress.json", progress)  # for `just status`
         self.boards = Boards(settings, self.corpus, self.snac, self.step) if process.is_first else None
         self.log = RunLog(settings.run, self.step, self.total_steps, process.is_first, self.boards)
         if process.is_first and state is not None:

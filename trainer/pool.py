@@ -10,6 +10,8 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from typing import TypeVar
 
+import torch
+
 from shards.errors import UserError
 
 Job = TypeVar("Job")
@@ -26,7 +28,7 @@ def ordered(work: Callable[[Job], Result], jobs: Iterator[Job], processes: int) 
         return
     waiting: deque[Future[Result]] = deque()
     others = multiprocessing.active_children()
-    with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), _one_thread) as pool:
+    with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), torch.set_num_threads, (1,)) as pool:
         try:
             for job in jobs:
                 waiting.append(_submitted(pool, work, job))
@@ -52,9 +54,3 @@ def _submitted(pool: ProcessPoolExecutor, work: Callable[[Job], Result], job: Jo
         return pool.submit(work, job)
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, heard)
-
-
-def _one_thread() -> None:
-    import torch
-
-    torch.set_num_threads(1)

@@ -35,9 +35,10 @@ def report(run: Path) -> Iterator[str]:
     validations = [line for line in lines if line["kind"] == "validation"]
     yield f"{run}: {_state(run)}{_age(run)}"
     if training:
-        last = training[-1]
-        yield f"step {last['step']}{_total(run)}, phase {last['phase']}: {_values(last)}"
-        yield from _time_left(run, last)
+        last, total = training[-1], _read(run / "progress.json").get("total_steps")
+        of_all = f" of {total}" if total else ""
+        yield f"step {last['step']}{of_all}, phase {last['phase']}: {_values(last)}"
+        yield from _time_left(last, total)
     for line in validations[-1:]:
         yield f"validation at step {line['step']}: {_values(line)}"
     yield from _checkpoints(run)
@@ -99,13 +100,8 @@ def _age(run: Path) -> str:
     return f", last logged {timedelta(seconds=round(max(time.time() - path.stat().st_mtime, 0)))} ago"
 
 
-def _total(run: Path) -> str:
-    total = _read(run / "progress.json").get("total_steps")
-    return f" of {total}" if total else ""
-
-
-def _time_left(run: Path, last: dict[str, Any]) -> Iterator[str]:
-    total, seconds = _read(run / "progress.json").get("total_steps"), last.get("seconds_per_step")
+def _time_left(last: dict[str, Any], total: int | None) -> Iterator[str]:
+    seconds = last.get("seconds_per_step")
     if total and seconds and last["step"] < total:
         yield f"at this speed {timedelta(seconds=round((total - last['step']) * seconds))} of training are left"
 

@@ -15,7 +15,7 @@ MAX_GRAPHS = 64  # one for each size of micro-batch and length of crop, with gra
 
 
 class PlainSnake(Snake1d):
-    """Snake, x + sin²(αx)/α, without TorchScript: torch.compile sees through it, and its bits never change.
+    """Snake, x + sin²(αx)/α, without TorchScript: compilers and exporters see through it, and its bits never change.
 
     snac's own is a TorchScript function: optimized, its gradients differ in the last bits with the number of calls
     before, and a resumed run would not be the uninterrupted one. The operations here are its own, in its order.

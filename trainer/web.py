@@ -20,7 +20,7 @@ from tempfile import TemporaryDirectory
 import click
 
 from shards.errors import UserError
-from shards.files import new_folder, replacing
+from shards.files import new_folder, write_whole
 from trainer.checkpoint import PROVENANCE, Codec48k, load_codec
 from trainer.export_onnx import require_onnx, write_decoder
 from trainer.settings import WebSettings
@@ -47,22 +47,17 @@ def write_page(codec: Codec48k, folder: Path, package: Path | None) -> None:
         write_decoder(codec, model)
         write_asset(folder / "decoder_model.js", model.read_bytes())
     for path in sorted(PAGE.iterdir()):
-        write(folder / path.name, path.read_bytes())
-    write(folder / RUNTIME, runtime[RUNTIME])
+        write_whole(folder / path.name, path.read_bytes())
+    write_whole(folder / RUNTIME, runtime[RUNTIME])
     write_asset(folder / "ort_glue.js", runtime[GLUE])
     write_asset(folder / "ort_wasm.js", runtime[WASM])
-    write(folder / "about.js", f"window.about = {as_script(f'Codes by {codec.snac_name}.')};\n".encode())
-    write(folder / PROVENANCE, json.dumps(codec.provenance, indent=2, sort_keys=True).encode())
+    write_whole(folder / "about.js", f"window.about = {as_script(f'Codes by {codec.snac_name}.')};\n")
+    write_whole(folder / PROVENANCE, json.dumps(codec.provenance, indent=2, sort_keys=True))
 
 
 def write_asset(path: Path, content: bytes) -> None:
     text = base64.b64encode(content).decode()
-    write(path, f'(window.assets ??= {{}}).{path.stem} = "{text}";\n'.encode())
-
-
-def write(path: Path, content: bytes) -> None:
-    with replacing(path) as temporary:
-        temporary.write_bytes(content)
+    write_whole(path, f'(window.assets ??= {{}}).{path.stem} = "{text}";\n')
 
 
 def as_script(text: str) -> str:

@@ -6,7 +6,7 @@ import click
 from tqdm import tqdm
 
 from shards.errors import UserError
-from shards.files import replacing
+from shards.files import write_whole
 from shards.storage import locate
 from trainer.evaluate import AUDIO
 from trainer.report import page
@@ -31,7 +31,6 @@ def report(settings: ReportSettings) -> None:
         listening(evaluation.folder / AUDIO, key, evaluation.systems, settings.seconds)
         for key in tqdm(evaluation.kept[: settings.clips], desc="audio and pictures", unit=" clips", disable=None)
     ]
-    with replacing(out) as temporary:
-        temporary.write_text(page.render(evaluation, heard, curves, targets), encoding="utf-8")
+    write_whole(out, page.render(evaluation, heard, curves, targets))
     size = out.stat().st_size / MEGABYTE
     click.echo(f"{out}: {len(heard)} clips, {size:.1f} MB; opens in a browser, without a network")
