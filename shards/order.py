@@ -54,8 +54,7 @@ class Order:
             shards = permutation(len(self.counts), self.seed, "shards", epoch)
             ends = np.cumsum(self._counts[shards])
             first = int(np.searchsorted(ends, place, side="right")) // self.window * self.window
-            members = shards[first : first + self.window].tolist()
-            found += [shard for shard in members if shard not in found]
+            found += shards[first : first + self.window].tolist()
             position += int(ends[min(first + self.window, len(ends)) - 1]) - place
         return found
 
