@@ -25,6 +25,7 @@ from shards.contract import COARSE_48K, CONTEXT_COARSE, FORMAT_VERSION, TOKENS, 
 from shards.errors import ShardError
 from shards.index import Index, load
 from shards.order import Order
+from shards.reader import read_sample
 from shards.stream import Stage, Stream
 from tests.helpers import ROOT
 from trainer.data import Batch, Crop, collate, crop, fixed_batches, training_batches
@@ -178,6 +179,15 @@ def test_validation_crops_are_fixed_whatever_the_batch_size_and_the_number_of_ra
     assert len(everything) == len(set(everything)) == len(index)
 
 
+def test_crops_follow_the_seed_of_the_stream(work: Path) -> None:
+    index = load(work / "shards", "train")
+    stream = stream_of(index, 7, 4)
+    samples = [{**read_sample(index, place.sample), "position": place.position} for place in stream.batch(0)]
+    expected, other = (contents([collate(samples, LENGTH, seed)]) for seed in (7, 0))
+    assert_same(contents(list(training_batches((index,), stream, range(1), 0, 0, 1))), expected)
+    assert not torch.equal(expected[1], other[1])
+
+
 def test_validation_crops_come_from_all_shards(work: Path) -> None:
     index = load(work / "shards", "train")
     order, keys = Order(index.counts, 3, len(index.counts)), index.table["key"].to_pylist()
@@ -229,6 +239,7 @@ import sys
 from pathlib import Path
 from shards.index import load
 from shards.order import Order
+from shards.reader import read_sample
 from shards.stream import Stage, Stream
 from trainer.data import training_batches
 

@@ -25,7 +25,7 @@ from pipeline import execute
 from pipeline.codes import shard_codes
 from pipeline.execute import MAX_IN_A_ROW, Progress, here
 from pipeline.plan import Plan
-from pipeline.processes import Worker, _give, _listen, processes, work
+from pipeline.processes import Worker, _give, _listen, ask, processes, work
 from pipeline.settings import TargetsSettings
 from pipeline.stage import Advance, Stage
 from pipeline.targets import shard_targets
@@ -218,6 +218,21 @@ def test_a_process_killed_while_it_loads_its_model_loses_nothing(small: Callable
     assert made(stage) == set(range(len(stage.plan.shards)))
 
 
+class DiesWhileAsked(Slow):
+    """As where the model does not fit into memory."""
+
+    def __init__(self, settings: TargetsSettings) -> None:
+        super().__init__(settings)
+        if multiprocessing.parent_process() is not None:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_process_that_dies_while_it_is_asked_is_one_line(small: Callable[..., Stage]) -> None:
+    stage = small(DiesWhileAsked)
+    with pytest.raises(UserError, match=r"^the process that loads the model died \(exit code -9; −9: memory"):
+        ask(DiesWhileAsked, stage.settings)
+
+
 def test_a_process_computes_on_its_share_of_the_cores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """And ends, without a word, where its parent is gone."""
     monkeypatch.setattr("pipeline.processes._belong_to_parent", lambda: None)
@@ -333,7 +348,7 @@ def test_a_full_disk_memory_and_the_keyboard_are_no_bad_shards(small: Callable[.
     stage = small(Fatal, "disk", "workers=2")
     with pytest.raises(OSError, match="No space left"):
         here(stage, [0], progress_of(stage))
-    with pytest.raises(UserError, match="No space left on device: some file"):
+    with pytest.raises(UserError, match=r"^No space left on device: some file"):
         processes(stage, [0, 1], progress_of(stage))
     assert isinstance(stage.folder, Path)
     (stage.folder / "how").write_text("memory")

@@ -37,7 +37,9 @@ def test_slices_make_the_bytes_of_one(
     for index in (1, 2, 2, 0):
         assert not (work / "shards" / "index.parquet").exists()
         shard_targets(targets_settings(work, *slice_words(index, 3)))
-    *of_slices, of_all = map(int, re.findall(r"^writing targets: .*: (\d+) segments,", capsys.readouterr().out, re.M))
+    said = capsys.readouterr().out
+    assert said.count("slice 2 of 3 is done; ") == 3
+    *of_slices, of_all = map(int, re.findall(r"^writing targets: .*: (\d+) segments,", said, re.M))
     assert max(of_slices) < of_all == len(read_table(work / PLAN_NAME))
     same(work, whole)
     shard_targets(targets_settings(work, *slice_words(1, 3)))
