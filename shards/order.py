@@ -51,7 +51,7 @@ class Order:
         found: list[int] = []
         for _ in range(2):
             _, place, _, members, ends = self._window_of(position)
-            found += [shard for shard in members.tolist() if shard not in found]
+            found += members.tolist()
             position += int(ends[-1]) - place
         return found
 

@@ -15,12 +15,13 @@ import pytest
 from fsspec.implementations.local import LocalFileSystem
 
 from shards.cache import CacheError, ShardCache, default_cache
+from shards.contract import tar_path
 from shards.errors import ShardError
 from shards.index import load
 from shards.order import Order
 from shards.reader import read_sample
 from shards.storage import Location, Url
-from shards.stream import Stage, Stream
+from shards.stream import Stage, Stream, StreamSource
 from tests.helpers import no_such_user
 from tests.test_stream import STREAMS
 from tests.training_helpers import assert_same_state, small_training
@@ -209,9 +210,28 @@ def test_every_shard_is_announced_before_it_is_read(stream: Stream) -> None:
         for place in stream.batch(step)[:2]:
             assert (place.folder, shard_of(place.folder, place.sample)) in announced[step]
     order = Order((4,) * 9, 1, 2)
-    ahead = order.shards_from(0)
-    assert len(ahead) == 4
-    assert {shard_of_sample // 4 for shard_of_sample in map(order.sample_at, range(16))} == set(ahead)
+    windows = [(0, range(16)), (26, range(24, 36)), (33, range(32, 44)), (36, range(36, 52)), (70, range(68, 80))]
+    for position, two in windows:  # of an epoch of 36 samples, or of two epochs
+        assert set(order.shards_from(position)) == {order.sample_at(at) // 4 for at in two}
+
+
+def test_shards_are_fetched_ahead_where_one_of_the_folders_is_a_url(
+    work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache, wanted = ShardCache(tmp_path / "cache", MANY), list[set[Location]]()
+    indexes = tuple(load(folder, "train", cache) for folder in (work / "shards", remote(work / "shards")))
+    stream = Stream(tuple(Order(index.counts, 0, 1) for index in indexes), (1, 1), (Stage(0, 3, 2),), 0)
+    monkeypatch.setattr(ShardCache, "prefetch", lambda _, shards: wanted.append(set(shards)))
+    list(StreamSource(indexes, stream, range(3), 0, 1)())
+    found = [stream.shards_from(step) for step in range(3)]
+    assert wanted == [
+        {tar_path(indexes[folder].folder, "train", indexes[folder].shards[shard]) for folder, shard in step}
+        for step in found
+    ]
+    wanted.clear()
+    alone = Stream(stream.orders[:1], (1,), stream.stages, 0)
+    list(StreamSource(indexes[:1], alone, range(1), 0, 1)())
+    assert not wanted
 
 
 def test_training_from_a_url_is_training_from_a_folder(work: Path, tmp_path: Path) -> None:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import io
 import json
+import multiprocessing
+import os
 import select
 import shutil
+import signal
 import subprocess
 import sys
 from multiprocessing.reduction import ForkingPickler
@@ -22,6 +25,7 @@ from shards.contract import COARSE_48K, CONTEXT_COARSE, FORMAT_VERSION, TOKENS, 
 from shards.errors import ShardError
 from shards.index import Index, load
 from shards.order import Order
+from shards.reader import read_sample
 from shards.stream import Stage, Stream
 from tests.helpers import ROOT
 from trainer.data import Batch, Crop, collate, crop, fixed_batches, training_batches
@@ -175,6 +179,23 @@ def test_validation_crops_are_fixed_whatever_the_batch_size_and_the_number_of_ra
     assert len(everything) == len(set(everything)) == len(index)
 
 
+def test_crops_follow_the_seed_of_the_stream(work: Path) -> None:
+    index = load(work / "shards", "train")
+    stream = stream_of(index, 7, 4)
+    samples = [{**read_sample(index, place.sample), "position": place.position} for place in stream.batch(0)]
+    expected, other = (contents([collate(samples, LENGTH, seed)]) for seed in (7, 0))
+    assert_same(contents(list(training_batches((index,), stream, range(1), 0, 0, 1))), expected)
+    assert not torch.equal(expected[1], other[1])
+
+
+def test_validation_crops_come_from_all_shards(work: Path) -> None:
+    index = load(work / "shards", "train")
+    order, keys = Order(index.counts, 3, len(index.counts)), index.table["key"].to_pylist()
+    chosen = [keys[order.sample_at(position)] for position in range(6)]
+    assert len({key.partition("-")[0] for key in chosen}) > 1
+    assert contents(list(fixed_batches(index, 6, 4, LENGTH, 3)))[0] == chosen
+
+
 @pytest.mark.parametrize("workers", [0, 1])
 def test_damage_arrives_as_one_line_that_names_shard_and_key(work: Path, tmp_path: Path, workers: int) -> None:
     shutil.copytree(work / "shards", tmp_path / "shards")
@@ -218,6 +239,7 @@ import sys
 from pathlib import Path
 from shards.index import load
 from shards.order import Order
+from shards.reader import read_sample
 from shards.stream import Stage, Stream
 from trainer.data import training_batches
 
@@ -236,10 +258,23 @@ def test_readers_left_behind_do_not_keep_a_process_from_ending(work: Path) -> No
     assert ended.stdout == "2\n"
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signals_to_all_processes_are_the_trainers_to_answer(number: int, work: Path) -> None:
+    """As Slurm and a terminal send them: the batches that are left are read."""
+    others, index = multiprocessing.active_children(), load(work / "shards", "train")
+    batches = training_batches((index,), stream_of(index, 0, 4), range(8), 1, 0, 1)
+    next(batches)
+    (reader,) = (child for child in multiprocessing.active_children() if child not in others)
+    assert reader.pid
+    os.kill(reader.pid, number)
+    assert len(list(batches)) == 7
+
+
 def test_a_batch_of_any_size_is_a_message_that_a_pipe_takes_at_once() -> None:
     """Else a process killed amid it leaves the trainer to wait for its end for ever."""
     keys = [f"{number:06d}-00000" for number in range(1024)]
     sent = Batch(keys, torch.zeros(1024, 7, 7, dtype=torch.long), torch.rand(1024, 2), torch.ones(1024))
+    assert all(tensor.is_shared() for tensor in (sent.shared()._packed_keys, *sent.tensors))
     message = ForkingPickler.dumps((0, sent))
     assert len(message) < select.PIPE_BUF // 2
     _, received = ForkingPickler.loads(message)

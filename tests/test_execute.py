@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -18,11 +19,13 @@ from typing import Any
 
 import psutil
 import pytest
+import torch
 
+from pipeline import execute
 from pipeline.codes import shard_codes
 from pipeline.execute import MAX_IN_A_ROW, Progress, here
 from pipeline.plan import Plan
-from pipeline.processes import processes
+from pipeline.processes import Worker, _give, _listen, ask, processes, work
 from pipeline.settings import TargetsSettings
 from pipeline.stage import Advance, Stage
 from pipeline.targets import shard_targets
@@ -104,6 +107,8 @@ class Fatal(Slow):
             raise ZeroDivisionError("planted")
         if how == "disk":
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "some file")
+        if how == "memory":
+            raise MemoryError("planted")
         if how == "keyboard":
             raise KeyboardInterrupt
         super().make(number, advance)
@@ -180,6 +185,23 @@ def test_in_a_log_progress_is_lines(small: Callable[..., Stage], capfd: pytest.C
     ]
 
 
+def test_a_shards_seconds_count_as_they_are_told_and_once(small: Callable[..., Stage]) -> None:
+    """Windows overlap, so that more may be told than the shard holds."""
+    stage = small(Slow)
+    progress, (first, second, *_) = progress_of(stage), stage.plan.seconds
+    ours, theirs = multiprocessing.Pipe()
+    worker = Worker("cpu", multiprocessing.current_process(), ours, 0)
+    for told, shown in ((first / 4, first / 4), (first / 2, 3 * first / 4), (first, first), (first, first)):
+        theirs.send(("advance", told))
+        _listen(worker, progress)
+        assert progress._bar.n == pytest.approx(shown)
+    progress.finish(0, None)
+    progress.finish(1, None)
+    assert progress._bar.n == pytest.approx(first + second)
+    for connection in (progress, ours, theirs):
+        connection.close()
+
+
 def test_a_killed_process_loses_nothing(small: Callable[..., Stage]) -> None:
     """Its shard goes to another process; no other shard is begun twice."""
     stage = small(DiesAmid, "", "workers=2")
@@ -200,6 +222,47 @@ def test_a_process_killed_while_it_loads_its_model_loses_nothing(small: Callable
     progress.check()
     assert (stage.settings.work / "slow" / "died").exists()
     assert made(stage) == set(range(len(stage.plan.shards)))
+
+
+class DiesWhileAsked(Slow):
+    """As where the model does not fit into memory."""
+
+    def __init__(self, settings: TargetsSettings) -> None:
+        super().__init__(settings)
+        if multiprocessing.parent_process() is not None:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_process_that_dies_while_it_is_asked_is_one_line(small: Callable[..., Stage]) -> None:
+    stage = small(DiesWhileAsked)
+    with pytest.raises(UserError, match=r"^the process that loads the model died \(exit code -9; −9: memory"):
+        ask(DiesWhileAsked, stage.settings)
+
+
+def test_a_process_computes_on_its_share_of_the_cores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And ends, without a word, where its parent is gone."""
+    monkeypatch.setattr("pipeline.processes._belong_to_parent", lambda: None)
+    ours, theirs = multiprocessing.Pipe()
+    ours.close()
+    before = torch.get_num_threads()
+    torch.set_num_threads(6)
+    try:
+        work(Slow, targets_settings(tmp_path), theirs, 3)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+        theirs.close()
+
+
+def test_a_process_that_died_before_it_is_given_a_shard_is_missed_when_it_is_heard() -> None:
+    ours, theirs = multiprocessing.Pipe()
+    theirs.close()
+    worker = Worker("cpu", multiprocessing.current_process(), ours)
+    _give(worker, deque([7]))
+    assert worker.number == 7
+    with pytest.raises((EOFError, ConnectionResetError)):
+        _listen(worker, None)  # type: ignore[arg-type]
+    ours.close()
 
 
 def descendants(pid: int) -> list[psutil.Process]:
@@ -250,9 +313,11 @@ def test_killed_with_its_processes_and_without_them(recordings: Path, whole: Pat
 
 
 def test_a_shard_that_keeps_killing_ends_the_run(small: Callable[..., Stage]) -> None:
-    stage = small(Fatal, "die", "workers=2")
+    """It comes first again, so that the run ends soon."""
+    stage = small(Fatal, "die")
     with pytest.raises(UserError, match=r"3 processes died over shard train/000001 \(exit code -9"):
         processes(stage, range(len(stage.plan.shards)), progress_of(stage))
+    assert made(stage) == {0}
 
 
 @pytest.mark.parametrize("run", [here, processes])
@@ -268,20 +333,33 @@ def test_an_unforeseen_error_costs_its_shard_and_shows_at_the_end(
     assert "Traceback" in capfd.readouterr().err
 
 
+def test_a_run_that_left_a_shard_out_fails_and_leaves_the_others(small: Callable[..., Stage]) -> None:
+    stage = small(Fatal, "bug")
+    with pytest.raises(UserError, match=r"^\d shards could not be made, such as train/000001: ZeroDivisionError"):
+        execute.run(stage)
+    assert made(stage) == set(range(0, len(stage.plan.shards), 2))
+
+
 @pytest.mark.parametrize("run", [here, processes])
-def test_one_error_after_the_other_ends_the_run(run: Callable[..., None], small: Callable[..., Stage]) -> None:
+def test_one_error_after_the_other_ends_the_run(
+    run: Callable[..., None], small: Callable[..., Stage], capfd: pytest.CaptureFixture[str]
+) -> None:
     stage = small(Fatal, "bugs", "workers=2")
     with pytest.raises(UserError, match=rf"{MAX_IN_A_ROW} shards in a row could not be made, .*: ZeroDivisionError"):
         run(stage, range(len(stage.plan.shards)), progress_of(stage))
+    assert capfd.readouterr().err.count("could not be made:\n") == MAX_IN_A_ROW
 
 
-def test_a_full_disk_and_the_keyboard_are_no_bad_shards(small: Callable[..., Stage]) -> None:
+def test_a_full_disk_memory_and_the_keyboard_are_no_bad_shards(small: Callable[..., Stage]) -> None:
     stage = small(Fatal, "disk", "workers=2")
     with pytest.raises(OSError, match="No space left"):
         here(stage, [0], progress_of(stage))
-    with pytest.raises(UserError, match="No space left on device: some file"):
+    with pytest.raises(UserError, match=r"^No space left on device: some file"):
         processes(stage, [0, 1], progress_of(stage))
     assert isinstance(stage.folder, Path)
+    (stage.folder / "how").write_text("memory")
+    with pytest.raises(MemoryError, match="planted"):
+        here(stage, [0], progress_of(stage))
     (stage.folder / "how").write_text("keyboard")
     with pytest.raises(KeyboardInterrupt):
         here(stage, [0], progress_of(stage))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,7 @@ import torch
 from codec.snac import visible
 from pipeline.execute import here, makes_elsewhere
 from pipeline.plan import Plan
-from pipeline.processes import _seeing_its_gpu_alone, processes
+from pipeline.processes import _seeing_its_gpu_alone, ask, processes
 from pipeline.stage import Advance, Stage
 from shards.contract import PLAN_NAME
 from shards.errors import UserError
@@ -56,6 +58,32 @@ def test_a_lost_gpu_costs_its_process_and_no_shard(broken: Callable[..., Stage])
     assert (stage.folder / "lost").exists()
 
 
+class TellsItsGpu(Slow):
+    """The process that makes shard 1 first is killed."""
+
+    def make(self, number: int, advance: Advance) -> None:
+        assert isinstance(self.folder, Path)
+        with (self.folder / "seen").open("a") as file:
+            file.write(f"{os.environ['CUDA_VISIBLE_DEVICES']} {self.settings.gpu}\n")
+        if number == 1 and not (self.folder / "lost").exists():
+            (self.folder / "lost").touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        super().make(number, advance)
+
+
+def test_each_gpu_has_a_process_and_another_when_that_died(
+    broken: Callable[..., Stage], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr("pipeline.processes.device_of", lambda gpu: None)
+    stage = TellsItsGpu(broken("gpu=2,3").settings)
+    processes(stage, [0, 1, 2, 3], progress_of(stage))
+    seen = (stage.settings.work / "slow" / "seen").read_bytes().decode().splitlines()
+    assert set(seen) == {"2 0", "3 0"}
+    assert seen.count("3 0") >= 2
+    assert made(stage) == {0, 1, 2, 3}
+
+
 def test_in_this_process_it_is_one_line(broken: Callable[..., Stage]) -> None:
     stage = broken()
     with pytest.raises(UserError, match=r"^the GPU failed: CUDA error: .* encountered; the same command goes on$"):
@@ -87,3 +115,16 @@ def test_a_process_sees_its_gpu_alone_as_the_first(
 def test_the_first_gpu_and_the_cpu_need_no_process_of_their_own(tmp_path: Path) -> None:
     assert not makes_elsewhere(targets_settings(tmp_path, "gpu=0"))
     assert not makes_elsewhere(targets_settings(tmp_path))
+    for words in (["gpu=0,1"], ["workers=2"], ["execute=ray"]):
+        assert makes_elsewhere(targets_settings(tmp_path, *words))
+
+
+def test_a_gpu_that_is_not_there_is_named_as_it_was_asked_for(
+    broken: Callable[..., Stage], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before a process starts, for which it is number 0."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    stage = broken("gpu=2,3")
+    for make in (lambda: processes(stage, [0, 1], progress_of(stage)), lambda: ask(Broken, stage.settings)):
+        with pytest.raises(UserError, match=r"^gpu=2: no GPU is usable here"):
+            make()

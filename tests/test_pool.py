@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from shards.errors import UserError
 from trainer.pool import ordered
@@ -54,6 +55,15 @@ def test_ctrl_c_is_heard_by_one_process() -> None:
     """Each of the others would show where it was."""
     assert list(ordered(hears_ctrl_c, iter(range(4)), 2)) == [False] * 4
     assert hears_ctrl_c(0)
+
+
+def threads(_: int) -> int:
+    return torch.get_num_threads()
+
+
+def test_each_process_computes_on_one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    assert list(ordered(threads, iter(range(2)), 1)) == [1, 1]
 
 
 def finished_late(marker: Path) -> None:

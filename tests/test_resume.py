@@ -24,6 +24,7 @@ from tests.training_helpers import (
     ADVERSARIAL,
     CPU,
     as_logged,
+    assert_identical,
     assert_same_state,
     call,
     largest_difference,
@@ -323,7 +324,8 @@ def test_sigterm_saves_and_another_process_goes_on(work: Path, tmp_path: Path) -
     run = tmp_path / "run"
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     words = [sys.executable, "-c", PROGRAM, "train"]
-    long = train_words(work, run, max_steps=1000, num_workers=1, checkpoint_every=500, eval_every=1000)
+    never = 1_000_000
+    long = train_words(work, run, max_steps=never, num_workers=1, checkpoint_every=never, eval_every=never)
     with subprocess.Popen(
         [*words, *long], cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True, start_new_session=True
     ) as process:
@@ -335,12 +337,15 @@ def test_sigterm_saves_and_another_process_goes_on(work: Path, tmp_path: Path) -
         os.killpg(process.pid, signal.SIGTERM)
         output = process.communicate()[0]
     assert process.returncode == 143
-    stopped = last_state(run)["step"]
-    assert 0 < stopped < 500
+    saved = last_state(run)
+    stopped = saved["step"]
+    assert 0 < stopped < never
     assert f"asked to leave: saved step {stopped}; resume=auto goes on from here" in output
     assert logged_steps(run, "train") == list(range(1, stopped + 1))
 
-    rest = {"max_steps": stopped + 1, "eval_every": 1000}
+    half = last_state(stopped_after(work, tmp_path / "half", stopped, eval_every=never))
+    assert_identical(saved["decoder"], half["decoder"], f"decoder after step {stopped}")
+    rest = {"max_steps": stopped + 1, "eval_every": never}
     short = [*words, *train_words(work, run, **rest)]
     ended = subprocess.run(short, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
     modules = ended.stdout.rsplit("modules:", 1)[1]

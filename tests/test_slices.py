@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import time
 from pathlib import Path
@@ -12,7 +13,9 @@ from pipeline.codes import shard_codes
 from pipeline.plan import Plan
 from pipeline.targets import shard_targets
 from shards.contract import PLAN_NAME
+from shards.errors import ShardError
 from shards.files import exclusive
+from shards.writer import read_table
 from tests.command_helpers import in_process, refused
 from tests.helpers import codes_settings, codes_words, targets_settings, targets_words
 from tests.test_execute import SMALL, in_background, same, whole
@@ -24,24 +27,31 @@ def slice_words(index: int, count: int) -> list[str]:
     return ["execute=slice", f"slice_index={index}", f"slice_count={count}"]
 
 
-def test_slices_make_the_bytes_of_one(recordings: Path, whole: Path, tmp_path: Path) -> None:
-    """In any order, and again; the last one makes the index."""
+def test_slices_make_the_bytes_of_one(
+    recordings: Path, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In any order, and again; the last one makes the index, and counts what became of all segments."""
     work = tmp_path / "work"
     for index in (2, 0, 1):
         shard_codes(codes_settings(recordings, work, SMALL, *slice_words(index, 3)))
     for index in (1, 2, 2, 0):
         assert not (work / "shards" / "index.parquet").exists()
         shard_targets(targets_settings(work, *slice_words(index, 3)))
+    said = capsys.readouterr().out
+    assert said.count("slice 2 of 3 is done; ") == 3
+    *of_slices, of_all = map(int, re.findall(r"^writing targets: .*: (\d+) segments,", said, re.M))
+    assert max(of_slices) < of_all == len(read_table(work / PLAN_NAME))
     same(work, whole)
     shard_targets(targets_settings(work, *slice_words(1, 3)))
     same(work, whole)
 
 
 def test_another_slices_failures_do_not_keep_the_index_away(recordings: Path, tmp_path: Path) -> None:
-    """A recording that stays broken is its slice's affair, also when others retry what failed of theirs."""
+    """A recording that stays broken, or away, is its slice's affair, also when others retry what failed of theirs."""
     audio, work = Path(shutil.copytree(recordings, tmp_path / "audio")), tmp_path / "work"
     (audio / "speaker_0" / "broken.wav").write_text("no audio")
     shard_codes(codes_settings(audio, work, SMALL, "max_failed_fraction=1"))
+    (audio / "speaker_1" / "take_1.wav").unlink()
     failed = "retry=failed", "max_failed_fraction=1"
     for index in (0, 1):
         shard_targets(targets_settings(work, *slice_words(index, 2), *failed))
@@ -49,6 +59,14 @@ def test_another_slices_failures_do_not_keep_the_index_away(recordings: Path, tm
         (work / "shards" / "index.parquet").unlink()
         shard_targets(targets_settings(work, *slice_words(index, 2), *failed))
         assert (work / "shards" / "index.parquet").exists()
+
+
+def test_another_slices_shards_of_other_settings_are_refused(whole: Path, tmp_path: Path) -> None:
+    work = Path(shutil.copytree(whole, tmp_path / "work", ignore=shutil.ignore_patterns("shards")))
+    shard_targets(targets_settings(work, *slice_words(0, 2)))
+    with pytest.raises(ShardError, match=r"000000\.parquet .*target_bits"):
+        shard_targets(targets_settings(work, "target_bits=24", *slice_words(1, 2)))
+    assert not (work / "shards" / "index.parquet").exists()
 
 
 def test_slices_touch_their_own_shards_only(recordings: Path, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import numpy.typing as npt
 import pytest
 import torch
 from snac import SNAC
+from snac.layers import NoiseBlock
 
 from codec.audio import Samples
 from codec.snac import snac_levels
@@ -20,7 +21,7 @@ from tests.test_decoder import true_size
 from trainer import kernels
 from trainer.decode import StreamingDecoder
 from trainer.decoder import silence_noise, warm_start
-from trainer.inference import StepDecoder
+from trainer.inference import StepDecoder, draws_noise
 from trainer.streaming import to_int16
 
 DELAY = 9551
@@ -168,6 +169,15 @@ def test_at_the_true_size_it_is_the_stock_decoder() -> None:
     assert np.abs(streamed(StepDecoder(*codec), [tokens]) - stock(codec, tokens)).max() < 2e-6
 
 
+def test_one_block_with_noise_makes_the_stock_decode_differ(codec: tuple[SNAC, Any]) -> None:
+    decoder = copy.deepcopy(codec[1])
+    assert not draws_noise(decoder)
+    blocks: list[Any] = [module for module in decoder.modules() if isinstance(module, NoiseBlock)]
+    assert len(blocks) > 1
+    blocks[-1].linear.parametrizations.weight.original0.fill_(1)
+    assert draws_noise(decoder)
+
+
 # The two forms of its kernels
 
 
@@ -227,12 +237,15 @@ def test_integers_of_any_kind_are_tokens(model: StepDecoder, kind: str) -> None:
         (np.zeros(7, np.int16), r"the shape \(7,\), expected \(1, T, 7\)"),
         (np.zeros((2, 1, 7), np.int16), r"the shape \(2, 1, 7\), expected \(1, T, 7\)"),
         (np.array([["1"] * 7]), "tokens are <U1, expected integers"),
+        (torch.zeros(2, 7), "tokens are float32, expected integers"),
+        (torch.zeros(2, 7, dtype=torch.bool), "tokens are bool, expected integers"),
+        (torch.zeros(2, 7, dtype=torch.complex64), "tokens are complex64, expected integers"),
         (np.full((1, 7), 2**63, np.uint64), "tokens run from -9223372036854775808"),
         (np.full((1, 7), 4096), "tokens run from 4096 to 4096, expected 0 to 4095"),
         (np.full((1, 7), -1), "tokens run from -1 to -1"),
     ],
 )
-def test_wrong_tokens_are_refused_and_change_nothing(model: StepDecoder, tokens: npt.NDArray[Any], reason: str) -> None:
+def test_wrong_tokens_are_refused_and_change_nothing(model: StepDecoder, tokens: Any, reason: str) -> None:
     good = random_tokens(1, 4, 0)
     stream = StreamingDecoder(model)
     parts = [stream.push(good[:, :2])]
@@ -240,6 +253,14 @@ def test_wrong_tokens_are_refused_and_change_nothing(model: StepDecoder, tokens:
         stream.push(tokens)
     parts += [stream.push(good[:, 2:]), stream.finish()]
     assert np.array_equal(np.concatenate(parts, axis=1), streamed(model, [good]))
+
+
+def test_damaged_weights_give_no_audio(codec: tuple[SNAC, Any]) -> None:
+    snac, decoder = copy.deepcopy(codec)
+    decoder.model[-2].bias.fill_(torch.nan)
+    stream = StreamingDecoder(StepDecoder(snac, decoder))
+    with pytest.raises(UserError, match="the decoder's output is not finite: its weights are damaged"):
+        stream.push(random_tokens(1, 3, 0))
 
 
 def test_a_finished_stream_takes_no_more(model: StepDecoder) -> None:

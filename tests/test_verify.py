@@ -286,6 +286,9 @@ def test_reasons_that_are_not_shown_are_counted(tmp_path: Path, capsys: pytest.C
         "  1 × reason g (g)",
         "  and 2 more reasons: `just inspect` shows them",
     ]
+    summarize([tmp_path / "a.parquet"], 7 / 9, "codes")
+    with pytest.raises(UserError, match=r"^7 of 9 segments failed or were rejected, above max_failed_fraction=0\.75"):
+        summarize([tmp_path / "a.parquet"], 0.75, "codes")
 
 
 def test_inspect_says_what_it_expects(work: Path, tmp_path: Path) -> None:

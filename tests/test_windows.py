@@ -143,6 +143,30 @@ def test_no_more_is_read_ahead_than_allowed() -> None:
     time.sleep(0.2)
     assert len(made) <= 1 + 3 + 1  # given away, waiting, in the thread's hand
     ahead.close()
+    assert not ahead._thread.is_alive()
+    assert len(made) <= 1 + 3 + 1
+
+
+def test_who_leaves_early_leaves_no_thread_and_no_work_behind() -> None:
+    others, begun, opened = set(threading.enumerate()), list[int](), list[int]()
+
+    def source(number: int) -> Iterator[int]:
+        opened.append(number)
+        yield from range(100)
+
+    def slow(number: int) -> int:
+        begun.append(number)
+        time.sleep(0.05)
+        return number
+
+    sources = chained_ahead((source(number) for number in range(9)), threads=3, size=1)
+    mapped = map_ahead(slow, range(100), threads=1, size=50)
+    assert [next(sources), next(mapped)] == [0, 0]
+    sources.close()
+    mapped.close()
+    assert set(threading.enumerate()) <= others
+    assert sorted(opened) == [0, 1, 2]
+    assert len(begun) < 10
 
 
 def test_sources_run_at_once_and_come_out_one_after_the_other() -> None:
@@ -165,6 +189,9 @@ def test_map_ahead_is_map() -> None:
     assert list(map_ahead(slow_square, range(50), threads=4, size=8)) == [x * x for x in range(50)]
     with pytest.raises(ZeroDivisionError):
         list(map_ahead(lambda x: 1 // x, [1, 0], threads=2, size=4))
+    given = iter(range(9))
+    next(map_ahead(abs, given, threads=2, size=3))
+    assert next(given) == 3, "no more is taken than may lie ready"
 
 
 def test_threads_share_the_cores() -> None:
@@ -180,6 +207,9 @@ def test_threads_share_the_cores() -> None:
         ahead = Ahead(map(cores_of, range(2)), 2, cores=torch.get_num_threads())
         assert list(ahead) == [6, 6]  # though threads before it have set theirs
         assert (thread_count("auto"), thread_count(9)) == (6, 9)
+        torch.set_num_threads(1)
+        assert (thread_count("auto"), thread_count(1)) == (4, 1)  # reading waits for disks
+        torch.set_num_threads(6)
 
         def while_others_set_theirs() -> Iterator[int]:
             other = threading.Thread(target=torch.set_num_threads, args=(1,))

@@ -88,7 +88,7 @@ class StreamingDecoder:
         """Of a step's samples those not sent yet, up to `end`."""
         reached = state.done * self.model.upsampling - self.model.delay
         first = reached - len(wav_NB)
-        new = wav_NB[max(self.sent - first, 0) : None if end is None else max(end - first, 0)]
+        new = wav_NB[self.sent - first : None if end is None else end - first]
         self.sent += len(new)
         return [new.clone()] if len(new) else []
 
