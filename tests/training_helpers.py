@@ -122,6 +122,8 @@ def assert_identical(a: Any, b: Any, where: str) -> None:
         for number, (left, right) in enumerate(zip(a, b, strict=True)):
             assert_identical(left, right, f"{where}.{number}")
     elif isinstance(a, torch.Tensor):
-        assert torch.equal(a, b), f"{where}: {int((a != b).sum())} of {a.numel()} differ, by up to {(a - b).abs().max()}"
+        assert torch.equal(a, b), (
+            f"{where}: {int((a != b).sum())} of {a.numel()} differ, by up to {(a - b).abs().max()}"
+        )
     else:
         assert a == b, where
