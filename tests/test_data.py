@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import io
 import json
+import multiprocessing
+import os
 import select
 import shutil
+import signal
 import subprocess
 import sys
 from multiprocessing.reduction import ForkingPickler
@@ -26,6 +29,7 @@ from shards.stream import Stage, Stream
 from tests.helpers import ROOT
 from trainer.data import Batch, Crop, collate, crop, fixed_batches, training_batches
 from trainer.decoder import PADDING_TOKEN
+from trainer.requests import requests
 
 LENGTH = 3
 
@@ -234,6 +238,24 @@ def test_readers_left_behind_do_not_keep_a_process_from_ending(work: Path) -> No
     words = [sys.executable, "-W", "ignore", "-c", LEFT_BEHIND, str(work)]
     ended = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=60, check=True)
     assert ended.stdout == "2\n"
+
+
+def test_a_signal_that_readers_get_too_is_the_trainers_to_answer(work: Path) -> None:
+    """As Slurm sends it to all of a job's processes. What Python 3.14 makes by default would die of it."""
+    index = load(work / "shards", "train")
+    stream = Stream((Order(index.counts, 0, 2),), (1,), (Stage(0, 3, 2),), 0)
+    others = multiprocessing.active_children()  # of tests before
+    multiprocessing.set_start_method("forkserver", force=True)
+    try:
+        with requests():
+            batches = training_batches((index,), stream, range(9), 1, 0, 1)
+            next(batches)
+            (worker,) = (child for child in multiprocessing.active_children() if child not in others)
+            assert worker.pid is not None
+            os.kill(worker.pid, signal.SIGUSR1)
+            assert len(list(batches)) == 8
+    finally:
+        multiprocessing.set_start_method(None, force=True)
 
 
 def test_a_batch_of_any_size_is_a_message_that_a_pipe_takes_at_once() -> None:
