@@ -30,6 +30,7 @@ from shards.stream import Stage, Stream
 from tests.helpers import ROOT
 from trainer.data import Batch, Crop, collate, crop, fixed_batches, training_batches
 from trainer.decoder import PADDING_TOKEN
+from trainer.requests import requests
 
 LENGTH = 3
 
@@ -258,16 +259,21 @@ def test_readers_left_behind_do_not_keep_a_process_from_ending(work: Path) -> No
     assert ended.stdout == "2\n"
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
 def test_signals_to_all_processes_are_the_trainers_to_answer(number: int, work: Path) -> None:
-    """As Slurm and a terminal send them: the batches that are left are read."""
+    """As Slurm and a terminal send them: the batches that are left are read. Also where Python's default is another."""
     others, index = multiprocessing.active_children(), load(work / "shards", "train")
-    batches = training_batches((index,), stream_of(index, 0, 4), range(8), 1, 0, 1)
-    next(batches)
-    (reader,) = (child for child in multiprocessing.active_children() if child not in others)
-    assert reader.pid
-    os.kill(reader.pid, number)
-    assert len(list(batches)) == 7
+    multiprocessing.set_start_method("forkserver", force=True)
+    try:
+        with requests():
+            batches = training_batches((index,), stream_of(index, 0, 4), range(8), 1, 0, 1)
+            next(batches)
+            (reader,) = (child for child in multiprocessing.active_children() if child not in others)
+            assert reader.pid
+            os.kill(reader.pid, number)
+            assert len(list(batches)) == 7
+    finally:
+        multiprocessing.set_start_method(None, force=True)
 
 
 def test_a_batch_of_any_size_is_a_message_that_a_pipe_takes_at_once() -> None:

@@ -172,7 +172,12 @@ def training_batches(
     if workers:
         pipeline.append(webdataset.map(Batch.shared))
     loader = DataLoader(
-        pipeline, batch_size=None, num_workers=workers, pin_memory=for_gpu, worker_init_fn=_leave_signals_alone
+        pipeline,
+        batch_size=None,
+        num_workers=workers,
+        pin_memory=for_gpu,
+        worker_init_fn=_leave_signals_alone,
+        multiprocessing_context="fork" if workers else None,  # with what hears signals, on Python 3.14 too
     )
     try:
         batches = iter(loader)
