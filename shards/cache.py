@@ -99,17 +99,17 @@ class ShardCache:
     def _make_room(self, size: int) -> None:
         """Raises CacheError when the shards that are needed at once take more than the limit."""
         self._drop_leftovers()
-        total = size + self._held()
-        total -= self._give_up(total - self.limit_bytes)
-        if total > self.limit_bytes:
+        self._give_up(size + self._held() - self.limit_bytes)
+        needed = size + sum(bytes_ for _, bytes_, path in self._files() if path in self._kept)
+        if needed > self.limit_bytes:
             raise CacheError(
-                f"the shards that are read at once take {total / 2**30:.2f} GiB, cache_gib allows "
+                f"the shards that are read at once take {needed / 2**30:.2f} GiB, cache_gib allows "
                 f"{self.limit_bytes / 2**30:.2f}: allow more, or take fewer window_shards"
             )
 
     def _give_up(self, needed: int) -> int:
         """Removes what was read least recently and is not wanted, so many bytes of it or more; says how many."""
-        kept, freed = {self._path(shard) for shard in self.wanted}, 0
+        kept, freed = self._kept, 0
         for _, bytes_, path in sorted(self._files()):
             if freed >= needed:
                 break
@@ -117,6 +117,10 @@ class ShardCache:
                 path.unlink(missing_ok=True)
                 freed += bytes_
         return freed
+
+    @property
+    def _kept(self) -> set[Path]:
+        return {self._path(shard) for shard in self.wanted}
 
     def _held(self) -> int:
         return sum(bytes_ for _, bytes_, _ in self._files())

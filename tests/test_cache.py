@@ -198,6 +198,23 @@ def test_processes_share_the_folder(tmp_path: Path) -> None:
         assert process.exitcode == 0
 
 
+def test_what_another_process_gives_up_meanwhile_is_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    a, b, c = (shard_of(tmp_path / "far", name) for name in "abc")
+    cache = ShardCache(tmp_path / "cache", 2000)
+    read(cache, a)
+    read(cache, b)
+    counted = cache._held
+
+    def before_all_is_gone() -> int:
+        bytes_ = counted()
+        for path in cache.folder.glob("*.tar"):
+            path.unlink()
+        return bytes_
+
+    monkeypatch.setattr(cache, "_held", before_all_is_gone)
+    read(cache, c)
+
+
 @pytest.mark.parametrize("stream", STREAMS)
 def test_every_shard_is_announced_before_it_is_read(stream: Stream) -> None:
     def shard_of(folder: int, sample: int) -> int:
