@@ -12,7 +12,7 @@ from typing import Literal, get_args, get_origin
 
 import click
 
-from configs.cores import granted_cores
+from configs.granted import granted_cores
 from configs.loader import FOLDER, Settings, load_settings
 from shards.errors import UserError, printable
 from shards.files import described

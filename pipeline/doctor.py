@@ -12,7 +12,6 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from os import sysconf
 from pathlib import Path
 from typing import TypeVar
 
@@ -26,6 +25,7 @@ from codec.encoder import prepared
 from codec.resample import Resampler
 from codec.snac import coarse_length, device_of, encode, load_snac, windows
 from codec.weights import SNAC_FILES, resolve
+from configs.granted import granted_memory
 from configs.loader import load_settings
 from pipeline.calibrate import measure, summary
 from pipeline.seams import differences_db, points
@@ -286,7 +286,7 @@ def memory(patient: Patient) -> Check:
         used, total = torch.cuda.max_memory_allocated(found), torch.cuda.get_device_properties(found).total_memory
     else:
         used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        total = sysconf("SC_PAGE_SIZE") * sysconf("SC_PHYS_PAGES")
+        total = granted_memory()
     batch = f"batch_seconds={settings.batch_seconds:g} window_seconds={settings.window_seconds:g}"
     figure = f"{used / 1e9:.1f} of {total / 1e9:.1f} GB at {batch}"
     return Check(used < 0.9 * total, figure, "set batch_seconds lower")

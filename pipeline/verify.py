@@ -9,7 +9,7 @@ from tempfile import TemporaryDirectory
 
 from tqdm import tqdm
 
-from configs.cores import granted_cores
+from configs.granted import granted_cores
 from pipeline.settings import VerifySettings
 from shards.cache import ShardCache
 from shards.contract import INDEX_NAME, SUMS_NAME

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parameters_to_vector
 
 from codec.snac import device_of, visible
-from configs.cores import granted_cores
+from configs.granted import granted_cores
 from shards import storage
 from shards.errors import UserError
 from shards.reader import READ_ATTEMPTS

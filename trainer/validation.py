@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from configs.cores import granted_cores
+from configs.granted import granted_cores
 from shards.index import Index
 from shards.order import rank_slice
 from trainer.data import UNREADABLE, Batch, fixed_batches

@@ -1,4 +1,4 @@
-"""A container's quota counts as cores, which neither Python nor OpenMP knows."""
+"""A container's cores and memory, which neither Python nor OpenMP knows."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from configs import cores
+from configs import granted
 from tests.training_helpers import call
 from trainer import distributed
 
@@ -16,13 +16,21 @@ from trainer import distributed
 @pytest.fixture(autouse=True)
 def _machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of 96 cores."""
-    monkeypatch.setattr(cores, "CGROUPS", tmp_path)
-    monkeypatch.setattr(cores, "OWN_GROUPS", tmp_path / "own")
+    monkeypatch.setattr(granted, "CGROUPS", tmp_path)
+    monkeypatch.setattr(granted, "OWN_GROUPS", tmp_path / "own")
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(96)))
 
 
+def groups(folder: Path, own: str, files: dict[str, str]) -> None:
+    (folder / "own").write_text(own)
+    for name, text in files.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f"{text}\n")
+
+
 @pytest.mark.parametrize(
-    ("own", "files", "granted"),
+    ("own", "files", "cores"),
     [
         ("", {}, 96),
         ("0::/", {"cpu.max": "max 100000"}, 96),
@@ -39,18 +47,33 @@ def _machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ("1:cpu:/a", {"cpu/a/cpu.cfs_quota_us": "300000", "cpu/a/cpu.cfs_period_us": "100000"}, 3),
     ],
 )
-def test_cores_are_those_of_the_narrowest_quota(own: str, files: dict[str, str], granted: int, tmp_path: Path) -> None:
-    (tmp_path / "own").write_text(own)
-    for name, text in files.items():
-        path = tmp_path / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(f"{text}\n")
-    assert cores.granted_cores() == granted
+def test_cores_are_those_of_the_narrowest_quota(own: str, files: dict[str, str], cores: int, tmp_path: Path) -> None:
+    groups(tmp_path, own, files)
+    assert granted.granted_cores() == cores
+
+
+@pytest.mark.parametrize(
+    ("own", "files", "gigabytes"),
+    [
+        ("", {}, 512),
+        ("0::/", {"memory.max": "max"}, 512),
+        ("0::/", {"memory.max": "16000000000"}, 16),
+        ("0::/a/b", {"a/memory.max": "8000000000", "a/b/memory.max": "24000000000"}, 8),
+        ("4:memory:/a\n0::/", {"memory/a/memory.limit_in_bytes": "4000000000"}, 4),
+        ("4:memory:/a\n0::/", {"memory/a/memory.limit_in_bytes": "9223372036854771712"}, 512),
+    ],
+)
+def test_memory_is_that_of_the_narrowest_limit(
+    own: str, files: dict[str, str], gigabytes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "sysconf", {"SC_PAGE_SIZE": 4096, "SC_PHYS_PAGES": 125_000_000}.__getitem__)
+    groups(tmp_path, own, files)
+    assert granted.granted_memory() == gigabytes * 10**9
 
 
 def test_no_control_groups_grant_all(tmp_path: Path) -> None:
     assert not (tmp_path / "own").exists()
-    assert cores.granted_cores() == 96
+    assert granted.granted_cores() == 96
 
 
 @pytest.mark.parametrize(("asked", "quota", "told"), [("", 8, "8"), ("3", 8, "3"), ("", 0, "")])
