@@ -204,7 +204,11 @@ def test_raw_weights_that_nobody_pinned_fail(models: Path, audio: Path) -> None:
     assert checks["both forms agree"].startswith("FAIL not run")
 
 
-def test_a_corpus_that_does_not_fit_fails(models: Path, audio: Path) -> None:
+def test_a_corpus_or_a_process_that_does_not_fit_fails(
+    models: Path, audio: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipeline.doctor.granted_memory", lambda: 10**8)
     code, checks, _ = examined(models, audio, "forms=torchscript", "corpus_hours=9000000")
     assert code == 1
     assert checks["disk"].startswith("FAIL")
+    assert re.match(r"FAIL .* of 0\.1 GB at batch_seconds=", checks["memory"])
