@@ -138,7 +138,7 @@ def by_hand(commands: list[list[str]]) -> list[tuple[int, str]]:
         )
         for rank, words in enumerate(commands)
     ]  # fmt: skip
-    errors = [process.communicate(timeout=120)[1] for process in started]
+    errors = [process.communicate(timeout=500)[1] for process in started]
     return [(process.returncode, said) for process, said in zip(started, errors, strict=True)]
 
 
