@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -179,8 +180,11 @@ def test_what_falls_just_below_the_crossover_does_not_reach_it(tmp_path: Path) -
         assert teacher.chosen(teacher.survey(Recording(path, probe(path)))) == used
 
 
-def test_batches_and_threads_change_nothing(coded: Path, tmp_path: Path, sidon: Upsampling) -> None:
+def test_batches_and_threads_change_nothing(
+    coded: Path, tmp_path: Path, sidon: Upsampling, capsys: pytest.CaptureFixture[str]
+) -> None:
     made(coded, tmp_path / "a", "teacher=sidon", "threads=1", "batch_seconds=1")
+    assert re.search(r"[1-9]\d* s of audio restored in .* s, the device idle \d+% of them", capsys.readouterr().out)
     alone = sidon.batches.copy()
     sidon.batches.clear()
     made(coded, tmp_path / "b", "teacher=sidon", "threads=8", "batch_seconds=100")

@@ -15,7 +15,7 @@ import torch
 from codec.audio import Recording, probe
 from codec.held import Held
 from demo.voice import synthesize
-from pipeline.ahead import Ahead, chained_ahead, map_ahead, thread_count
+from pipeline.ahead import Ahead, Clock, chained_ahead, map_ahead, thread_count
 from pipeline.seams import differences_db, points
 from pipeline.sidon import Native, Sidon
 from pipeline.teachers import Teacher
@@ -220,3 +220,13 @@ def test_threads_share_the_cores() -> None:
         assert list(Ahead(while_others_set_theirs(), 1, cores=6)) == [6]
     finally:
         torch.set_num_threads(before)
+
+
+def test_a_clock_knows_how_long_a_device_waited(monkeypatch: pytest.MonkeyPatch) -> None:
+    times = iter([0.0, 1.0, 4.0, 5.0, 6.0, 8.0])
+    monkeypatch.setattr("pipeline.ahead.time.perf_counter", lambda: next(times))
+    clock = Clock(threads=2)
+    for audio_seconds in (10.0, 20.0):
+        with clock.busy(audio_seconds):
+            pass
+    assert clock.figures() == (30.0, 8.0, 0.75)  # 4 s of 2 · 8 s
