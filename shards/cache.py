@@ -83,13 +83,14 @@ class ShardCache:
         size = shard.stat().st_size
         self._make_room(size)
         while True:
+            spare = self._spare()  # another process may give it up before this one does
             try:
                 shard.fetch(path)
                 return
             except OSError as error:
                 if not is_full(error):
                     raise
-                if not self._give_up(size):
+                if not self._give_up(size) and not spare:
                     raise CacheError(
                         f"cache={self.folder}: {error.strerror} for the {size / 2**30:.2f} GiB of {shard}, beside "
                         f"{self._held() / 2**30:.2f} GiB of shards that are read at once: make room, or name a cache= "
@@ -100,7 +101,8 @@ class ShardCache:
         """Raises CacheError when the shards that are needed at once take more than the limit."""
         self._drop_leftovers()
         self._give_up(size + self._held() - self.limit_bytes)
-        needed = size + sum(bytes_ for _, bytes_, path in self._files() if path in self._kept)
+        kept = self._kept
+        needed = size + sum(bytes_ for _, bytes_, path in self._files() if path in kept)
         if needed > self.limit_bytes:
             raise CacheError(
                 f"the shards that are read at once take {needed / 2**30:.2f} GiB, cache_gib allows "
@@ -108,15 +110,19 @@ class ShardCache:
             )
 
     def _give_up(self, needed: int) -> int:
-        """Removes what was read least recently and is not wanted, so many bytes of it or more; says how many."""
-        kept, freed = self._kept, 0
-        for _, bytes_, path in sorted(self._files()):
+        """Removes what was read least recently of what is spare, so many bytes or more; says how many."""
+        freed = 0
+        for _, bytes_, path in self._spare():
             if freed >= needed:
                 break
-            if path not in kept:
-                path.unlink(missing_ok=True)
-                freed += bytes_
+            path.unlink(missing_ok=True)
+            freed += bytes_
         return freed
+
+    def _spare(self) -> list[tuple[int, int, Path]]:
+        """What is not wanted, the least recently read first."""
+        kept = self._kept
+        return sorted(file for file in self._files() if file[2] not in kept)
 
     @property
     def _kept(self) -> set[Path]:

@@ -215,6 +215,23 @@ def test_what_another_process_gives_up_meanwhile_is_room(tmp_path: Path, monkeyp
     read(cache, c)
 
 
+def test_what_another_process_gives_up_meanwhile_is_room_on_a_full_disk_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    a, b = (shard_of(tmp_path / "far", name) for name in "ab")
+    cache, get_file = ShardCache(tmp_path / "cache", MANY), LocalFileSystem.get_file
+    read(cache, a)
+
+    def before_all_is_gone(self: LocalFileSystem, name: str, path: str) -> None:
+        if held(cache):
+            cache.discard(a)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        get_file(self, name, path)
+
+    monkeypatch.setattr(LocalFileSystem, "get_file", before_all_is_gone)
+    assert read(cache, b) == b"b" * 1000
+
+
 @pytest.mark.parametrize("stream", STREAMS)
 def test_every_shard_is_announced_before_it_is_read(stream: Stream) -> None:
     def shard_of(folder: int, sample: int) -> int:
