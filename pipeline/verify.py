@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -15,6 +16,7 @@ from shards.cache import ShardCache
 from shards.contract import INDEX_NAME, SUMS_NAME
 from shards.damage import problems, unlisted
 from shards.errors import ShardError, printable
+from shards.files import exclusive
 from shards.index import check_index, compact, listed, shard_list
 from shards.pieces import Fetched
 from shards.storage import Location, Url
@@ -27,6 +29,18 @@ INDEX_BYTES = 8 << 30  # at most, of a remote one
 
 def verify(settings: VerifySettings) -> None:
     """Prints each problem as one line. Raises ShardError when there was one, unless it is set aside."""
+    with _no_run_beside(settings.shards) if settings.set_aside else nullcontext():
+        _verify(settings)
+
+
+def _no_run_beside(folder: Location) -> AbstractContextManager[None]:
+    """A shard that is made anew meanwhile is another than its index says, and would be set aside."""
+    if isinstance(folder, Path) and (folder / INDEX_NAME).exists():
+        return exclusive(folder.absolute().parent)
+    return nullcontext()
+
+
+def _verify(settings: VerifySettings) -> None:
     folder = settings.shards
     sums, index = _index(folder)
     shards = shard_list(folder)

@@ -24,8 +24,10 @@ from pipeline.targets import shard_targets
 from pipeline.verify import verify
 from shards.contract import FAILED, OK, REJECTED, SIDECAR_SCHEMA, TOO_SHORT
 from shards.errors import ShardError, UserError
+from shards.files import exclusive
 from shards.index import compact, load, shard_list
 from shards.writer import read_metadata, read_table, write_table
+from tests.command_helpers import in_process, refused
 from tests.helpers import codes_settings, run_command, targets_settings
 from tests.shard_helpers import all_problems, flip
 
@@ -96,6 +98,14 @@ def test_what_else_is_wrong_is_an_error_beside_what_is_set_aside(shards: Path) -
     assert aside.returncode == 1
     assert "1 of 3 shards are in" in aside.stdout
     assert "error: 2 problem(s) in 2 shards" in aside.stderr
+
+
+def test_nothing_is_set_aside_while_a_run_may_make_it_again(work: Path, tmp_path: Path) -> None:
+    """What it had just made would not be what the index says."""
+    copy = Path(shutil.copytree(work, tmp_path / "work"))
+    with exclusive(copy):
+        refused(["verify", f"shards={copy}/shards", "set_aside=true"], f"{copy}: another process is writing here")
+        assert in_process(["verify", f"shards={copy}/shards"]).exit_code == 0
 
 
 def test_where_nothing_is_whole_nothing_is_set_aside(shards: Path) -> None:
