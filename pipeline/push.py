@@ -40,6 +40,7 @@ class Upload:
 
 def push_shards(settings: PushShardsSettings) -> None:
     """Raises UserError when shards are not finished, when the repository holds others, or when the hub fails."""
+    sums = check_index(settings.shards)
     uploads = finished(settings.shards)
     last: list[tuple[str, Path | bytes]] = [(name, settings.shards / name) for name in (INDEX_NAME, SUMS_NAME)]
     card = dataset_card(settings.shards, settings.repo)
@@ -62,6 +63,10 @@ def push_shards(settings: PushShardsSettings) -> None:
             tqdm.write(f"{settings.repo} keeps its {CARD_NAME}; `dry_run=true` prints ours")
         else:
             last.append((CARD_NAME, card.encode()))
+        if check_index(settings.shards) != sums:
+            raise ShardError(
+                f"{settings.shards}: its index was written anew meanwhile: the same command sends the rest"
+            )
         _commit(api, settings.repo, last, "Index")
     except UserError:
         raise

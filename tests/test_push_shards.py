@@ -13,8 +13,8 @@ import huggingface_hub
 import pytest
 
 from pipeline import push
-from shards.files import file_sha256
-from shards.index import read_sums, shard_list, write_sums
+from shards.files import file_sha256, write_whole
+from shards.index import compact, read_sums, shard_list, write_sums
 from shards.writer import read_metadata, read_table, write_table
 from tests.command_helpers import in_process, refused
 
@@ -91,6 +91,31 @@ def test_everything_arrives_and_the_index_last(hub: FakeHub, shards: Path) -> No
     assert r"codes by: stand-in or custom weights snac\_tiny\_24khz" in card
     assert "targets by: recording" in card
     assert "| validation |" in card
+
+
+def test_an_index_that_was_written_meanwhile_waits_for_its_shards(
+    hub: FakeHub, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By `just shard-targets` after extend=true."""
+    whole, later = shard_list(shards), "{}/{:06d}".format(*shard_list(shards)[-1])
+    files = [f"{later}.tar", f"{later}.parquet", "index.parquet", "SHA256SUMS"]
+    kept = {name: (shards / name).read_bytes() for name in files}
+    for name in files[:2]:
+        (shards / name).unlink()
+    compact(shards, whole[:-1])
+
+    upload = push._upload
+
+    def and_meanwhile(*those: Any) -> None:
+        for name, data in kept.items():
+            write_whole(shards / name, data)
+        upload(*those)
+
+    monkeypatch.setattr(push, "_upload", and_meanwhile)
+    refused(words(shards), "its index was written anew meanwhile: the same command sends the rest")
+    assert "index.parquet" not in hub.files
+    assert in_process(words(shards)).exit_code == 0
+    assert {name: hub.files[name] for name in files} == kept
 
 
 @pytest.mark.parametrize("fail_at", [0, 1, 2])
