@@ -9,6 +9,7 @@ import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -139,7 +140,14 @@ def read_sums(folder: Location) -> dict[str, str]:
 
 def check_index(folder: Location, cache: ShardCache | None = None) -> dict[str, str]:
     """What `read_sums` says. Raises ShardError for an index that is missing, of another format or not the one named."""
-    path, cache = folder / INDEX_NAME, cache or default_cache()
+    file, sums = _opened(folder, cache or default_cache())
+    file.close()
+    return sums
+
+
+def _opened(folder: Location, cache: ShardCache) -> tuple[IO[bytes], dict[str, str]]:
+    """The index, checked, and what `read_sums` says: its name may be another's when it is opened again."""
+    path = folder / INDEX_NAME
     if not path.exists():
         inside = folder / "shards"
         place = inside if (inside / INDEX_NAME).exists() else "the folder that holds it"
@@ -153,9 +161,10 @@ def check_index(folder: Location, cache: ShardCache | None = None) -> dict[str, 
         return _checked(folder, cache)
 
 
-def _checked(folder: Location, cache: ShardCache) -> dict[str, str]:
+def _checked(folder: Location, cache: ShardCache) -> tuple[IO[bytes], dict[str, str]]:
     path = folder / INDEX_NAME
-    with cache.open(path) as file:
+    with ExitStack() as stack:
+        file = stack.enter_context(cache.open(path))
         with naming(path):
             found = told_by(path, pq.read_metadata(file)).get("format_version")
         if found != FORMAT_VERSION:
@@ -164,7 +173,8 @@ def _checked(folder: Location, cache: ShardCache) -> dict[str, str]:
         file.seek(0)
         if sums.get(INDEX_NAME) != sha256_of(file):
             raise ShardError(f"{path}: its sha256 is not that of {SUMS_NAME}; run `just shard-targets` again")
-    return sums
+        stack.pop_all()
+        return file, sums
 
 
 @dataclass(frozen=True)
@@ -199,8 +209,8 @@ class Index:
 def load(folder: Location, split: str, cache: ShardCache | None = None) -> Index:
     """Raises ShardError when there is no index, or one of another format."""
     path, cache = folder / INDEX_NAME, cache or default_cache()
-    sums = check_index(folder, cache)
-    with cache.open(path) as file, naming(path):
+    file, sums = _opened(folder, cache)
+    with file, naming(path):
         table, counts = _mapped(path, file, split)
         told = told_by(path, pq.read_metadata(file))
     return Index(

@@ -21,10 +21,12 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.targets import shard_targets
+from shards import index as indexes
+from shards.cache import ShardCache
 from shards.contract import CODES_SUFFIX, FORMAT_VERSION, META_SUFFIX, OK, SIDECAR_SCHEMA, TARGET_SUFFIX, sample_key
 from shards.errors import ShardError, UserError
 from shards.files import exclusive, file_sha256
-from shards.index import load, shard_list
+from shards.index import compact, load, shard_list
 from shards.reader import decode_sample, read_sample
 from shards.writer import ShardWriter, differences, finish, naming, read_metadata, standing, write_table
 from tests.helpers import ROOT, targets_settings
@@ -67,6 +69,22 @@ def test_plain_webdataset_reads_what_our_reader_reads(
         assert meta == sample["meta"]
         assert 2 * len(codes_T7) * 2048 == len(target) + 4096 * (meta["context_before"] + meta["context_after"])
     gc.collect()
+
+
+def test_an_index_that_is_replaced_while_it_is_read_is_the_one_that_was_checked(
+    shards: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before, known = file_sha256(shards / "index.parquet"), shard_list(shards)
+    samples, checked = len(load(shards, "train")), indexes._checked
+
+    def and_then_replaced(folder: Path, cache: ShardCache) -> Any:
+        found = checked(folder, cache)
+        compact(folder, known[1:])
+        return found
+
+    monkeypatch.setattr(indexes, "_checked", and_then_replaced)
+    found = load(shards, "train")
+    assert (found.sha256, len(found)) == (before, samples)
 
 
 def test_plain_pyarrow_counts_what_the_plan_holds(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
