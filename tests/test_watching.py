@@ -18,6 +18,7 @@ from shards.errors import UserError
 from shards.files import exclusive
 from tests.helpers import ROOT
 from tests.training_helpers import ADVERSARIAL, CPU, call, logged_steps, metrics, small_training, train_settings
+from trainer import checkpoint
 from trainer.boards import WeightsAndBiases, spectrogram
 from trainer.distributed import Process
 from trainer.log import RunLog
@@ -158,6 +159,19 @@ def test_status_of_a_run_under_way_or_cut_off(tmp_path: Path) -> None:
     code, output = call("status", f"run={tmp_path / 'nothing'}")
     assert code == 1
     assert "is not the folder of a training" in output
+
+
+def test_status_leaves_out_what_training_gives_up_meanwhile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = checkpoint.step_path(tmp_path, 1)
+    checkpoint.save_described(path, {"step": 1})
+
+    def too_late(description: Path) -> dict[str, Any]:
+        path.unlink(missing_ok=True)
+        return {}
+
+    monkeypatch.setattr("trainer.status._read", too_late)
+    with exclusive(tmp_path):
+        assert list(report(tmp_path)) == [f"{tmp_path}: running, nothing logged yet"]
 
 
 def test_status_needs_no_torch(finished: Path) -> None:

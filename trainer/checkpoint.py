@@ -140,8 +140,8 @@ def prune_best(run: Path, keep: int, metric: str, higher_is_better: bool) -> Non
 
 
 def remove(path: Path) -> None:
-    path.with_suffix(".json").unlink(missing_ok=True)
     path.unlink()
+    path.with_suffix(".json").unlink(missing_ok=True)
 
 
 @dataclass(frozen=True)

@@ -109,6 +109,8 @@ def _time_left(last: dict[str, Any], total: int | None) -> Iterator[str]:
 def _checkpoints(run: Path) -> Iterator[str]:
     for path in sorted((run / "checkpoints").glob("*.pt")):
         state = _read(path.with_suffix(".json"))
+        if not path.exists():  # given up by the training just now
+            continue
         scores = f": {_values(state['validation'])}" if "validation" in state else ""
         yield f"{path.name}: step {state.get('step')}{scores}"
 
