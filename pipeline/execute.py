@@ -14,10 +14,11 @@ import traceback
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -216,8 +217,13 @@ def alone(settings: ExecutionSettings, what: Location) -> Iterator[None]:
     if settings.execute != "slice" or isinstance(settings.work, Url):
         yield
         return
-    with exclusive(settings.work, ".lock-common", waiting=f"another slice writes {what}"):
+    with one_slice(settings.work, what):
         yield
+
+
+def one_slice(work: Path, what: Location) -> AbstractContextManager[None]:
+    """At a time. A process that makes shards for a slice is one of it."""
+    return exclusive(work, ".lock-common", waiting=f"another slice writes {what}")
 
 
 def clean(folder: Location, shards: Iterable[tuple[str, int]]) -> None:

@@ -61,8 +61,7 @@ class ExecutionSettings(Settings):
     def of_one(self, gpu: str | int) -> Self:
         """What a process is told that makes shards on this device for others."""
         gpu = gpu if gpu == "cpu" else int(gpu)
-        alone = {"execute": "local", "workers": None, "slice_index": None, "slice_count": None}
-        return self.model_copy(update={**alone, "gpu": gpu})
+        return self.model_copy(update={"execute": "local", "workers": None, "gpu": gpu})
 
 
 class CodesSettings(ExecutionSettings):

@@ -6,11 +6,12 @@ import io
 import json
 import zlib
 from collections.abc import Generator, Iterator, Mapping, Sequence
-from contextlib import closing, suppress
+from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import groupby
 from operator import itemgetter
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,7 +24,7 @@ from pipeline.ahead import map_ahead, thread_count
 from pipeline.calibrate import FILE as CALIBRATION
 from pipeline.calibrate import calibrated, check, show
 from pipeline.codes import codes_path
-from pipeline.execute import alone, ask, holding, makes_elsewhere, run
+from pipeline.execute import alone, ask, holding, makes_elsewhere, one_slice, run
 from pipeline.fidelity import check_alignment
 from pipeline.judging import judge
 from pipeline.plan import Plan
@@ -167,6 +168,7 @@ class TargetsStage(Stage):
         standing = self._standing(number, kept, codes)
         with (
             closing(restoring),
+            ExitStack() as together,
             ShardWriter(self.split_folder(number), shard, made_from, {"made_with": made_with()}) as writer,
         ):
             for place in range(len(planned)):
@@ -174,6 +176,8 @@ class TargetsStage(Stage):
                 writer.add(row, members) if members else writer.add_row(row)
                 advance(row["n_samples"] / TARGET_RATE)
             if self.table(number).exists():
+                if self.settings.slice_count and isinstance(self.settings.work, Path):
+                    together.enter_context(one_slice(self.settings.work, self.folder))  # no index of what is replaced
                 forget(self.folder)
 
     def _standing(

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import re
 import shutil
+import threading
 import time
 from pathlib import Path
 
 import pytest
 
 from pipeline.codes import shard_codes
+from pipeline.execute import left_to_do
 from pipeline.plan import Plan
-from pipeline.targets import shard_targets
+from pipeline.settings import VerifySettings
+from pipeline.targets import TargetsStage, shard_targets
+from pipeline.verify import verify
 from shards.contract import PLAN_NAME
 from shards.errors import ShardError
 from shards.files import exclusive
+from shards.index import forget
 from shards.writer import read_table
 from tests.command_helpers import in_process, refused
 from tests.helpers import codes_settings, codes_words, targets_settings, targets_words
@@ -114,6 +119,31 @@ def test_a_slice_runs_once_and_not_beside_a_whole_run(recordings: Path, whole: P
         assert in_process([*words, *slice_words(2, 3)]).exit_code == 0
     with exclusive(work):
         refused([*words, *slice_words(2, 3)], "another process is writing here")
+
+
+def test_a_shard_that_is_made_again_and_the_index_of_another_slice_agree(
+    recordings: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other comes to its end when the index has been taken away and the shard does not stand yet."""
+    audio, work = Path(shutil.copytree(recordings, tmp_path / "audio")), tmp_path / "work"
+    shard_codes(codes_settings(audio, work, SMALL))
+    away = (audio / "speaker_1" / "take_1.wav").rename(tmp_path / "take_1.wav")
+    shard_targets(targets_settings(work, "max_failed_fraction=1"))
+    away.rename(audio / "speaker_1" / "take_1.wav")
+    stage = TargetsStage(targets_settings(work, *slice_words(0, 2), "retry=failed").of_one("cpu"))  # as its processes
+    again, *_ = left_to_do(stage, range(len(stage.plan.shards)))
+    ending = targets_settings(work, *slice_words(1, 2), "max_failed_fraction=1")
+    other = threading.Thread(target=shard_targets, args=(ending,))
+
+    def and_meanwhile(folder: Path) -> None:
+        forget(folder)
+        other.start()
+        other.join(2)
+
+    monkeypatch.setattr("pipeline.targets.forget", and_meanwhile)
+    stage.make(again, lambda seconds: None)
+    other.join()
+    verify(VerifySettings(shards=work / "shards", threads=1, set_aside=False))
 
 
 @pytest.mark.parametrize(
