@@ -8,6 +8,7 @@ import hashlib
 import os
 import shutil
 import socket
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import datetime
@@ -22,6 +23,8 @@ OF_ONE_FILE = {  # errors that say something of one file; others, such as EIO, E
     errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG,
     errno.EACCES, errno.EPERM, errno.ENXIO, errno.EINVAL, errno.EILSEQ,
 }  # fmt: skip
+
+LOOK_SECONDS = 0.1  # more than `just status` takes to see whether a folder is held
 
 
 @contextmanager
@@ -110,7 +113,7 @@ def exclusive(folder: Path, name: str = ".lock", *, shared: bool = False, waitin
     how = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
     with (folder / name).open("a+b") as lock:
         try:
-            fcntl.flock(lock, how | fcntl.LOCK_NB)
+            _take(lock, how)
         except BlockingIOError:
             who = _holder(lock)
             if not waiting:
@@ -128,6 +131,15 @@ def exclusive(folder: Path, name: str = ".lock", *, shared: bool = False, waitin
         os.register_at_fork(after_in_child=lock.close)  # else a killed process's workers hold the folder on
         yield
         _sign(lock, b"")
+
+
+def _take(lock: IO[bytes], how: int) -> None:
+    """Raises BlockingIOError where another process holds it, and not just to see whether anybody does."""
+    try:
+        fcntl.flock(lock, how | fcntl.LOCK_NB)
+    except BlockingIOError:
+        time.sleep(LOOK_SECONDS)
+        fcntl.flock(lock, how | fcntl.LOCK_NB)
 
 
 def _myself() -> bytes:

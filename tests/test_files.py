@@ -22,6 +22,7 @@ import pytest
 from shards.errors import UserError
 from shards.files import described, exclusive, move, new_folder, replacing
 from tests.helpers import ROOT, longest_file
+from trainer.status import is_running
 
 
 def test_bytes_reach_the_disk_before_the_name_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -219,6 +220,17 @@ def test_who_holds_a_folder_alone_is_said(tmp_path: Path) -> None:
     refused = pytest.raises(UserError, match="writing here; wait for it")
     with exclusive(tmp_path, shared=True), exclusive(tmp_path, shared=True), refused, exclusive(tmp_path):
         pass
+
+
+def test_a_folder_that_is_just_looked_at_can_be_held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`just status` holds the lock for a moment."""
+    with exclusive(tmp_path):
+        pass
+    with (tmp_path / ".lock").open() as lock:
+        fcntl.flock(lock, fcntl.LOCK_SH)
+        monkeypatch.setattr("time.sleep", lambda seconds: fcntl.flock(lock, fcntl.LOCK_UN))
+        with exclusive(tmp_path):
+            assert is_running(tmp_path)
 
 
 def test_a_folder_is_held_where_the_disk_is_too_full_to_say_by_whom(
