@@ -49,18 +49,26 @@ def replacing(path: Location) -> Iterator[Path]:
             raise UserError(f"{path}: another process is writing it; wait for it or choose another name") from None
         except OSError:  # a file system without locks, where two writers are not told apart
             pass
-        if not temporary.exists() or not os.path.samestat(os.fstat(lock.fileno()), temporary.stat()):
+        if not _is_named(lock, temporary):
             raise UserError(f"{path}: another process has just written it; try again")
         try:
             with naming_written(path):
                 yield temporary
-                with temporary.open("rb") as file:
-                    os.fsync(file.fileno())
+                os.fsync(lock.fileno())
+                if not _is_named(lock, temporary):  # this one stood still, its run was killed, and another cleaned up
+                    raise UserError(f"{path}: another process is writing it now: leave it to that")
                 temporary.replace(path)
         except BaseException:
-            temporary.unlink(missing_ok=True)
+            if _is_named(lock, temporary):
+                temporary.unlink()
             raise
     _fsync_folder(path.parent)
+
+
+def _is_named(file: IO[bytes], path: Path) -> bool:
+    with suppress(FileNotFoundError):
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    return False
 
 
 def write_whole(path: Location, content: str | bytes) -> None:

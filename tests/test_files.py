@@ -173,6 +173,21 @@ def test_who_opened_the_name_before_it_was_taken_does_not_write(
     assert [(file.name, file.read_text()) for file in tmp_path.iterdir()] == [("file", "first")]
 
 
+def test_who_lost_the_temporary_name_to_another_run_leaves_it_alone(tmp_path: Path) -> None:
+    """As a process that stood still while its run was killed, and another run cleaned up and began."""
+    path = tmp_path / "file"
+    first, second = replacing(path), replacing(path)
+    first.__enter__().write_text("first")
+    path.with_name("file.tmp").unlink()
+    second.__enter__().write_text("half")
+    with pytest.raises(UserError, match="another process is writing it now"):
+        first.__exit__(None, None, None)
+    assert not path.exists()
+    path.with_name("file.tmp").write_text("second")
+    second.__exit__(None, None, None)
+    assert [(file.name, file.read_text()) for file in tmp_path.iterdir()] == [("file", "second")]
+
+
 def test_a_file_system_without_locks_will_do_for_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def none(lock: Any, how: int) -> None:
         raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
