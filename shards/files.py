@@ -135,6 +135,8 @@ def exclusive(folder: Path, name: str = ".lock", *, shared: bool = False, waitin
                 f"{folder} cannot be locked ({error.strerror}), and two runs could write here at once: mount its "
                 "file system with flock (Lustre: -o flock), or choose a folder on another"
             ) from error
+        if not _is_named(lock, folder / name):  # it went with the folder that another process made
+            raise UserError(f"{folder}: another process has just written here; try again")
         _sign(lock, b"" if shared else _myself())  # of several, whoever signs last may be the first to go
         os.register_at_fork(after_in_child=lock.close)  # else a killed process's workers hold the folder on
         yield

@@ -6,6 +6,7 @@ import errno
 import fcntl
 import os
 import re
+import shutil
 import socket
 import stat
 import subprocess
@@ -171,6 +172,22 @@ def test_who_opened_the_name_before_it_was_taken_does_not_write(
     with pytest.raises(UserError, match="another process has just written it"), replacing(path):
         pass
     assert [(file.name, file.read_text()) for file in tmp_path.iterdir()] == [("file", "first")]
+
+
+def test_who_opened_a_lock_that_goes_with_its_folder_does_not_hold_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the process does that made the folder `out` when another comes to make it, too; a third would not see it."""
+    out, flock = tmp_path / "out", fcntl.flock
+
+    def late(lock: Any, how: int) -> None:
+        shutil.rmtree(tmp_path / ".out.tmp")
+        flock(lock, how)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    with pytest.raises(UserError, match="another process has just written here; try again"), new_folder(out):
+        pytest.fail("too early")
+    assert not list(tmp_path.iterdir())
 
 
 def test_who_lost_the_temporary_name_to_another_run_leaves_it_alone(tmp_path: Path) -> None:
