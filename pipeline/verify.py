@@ -13,7 +13,7 @@ from tqdm import tqdm
 from configs.granted import granted_cores
 from pipeline.settings import VerifySettings
 from shards.cache import ShardCache
-from shards.contract import INDEX_NAME, SUMS_NAME
+from shards.contract import INDEX_NAME, PLAN_NAME, SUMS_NAME
 from shards.damage import problems, unlisted
 from shards.errors import ShardError, printable
 from shards.files import exclusive
@@ -35,7 +35,7 @@ def verify(settings: VerifySettings) -> None:
 
 def _no_run_beside(folder: Location) -> AbstractContextManager[None]:
     """A shard that is made anew meanwhile is another than its index says, and would be set aside."""
-    if isinstance(folder, Path) and (folder / INDEX_NAME).exists():
+    if isinstance(folder, Path) and (folder.absolute().parent / PLAN_NAME).exists():
         return exclusive(folder.absolute().parent)
     return nullcontext()
 
