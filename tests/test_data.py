@@ -240,7 +240,6 @@ import sys
 from pathlib import Path
 from shards.index import load
 from shards.order import Order
-from shards.reader import read_sample
 from shards.stream import Stage, Stream
 from trainer.data import training_batches
 

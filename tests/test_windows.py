@@ -162,8 +162,8 @@ def test_who_leaves_early_leaves_no_thread_and_no_work_behind() -> None:
     sources = chained_ahead((source(number) for number in range(9)), threads=3, size=1)
     mapped = map_ahead(slow, range(100), threads=1, size=50)
     assert [next(sources), next(mapped)] == [0, 0]
-    sources.close()
     mapped.close()
+    sources.close()
     assert set(threading.enumerate()) <= others
     assert sorted(opened) == [0, 1, 2]
     assert len(begun) < 10
