@@ -179,7 +179,7 @@ def _stored(shards: Path, row: Row) -> Samples:
 def _made_again(shards: Path, planned: list[Row | None]) -> Iterator[Pair]:
     known = [[plan] for plan in planned if plan is not None]
     try:
-        written = json.loads((shards / "settings.json").read_text())
+        written = json.loads((shards / "settings.json").read_bytes())
         settings = TargetsSettings.model_validate({**written, "weights": PINS})  # theirs may list code of theirs
         taught = iter(Teacher(settings).segments(known))
     except (UserError, OSError, ValueError) as error:
