@@ -23,6 +23,7 @@ from pipeline.targets import shard_targets
 from pipeline.teachers import Teacher
 from shards.contract import FAILED, OK, PLAN_NAME, REJECTED, TOO_SHORT
 from shards.errors import ShardError
+from shards.writer import read_table
 from tests.command_helpers import in_process, refused, rows_of, stamps
 from tests.helpers import ROOT, codes_settings, forget_contents, speechlike, targets_settings, targets_words
 
@@ -329,3 +330,23 @@ def test_a_second_try_above_the_limit_leaves_no_wrong_index(audio: Path, work: P
     assert not (work / "shards" / "index.parquet").exists()
     shard_targets(targets_settings(work, SOME))
     assert in_process(["verify", f"shards={work / 'shards'}"]).exit_code == 0
+
+
+def test_only_shards_where_something_failed_are_made_again(audio: Path, work: Path) -> None:
+    """Among them one where nothing else is."""
+    shard_codes(codes_settings(audio, work, "segments_per_shard=2"))
+    kept = shutil.copytree(audio, work.with_name("kept"))
+    swap(audio)
+    shard_targets(targets_settings(work, SOME))
+    shards = work / "shards"
+    tables = {str(path.relative_to(shards)): read_table(path) for path in shards.glob("*/*.parquet")}
+    found = {name: {*table["status"].to_pylist()} for name, table in tables.items()}
+    assert {FAILED} in found.values()
+    before = stamps(shards)
+    for name in ("a.wav", "b.wav"):
+        shutil.copyfile(kept / name, audio / name)
+    shard_targets(targets_settings(work, SOME, "retry=failed"))
+    after = stamps(shards)
+    again = {name for name in found if after[name] != before[name]}
+    assert again == {name for name, of in found.items() if FAILED in of}
+    assert all({*read_table(shards / name)["status"].to_pylist()} == {OK} for name in again)

@@ -33,6 +33,12 @@ def rows(work: Path) -> list[dict[str, Any]]:
     return [row for file in sorted((work / "shards").glob("*/*.parquet")) for row in pq.read_table(file).to_pylist()]
 
 
+def test_what_could_not_be_planned_is_for_the_stage_that_plans(audio: Path, tmp_path: Path) -> None:
+    (audio / "anna" / "a.wav").write_text("no audio")
+    with pytest.raises(UserError, match=r"raise the limit, or mend what could not even be planned and add extend=true"):
+        shard_codes(codes_settings(audio, tmp_path / "work", "max_failed_fraction=0"))
+
+
 def test_failures_are_tried_again_when_asked(audio: Path, tmp_path: Path) -> None:
     work, away = tmp_path / "work", audio / "anna" / "a.away"
     shard_codes(codes_settings(audio, work))
