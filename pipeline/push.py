@@ -6,7 +6,7 @@ without which readers see no shard, goes in the last commit, with the dataset ca
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from hashlib import sha1
 from pathlib import Path
@@ -41,7 +41,7 @@ class Upload:
 def push_shards(settings: PushShardsSettings) -> None:
     """Raises UserError when shards are not finished, when the repository holds others, or when the hub fails."""
     sums = check_index(settings.shards)
-    uploads = finished(settings.shards)
+    uploads = finished(settings.shards, sums)
     last: list[tuple[str, Path | bytes]] = [(name, settings.shards / name) for name in (INDEX_NAME, SUMS_NAME)]
     card = dataset_card(settings.shards, settings.repo)
     if settings.dry_run:
@@ -78,9 +78,8 @@ def push_shards(settings: PushShardsSettings) -> None:
     tqdm.write(f"{settings.repo}: {len(uploads)} files, then {' and '.join(name for name, _ in last)}")
 
 
-def finished(folder: Path) -> list[Upload]:
-    """Tar and sidecar of every shard in the index. Raises ShardError for what is missing or not in it."""
-    sums = check_index(folder)
+def finished(folder: Path, sums: Mapping[str, str]) -> list[Upload]:
+    """Tar and sidecar of every shard in the index, which `sums` names. Raises ShardError for what is not as it says."""
     shards = shard_list(folder)
     for split in SPLITS:
         files = 2 * sum(of == split for of, _ in shards)
