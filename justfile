@@ -108,8 +108,8 @@ bench-report: _env
 bench-quality *args: _env
     @exec {{ python }} -m benchmarks.quality "$@"
 
-# format, lint, types
-check: _env
+# format, lint, types; of the optional parts too, which it installs
+check: extras
     @{{ python }} -m ruff format --check .
     @{{ python }} -m ruff check .
     @{{ python }} -m mypy
