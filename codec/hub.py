@@ -12,3 +12,10 @@ def make_repository(api: Any, repo: str, repo_type: str, private: bool) -> None:
     api.create_repo(repo, repo_type=repo_type, private=private, exist_ok=True)
     if private and not api.repo_info(repo, repo_type=repo_type).private:
         raise UserError(f"{repo} exists and is public: agree to that with private=false, or take another repo=")
+
+
+def refused(repo: str, error: Exception) -> str:
+    """What the hub's client raised, and from what: of an upload that failed it says why only there."""
+    reasons = [f"{type(reason).__name__}: {reason}" for reason in (error, error.__cause__) if reason]
+    ways = "see that the hub can be reached and that you are signed in (`hf auth login`)"
+    return f"repo={repo}: {' from '.join(reasons)}; {ways}"

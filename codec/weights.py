@@ -66,8 +66,8 @@ def resolve(name: str, files: tuple[str, ...], pins: Path = PINS, must_be_pinned
             )
         if digest != expected:
             raise UserError(
-                f"{paths[file]}: sha256 is {digest}, expected {expected}: the file is damaged or another one. "
-                f"Delete it and fetch it again; if it is the one you want, correct {pins}"
+                f"{paths[file].resolve()}: sha256 is {digest}, expected {expected}: the file is damaged or another "
+                f"one. Delete it and fetch it again; if it is the one you want, correct {pins}"
             )
     return Weights(name, paths, found)
 

@@ -15,7 +15,7 @@ from typing import Any
 import pyarrow.compute as pc
 from tqdm import tqdm
 
-from codec.hub import make_repository
+from codec.hub import make_repository, refused
 from pipeline.settings import PushShardsSettings
 from pipeline.statuses import COLUMNS, Statuses
 from shards.contract import INDEX_NAME, OK, SPLITS, SUMS_NAME, TARGET_RATE
@@ -59,6 +59,8 @@ def push_shards(settings: PushShardsSettings) -> None:
     try:
         make_repository(api, settings.repo, "dataset", settings.private)
         _upload(api, settings.repo, _missing(api, settings.repo, uploads))
+        if lost := _missing(api, settings.repo, uploads):
+            raise UserError(f"{settings.repo} did not keep {lost[0].name} ({len(lost)} such): see its .gitignore")
         if api.file_exists(settings.repo, CARD_NAME, repo_type="dataset"):
             tqdm.write(f"{settings.repo} keeps its {CARD_NAME}; `dry_run=true` prints ours")
         else:
@@ -72,8 +74,8 @@ def push_shards(settings: PushShardsSettings) -> None:
         raise
     except Exception as error:  # the hub's client raises its own, its transport's and the system's kinds
         raise UserError(
-            f"{settings.repo}: {type(error).__name__}: {error}. Readers see no new shard until the index is there; "
-            "the same command goes on"
+            f"{refused(settings.repo, error)}. Readers see no new shard until the index is there; the same command "
+            "goes on"
         ) from error
     tqdm.write(f"{settings.repo}: {len(uploads)} files, then {' and '.join(name for name, _ in last)}")
 

@@ -23,6 +23,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime
+from functools import cache
 from pathlib import Path, PurePosixPath
 from typing import IO, Any, TypeGuard, TypeVar
 
@@ -34,6 +35,7 @@ from shards.stretch import Stretch
 T = TypeVar("T")
 
 SCHEMES = ("s3", "gs", "hf")
+OPTIONS = {"hf": {"block_size": 1}}  # bytes read beyond those that are asked for; of themselves 5 MiB
 ATTEMPTS = 5
 FIRST_WAIT_SECONDS = 0.2  # doubled after each attempt, up to
 LONGEST_WAIT_SECONDS = 30.0
@@ -135,9 +137,8 @@ class Url:
 
     def files(self) -> dict[Url, int]:
         """Every object below this folder, to any depth, with its bytes; empty where there is no such folder."""
-        found = self._patiently(lambda files, path: files.find(path, detail=True))
-        scheme = self.text.partition("://")[0]
-        return {Url(f"{scheme}://{name.lstrip('/')}"): info["size"] for name, info in sorted(found.items())}
+        folder, found = self._patiently(lambda files, path: (path, files.find(path, detail=True)))
+        return {Url(self.text + name.removeprefix(folder)): info["size"] for name, info in sorted(found.items())}
 
     def unlink(self, missing_ok: bool = False) -> None:
         try:
@@ -181,7 +182,6 @@ class Url:
         with ExitStack() as waiting:
             for attempt in itertools.count(1):
                 try:
-                    files.invalidate_cache()
                     return action(files, _path(files, self))
                 except FileNotFoundError as error:
                     raise FileNotFoundError(errno.ENOENT, "no such object", self.text) from error
@@ -249,7 +249,7 @@ def _filesystem(url: str) -> Any:
     if protocol not in SCHEMES:  # a manifest's rows must not make this machine call whomever they name
         raise StorageError(f"{url}: {protocol}:// is none of {', '.join(SCHEMES)}")
     try:
-        return fsspec.filesystem(protocol)
+        return fsspec.filesystem(protocol, **OPTIONS.get(protocol, {}))
     except ImportError as error:
         raise StorageError(f"{url}: {error}: `just extras` installs what s3:// and gs:// need") from error
     except Exception as error:
@@ -257,5 +257,35 @@ def _filesystem(url: str) -> Any:
 
 
 def _path(files: Any, url: Url) -> str:
+    """What the filesystem calls an object, now that it has forgotten what it knew of it."""
     path: str = files._strip_protocol(url.text)
+    if url.text.startswith("hf://") and not path.startswith("buckets/"):
+        return _at_commit(files, path)
+    files.invalidate_cache()
     return path
+
+
+def _at_commit(files: Any, path: str) -> str:
+    """In a repository of the hub: as it stood when this process first looked, whatever is pushed since.
+
+    So listings stay true. Asking for one file, the filesystem lists its whole folder.
+    """
+    from huggingface_hub.constants import REPO_TYPES_URL_PREFIXES
+
+    try:
+        found = files.resolve_path(path)
+    except FileNotFoundError as error:
+        raise PermissionError("no such repository, or not for you to read: `hf auth login` signs you in") from error
+    commit = _commit(found.repo_type, found.repo_id, found.revision)
+    return f"{REPO_TYPES_URL_PREFIXES.get(found.repo_type, '')}{found.repo_id}@{commit}/{found.path_in_repo}".rstrip(
+        "/"
+    )
+
+
+@cache
+def _commit(repo_type: str, repo: str, revision: str) -> str:
+    from huggingface_hub import HfApi
+
+    sha = HfApi().repo_info(repo, repo_type=repo_type, revision=revision).sha
+    assert sha is not None
+    return sha

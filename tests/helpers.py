@@ -17,6 +17,7 @@ from configs.loader import load_settings
 from pipeline.settings import CodesSettings, TargetsSettings
 from pipeline.teachers import Taught, Teacher, whole_recording
 from shards.contract import COARSE_48K
+from shards.storage import Location
 from shards.writer import read_metadata, read_table, write_table
 
 ROOT = Path(__file__).parent.parent
@@ -50,7 +51,7 @@ def run_command(*words: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[st
     )
 
 
-def codes_words(audio: Path, work: Path, *more: str) -> list[str]:
+def codes_words(audio: Location, work: Path, *more: str) -> list[str]:
     small = ["gpu=cpu", "min_seconds=0.3", "segment_length=0.6", "segments_per_shard=8", "validation_fraction=0.25"]
     given = [f"audio={audio}", f"work={work}", f"pretrained_model={TINY_SNAC}", *small, *more]
     return ["shard-codes", *_last_wins(given)]
@@ -60,7 +61,7 @@ def targets_words(work: Path, *more: str) -> list[str]:
     return ["shard-targets", *_last_wins([f"work={work}", "gpu=cpu", "teacher=recording", *more])]
 
 
-def codes_settings(audio: Path, work: Path, *more: str) -> CodesSettings:
+def codes_settings(audio: Location, work: Path, *more: str) -> CodesSettings:
     return load_settings(CodesSettings, "shard_codes.json", codes_words(audio, work, *more)[1:])
 
 

@@ -35,6 +35,10 @@ def sent(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
         def upload_folder(self, **options: Any) -> None:
             calls.append(("upload", options["repo_id"], options))
 
+        def list_repo_files(self, repo: str) -> list[str]:
+            found: list[str] = calls[-1][2]["allow_patterns"]
+            return found
+
     monkeypatch.setattr(huggingface_hub, "HfApi", Hub)
     return calls
 

@@ -72,7 +72,7 @@ def uploaded(folder: Path, url: Url) -> Url:
 
 
 def settings_of(audio: Url, work: Any, *words: str) -> CodesSettings:
-    return codes_settings(audio, work, *words)  # type: ignore[arg-type]
+    return codes_settings(audio, work, *words)
 
 
 def same(found: Url, work: Path) -> None:

@@ -1,0 +1,167 @@
+"""What comes from the hub and goes there, by the hub's own client, through a server of its protocol."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from snac import SNAC
+
+from codec import weights
+from pipeline import push
+from pipeline.codes import shard_codes
+from shards import storage
+from shards.contract import INDEX_NAME, SPLITS, SUMS_NAME
+from shards.index import load
+from shards.reader import read_sample
+from shards.storage import Location, Url
+from tests.command_helpers import in_process, refused, rows_of
+from tests.helpers import TINY_SNAC, codes_settings
+from tests.hub_server import Hub, serving
+from tests.test_tars import write_tars
+from tests.training_helpers import call
+
+pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=<...>':DeprecationWarning")  # the client's own
+WEIGHTS = "pytorch_model.bin"
+
+
+@pytest.fixture
+def hub(tmp_path: Path) -> Iterator[Hub]:
+    with serving(tmp_path / "hub_cache") as hub:
+        yield hub
+
+
+@pytest.fixture
+def prefetch(hub: Hub, tmp_path: Path) -> list[str]:
+    """The command, where the hub has a SNAC and all that is published of it is pinned."""
+    files = hub.holds("models/someone/snac", Path(TINY_SNAC)).files("0")
+    found = {name: hashlib.sha256(files[name]).hexdigest() for name in ("config.json", WEIGHTS)}
+    (tmp_path / "pins.json").write_text(json.dumps({"someone/snac": {"revision": f"{0:040d}", "files": found}}))
+    return ["prefetch", f"weights={tmp_path / 'pins.json'}"]
+
+
+def test_prefetch_fetches_and_checks_once(hub: Hub, prefetch: list[str]) -> None:
+    assert in_process(prefetch).output.count("ok   someone/snac/") == 2
+    assert hub.sent == Path(TINY_SNAC, WEIGHTS).stat().st_size
+    asked = len(hub.asked)
+    assert in_process(prefetch).exit_code == 0
+    assert len(hub.asked) == asked
+
+
+def test_an_answer_that_is_cut_short_is_fetched_to_its_end(hub: Hub, prefetch: list[str]) -> None:
+    cut = iter([True])
+    hub.fault = lambda _, path: "cut" if path.startswith("/stored") and next(cut, False) else None
+    assert in_process(prefetch).exit_code == 0
+    assert next(cut, None) is None
+
+
+def test_the_way_out_of_a_damaged_copy_is_one(hub: Hub, prefetch: list[str]) -> None:
+    """What the message names is what the client keeps, and not a link to it."""
+    whole = dict(hub.stored)
+    hub.stored = {digest: bytes(len(data)) for digest, data in whole.items()}
+    said = in_process(prefetch).output
+    assert "the file is damaged or another one. Delete it and fetch it again" in said
+    hub.stored = whole
+    assert in_process(prefetch).exit_code == 1
+    Path(re.search(rf"FAIL someone/snac/{WEIGHTS}: (\S+): sha256", said)[1]).unlink()  # type: ignore[index]
+    weights._sha256.cache_clear()  # as in another process
+    assert in_process(prefetch).exit_code == 0
+
+
+def test_shards_come_back_as_they_went(hub: Hub, shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A push that fails at the second of its commits goes on; readers find the index in the last."""
+    monkeypatch.setattr(push, "COMMIT_FILES", 3)
+    words = ["push-shards", f"shards={shards}", "repo=me/corpus"]
+    commits = iter([None, 500])
+    hub.fault = lambda _, path: next(commits, None) if "/commit/" in path else None
+    refused(words, "Readers see no new shard until the index is there; the same command goes on")
+    assert in_process(words).exit_code == 0
+    pushed = hub.repositories["datasets/me/corpus"]
+    assert pushed.private
+    assert all(INDEX_NAME not in files for files in pushed.commits[:-1])
+    there = pushed.files("main")
+    assert {name: data for name, data in there.items() if name != "README.md"} == {
+        str(path.relative_to(shards)): path.read_bytes()
+        for path in shards.rglob("*")
+        if path.name in (INDEX_NAME, SUMS_NAME) or path.parent.name in SPLITS
+    }
+    index = load(Url("hf://datasets/me/corpus"), "train")
+    local = load(shards, "train")
+    for number in range(len(index)):
+        assert {**read_sample(index, number), "__url__": ""} == {**read_sample(local, number), "__url__": ""}
+
+
+def test_why_an_upload_fails_is_said(hub: Hub, shards: Path) -> None:
+    hub.fault = lambda method, _: 403 if method == "PUT" else None
+    refused(
+        ["push-shards", f"shards={shards}", "repo=me/corpus"],
+        "to the Hub. from HfHubHTTPError: 403 Forbidden: None.",
+    )
+
+
+def test_no_index_goes_where_shards_are_ignored(hub: Hub, shards: Path) -> None:
+    """As a repository's own .gitignore may say; the client leaves such files out and tells nobody."""
+    hub.fault = lambda method, path: "ignored" if method == "IGNORE" and path.endswith(".tar") else None
+    count = len(list(shards.glob("*/*.tar")))
+    refused(
+        ["push-shards", f"shards={shards}", "repo=me/corpus"],
+        f"me/corpus did not keep train/000000.tar ({count} such): see its .gitignore",
+    )
+    assert INDEX_NAME not in hub.repositories["datasets/me/corpus"].files("main")
+
+
+def test_an_export_comes_back_through_the_stock_package(hub: Hub, untrained: Path, tmp_path: Path) -> None:
+    assert call("export", f"model={untrained}", f"out={tmp_path / 'export'}")[0] == 0
+    assert call("push", f"model={tmp_path / 'export'}", "repo=me/snac_48khz")[0] == 0
+    pushed, local = SNAC.from_pretrained("me/snac_48khz").state_dict(), SNAC.from_pretrained(str(tmp_path / "export"))
+    assert pushed.keys() == local.state_dict().keys()
+    assert all(torch.equal(pushed[name], tensor) for name, tensor in local.state_dict().items())
+
+
+def test_an_export_that_the_repository_ignores_is_not_published(hub: Hub, untrained: Path, tmp_path: Path) -> None:
+    assert call("export", f"model={untrained}", f"out={tmp_path / 'export'}")[0] == 0
+    hub.fault = lambda method, path: "ignored" if method == "IGNORE" and path == WEIGHTS else None
+    code, output = call("push", f"model={tmp_path / 'export'}", "repo=me/snac_48khz")
+    assert (code, f"me/snac_48khz did not keep {WEIGHTS}" in output) == (1, True)
+
+
+def test_recordings_at_the_hub_give_the_codes_of_a_folder(hub: Hub, recordings: Path, tmp_path: Path) -> None:
+    """A folder is listed once by each thread, not once for each of its recordings."""
+    hub.holds("datasets/me/voices", recordings)
+    places: dict[str, Location] = {"here": recordings, "there": Url("hf://datasets/me/voices")}
+    for name, audio in places.items():
+        shard_codes(codes_settings(audio, tmp_path / name, "threads=1"))
+    assert rows_of(tmp_path / "there" / "codes") == rows_of(tmp_path / "here" / "codes")
+    listings = Counter(path for _, path in hub.asked if "/tree/" in path)
+    assert max(listings.values()) <= 2
+    assert hub.sent < 1.5 * sum(path.stat().st_size for path in recordings.glob("*/*.wav"))
+
+
+def test_of_a_tar_at_the_hub_no_more_is_fetched_than_is_read(hub: Hub, recordings: Path, tmp_path: Path) -> None:
+    tars = write_tars(recordings, tmp_path / "tars")
+    hub.holds("datasets/me/tars", tars)
+    shard_codes(codes_settings(Url("hf://datasets/me/tars"), tmp_path / "work", "threads=1"))
+    assert hub.sent < 2.5 * sum(path.stat().st_size for path in tars.iterdir())
+
+
+def test_who_may_not_see_a_repository_learns_how(hub: Hub, tmp_path: Path) -> None:
+    words = ["shard-codes", "audio=hf://datasets/me/none/in", f"work={tmp_path / 'work'}", "gpu=cpu"]
+    refused([*words, f"pretrained_model={TINY_SNAC}"], "no such repository, or not for you to read: `hf auth login`")
+
+
+def test_a_process_reads_the_hub_as_it_first_found_it(hub: Hub, tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.txt").write_text("before")
+    repository, url = hub.holds("datasets/me/voices", tmp_path / "in"), Url("hf://datasets/me/voices/a.txt")
+    assert url.read_bytes() == b"before"
+    repository.commits.append({"a.txt": b"pushed meanwhile"})
+    assert (url.read_bytes(), url.stat().st_size) == (b"before", 6)
+    storage._commit.cache_clear()  # as in another process
+    assert (url.read_bytes(), url.stat().st_size) == (b"pushed meanwhile", 16)
+    assert Url(f"hf://datasets/me/voices@{0:040d}/a.txt").read_bytes() == b"before"
