@@ -18,7 +18,7 @@ from tqdm import tqdm
 from codec.hub import make_repository, refused
 from pipeline.settings import PushShardsSettings
 from pipeline.statuses import COLUMNS, Statuses
-from shards.contract import INDEX_NAME, OK, SPLITS, SUMS_NAME, TARGET_RATE
+from shards.contract import INDEX_NAME, META_FIELDS, OK, SPLITS, SUMS_NAME, TARGET_RATE
 from shards.damage import unlisted
 from shards.errors import ShardError, UserError, in_markdown
 from shards.files import file_sha256
@@ -174,6 +174,7 @@ def dataset_card(folder: Path, repo: str) -> str:
     statuses = ", ".join(f"{n} {name}" for name, n in found.counts().most_common())
     return CARD.format(
         repo=repo,
+        fields="\n".join(FIELD.format(name=name, dtype=DTYPES[kind]) for name, kind in META_FIELDS.items()),
         configs="\n".join(SPLIT_FILES.format(split=split) for split in splits),
         table="\n".join(lines),
         statuses=in_markdown(statuses),
@@ -185,11 +186,30 @@ def dataset_card(folder: Path, repo: str) -> str:
 SPLIT_FILES = """\
   - split: {split}
     path: {split}/*.tar"""
+DTYPES = {int: "int64", float: "float64", str: "string"}  # of the json's fields, in the words of `datasets`
+FIELD = """\
+    - name: {name}
+      dtype: {dtype}"""
+# Features are told because `datasets` would learn them from the first tar of a split, which may hold no sample.
 CARD = """---
 tags:
 - audio
 - snac
 - webdataset
+dataset_info:
+  features:
+  - name: codes.npy
+    sequence: int16
+  - name: target.flac
+    audio:
+      sampling_rate: 48000
+  - name: json
+    struct:
+{fields}
+  - name: __key__
+    dtype: string
+  - name: __url__
+    dtype: string
 configs:
 - config_name: default
   data_files:
@@ -221,7 +241,7 @@ for sample in webdataset.WebDataset(url, shardshuffle=False):
 For a private repository, this URL does not work. Once signed in, download everything with
 `hf download {repo} --repo-type dataset --local-dir corpus` (add `--revision COMMIT` for an earlier state), and read
 `corpus/train/000000.tar` instead of the URL.
-`datasets.load_dataset("{repo}")` reads the samples too.
+`datasets.load_dataset("{repo}")` reads the samples too; it needs `pip install "datasets[audio]"`.
 
 The licence of the recordings is that of their source; state it here before you publish.
 """

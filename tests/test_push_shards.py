@@ -11,8 +11,11 @@ from typing import Any
 
 import huggingface_hub
 import pytest
+import webdataset
+from huggingface_hub import DatasetCard
 
 from pipeline import push
+from shards.contract import tar_path
 from shards.files import file_sha256, write_whole
 from shards.index import compact, read_sums, shard_list, write_sums
 from shards.writer import read_metadata, read_table, write_table
@@ -145,6 +148,23 @@ def test_the_card_says_which_files_are_which_split(hub: FakeHub, shards: Path) -
     _, front, _ = hub.files["README.md"].decode().split("---\n")
     assert front.endswith(FILES)
     assert "hf download me/corpus --repo-type dataset" in hub.files["README.md"].decode()
+
+
+@pytest.mark.filterwarnings("ignore::ResourceWarning")  # WebDataset leaves closing to the collector
+def test_the_card_says_what_a_sample_has(hub: FakeHub, shards: Path) -> None:
+    """Without it, stock `datasets` fails where the first tar of a split holds no sample."""
+    assert in_process(words(shards)).exit_code == 0
+    card = hub.files["README.md"].decode()
+    told = {field.pop("name"): field for field in DatasetCard(card).data.to_dict()["dataset_info"]["features"]}
+    (split, shard), *_ = shard_list(shards)
+    sample = next(iter(webdataset.WebDataset(str(tar_path(shards, split, shard)), shardshuffle=False).decode()))
+    assert told.keys() == sample.keys() - {"__local_path__"}
+    assert told["codes.npy"] == {"sequence": str(sample["codes.npy"].dtype)}
+    assert told["target.flac"] == {"audio": {"sampling_rate": sample["json"]["sampling_rate"]}}
+    kinds = {"int64": int, "float64": float, "string": str}
+    of_json = {field["name"]: kinds[field["dtype"]] for field in told["json"]["struct"]}
+    assert of_json == {name: type(value) for name, value in sample["json"].items()}
+    assert told["__key__"] == told["__url__"] == {"dtype": "string"}
 
 
 def test_names_in_the_card_are_text(hub: FakeHub, shards: Path) -> None:
