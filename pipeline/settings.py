@@ -164,7 +164,7 @@ class TargetsSettings(ExecutionSettings, SidonSettings, JudgeSettings):
         ge=0, le=24_000, description="auto: a recording whose measured bandwidth reaches it is its own target"
     )
     crossover_hz: float = Field(
-        ge=2000, le=20_000, description="hybrid: where SIDON takes over; recordings of too low a rate are restored"
+        ge=2000, le=20_000, description="hybrid: where SIDON takes over; recordings that do not reach it are restored"
     )
     calibrate_recordings: int = Field(ge=4, le=1000, description="recordings that a run with SIDON measures first")
     target_bits: Literal[16, 24] = Field(description="bits per sample of the FLAC target")
