@@ -103,6 +103,7 @@ def new_folder(out: Path) -> Iterator[Path]:
                 raise UserError(f"out={out} was made meanwhile: choose another folder or delete it")
             made.rename(out)
         finally:
+            shutil.rmtree(made, ignore_errors=True)  # before its lock: what is made after that is another's
             shutil.rmtree(temporary, ignore_errors=True)
     _fsync_folder(out.parent)
 
@@ -114,12 +115,17 @@ def exclusive(folder: Path, name: str = ".lock", *, shared: bool = False, waitin
     Where another process stands in the way: raises UserError, or says `waiting` and waits for it to end. The file says
     who holds it alone.
     """
+    too_late = UserError(f"{folder}: another process has just written here; try again")
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError):
         raise UserError(f"{folder}: a file stands where a folder is needed; choose another folder") from None
+    try:
+        lock = (folder / name).open("a+b")
+    except FileNotFoundError:  # the folder was one that another process made, and went
+        raise too_late from None
     how = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
-    with (folder / name).open("a+b") as lock:
+    with lock:
         try:
             _take(lock, how)
         except BlockingIOError:
@@ -135,8 +141,8 @@ def exclusive(folder: Path, name: str = ".lock", *, shared: bool = False, waitin
                 f"{folder} cannot be locked ({error.strerror}), and two runs could write here at once: mount its "
                 "file system with flock (Lustre: -o flock), or choose a folder on another"
             ) from error
-        if not _is_named(lock, folder / name):  # it went with the folder that another process made
-            raise UserError(f"{folder}: another process has just written here; try again")
+        if not _is_named(lock, folder / name):  # it went with that folder
+            raise too_late
         _sign(lock, b"" if shared else _myself())  # of several, whoever signs last may be the first to go
         os.register_at_fork(after_in_child=lock.close)  # else a killed process's workers hold the folder on
         yield

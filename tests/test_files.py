@@ -12,7 +12,7 @@ import stat
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -174,19 +174,38 @@ def test_who_opened_the_name_before_it_was_taken_does_not_write(
     assert [(file.name, file.read_text()) for file in tmp_path.iterdir()] == [("file", "first")]
 
 
+@pytest.mark.parametrize(("owner", "step"), [(fcntl, "flock"), (Path, "mkdir")])
 def test_who_opened_a_lock_that_goes_with_its_folder_does_not_hold_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    owner: Any, step: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As the process does that made the folder `out` when another comes to make it, too; a third would not see it."""
-    out, flock = tmp_path / "out", fcntl.flock
+    out, take = tmp_path / "out", getattr(owner, step)
 
-    def late(lock: Any, how: int) -> None:
+    def and_it_goes(*words: Any, **options: Any) -> None:
+        take(*words, **options)
         shutil.rmtree(tmp_path / ".out.tmp")
-        flock(lock, how)
 
-    monkeypatch.setattr(fcntl, "flock", late)
+    monkeypatch.setattr(owner, step, and_it_goes)
     with pytest.raises(UserError, match="another process has just written here; try again"), new_folder(out):
         pytest.fail("too early")
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_failed_goes_before_its_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once that is gone, another process may make the folder, and nothing of it goes."""
+    left: list[list[str]] = []
+    rmtree = shutil.rmtree
+
+    def watched(path: Path, **options: Any) -> None:
+        if path.name == ".out.tmp":
+            left.append([inner.name for inner in path.iterdir()])
+        rmtree(path, **options)
+
+    monkeypatch.setattr(shutil, "rmtree", watched)
+    with suppress(UserError), new_folder(tmp_path / "out") as made:
+        made.mkdir()
+        raise UserError("planted")
+    assert left == [[".lock"]]
     assert not list(tmp_path.iterdir())
 
 
