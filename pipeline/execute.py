@@ -223,7 +223,7 @@ def alone(settings: ExecutionSettings, what: Location) -> Iterator[None]:
 
 def one_slice(work: Path, what: Location) -> AbstractContextManager[None]:
     """At a time. A process that makes shards for a slice is one of it."""
-    return exclusive(work, ".lock-common", waiting=f"another slice writes {what}")
+    return exclusive(work, ".lock-common", waiting=f"another process writes {what}")
 
 
 def clean(folder: Location, shards: Iterable[tuple[str, int]]) -> None:

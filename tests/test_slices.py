@@ -122,7 +122,7 @@ def test_a_slice_runs_once_and_not_beside_a_whole_run(recordings: Path, whole: P
 
 
 def test_a_shard_that_is_made_again_and_the_index_of_another_slice_agree(
-    recordings: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    recordings: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The other comes to its end when the index has been taken away and the shard does not stand yet."""
     audio, work = Path(shutil.copytree(recordings, tmp_path / "audio")), tmp_path / "work"
@@ -138,7 +138,8 @@ def test_a_shard_that_is_made_again_and_the_index_of_another_slice_agree(
     def and_meanwhile(folder: Path) -> None:
         forget(folder)
         other.start()
-        other.join(2)
+        while other.is_alive() and ": waiting for it" not in capsys.readouterr().out:
+            time.sleep(0.05)
 
     monkeypatch.setattr("pipeline.targets.forget", and_meanwhile)
     stage.make(again, lambda seconds: None)
