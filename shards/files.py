@@ -56,7 +56,7 @@ def replacing(path: Location) -> Iterator[Path]:
                 yield temporary
                 os.fsync(lock.fileno())
                 if not _is_named(lock, temporary):  # this one stood still, its run was killed, and another cleaned up
-                    raise UserError(f"{path}: another process is writing it now: leave it to that")
+                    raise UserError(f"{temporary} is another process's by now, or gone: leave it to that, or try again")
                 temporary.replace(path)
         except BaseException:
             if _is_named(lock, temporary):
