@@ -35,8 +35,10 @@ def verify(settings: VerifySettings) -> None:
 
 def _no_run_beside(folder: Location) -> AbstractContextManager[None]:
     """A shard that is made anew meanwhile is another than its index says, and would be set aside."""
-    if isinstance(folder, Path) and (folder.absolute().parent / PLAN_NAME).exists():
-        return exclusive(folder.absolute().parent)
+    if isinstance(folder, Path):
+        for work in (folder.absolute().parent, folder.resolve().parent):  # either may be named by a link
+            if (work / PLAN_NAME).exists():
+                return exclusive(work)
     return nullcontext()
 
 

@@ -98,13 +98,17 @@ def test_what_else_is_wrong_is_an_error_beside_what_is_set_aside(shards: Path) -
     assert aside.returncode == 1
     assert "1 of 3 shards are in" in aside.stdout
     assert "error: 2 problem(s) in 2 shards" in aside.stderr
+    assert not (shards.parent / ".lock").exists()  # no plan lies there, and so no run makes shards
 
 
 def test_nothing_is_set_aside_while_a_run_may_make_it_again(work: Path, tmp_path: Path) -> None:
     """What it had just made would not be what the index says."""
     copy = Path(shutil.copytree(work, tmp_path / "work"))
+    link = tmp_path / "link"
+    link.symlink_to(copy / "shards")
     with exclusive(copy):
-        refused(["verify", f"shards={copy}/shards", "set_aside=true"], f"{copy}: another process is writing here")
+        for shards in (copy / "shards", link, copy / "shards" / "train" / ".."):
+            refused(["verify", f"shards={shards}", "set_aside=true"], f"{copy}: another process is writing here")
         assert in_process(["verify", f"shards={copy}/shards"]).exit_code == 0
 
 
