@@ -42,7 +42,8 @@ def push_shards(settings: PushShardsSettings) -> None:
     """Raises UserError when shards are not finished, when the repository holds others, or when the hub fails."""
     sums = check_index(settings.shards)
     uploads = finished(settings.shards, sums)
-    last: list[tuple[str, Path | bytes]] = [(name, settings.shards / name) for name in (INDEX_NAME, SUMS_NAME)]
+    last: list[tuple[str, Path | bytes]] = [(INDEX_NAME, settings.shards / INDEX_NAME)]
+    last.append((SUMS_NAME, (settings.shards / SUMS_NAME).read_bytes()))  # as it is now, also where others write it
     card = dataset_card(settings.shards, settings.repo)
     if settings.dry_run:
         for upload in uploads:

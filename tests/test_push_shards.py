@@ -121,6 +121,21 @@ def test_an_index_that_was_written_meanwhile_waits_for_its_shards(
     assert {name: hub.files[name] for name in files} == kept
 
 
+def test_sums_that_are_written_while_the_index_is_sent_do_not_go_with_it(
+    hub: FakeHub, shards: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before, commit = (shards / "SHA256SUMS").read_bytes(), hub.create_commit
+
+    def meanwhile(repo: str, operations: list[Any], **options: Any) -> None:
+        if operations[0].path_in_repo == "index.parquet":
+            write_sums(shards, {"index.parquet": 64 * "0"})
+        commit(repo, operations, **options)
+
+    monkeypatch.setattr(hub, "create_commit", meanwhile)
+    assert in_process(words(shards)).exit_code == 0
+    assert hub.files["SHA256SUMS"] == before
+
+
 @pytest.mark.parametrize("fail_at", [0, 1, 2])
 def test_a_push_that_fails_goes_on(fail_at: int, hub: FakeHub, shards: Path) -> None:
     hub.fail_at = fail_at
