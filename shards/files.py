@@ -23,6 +23,7 @@ OF_ONE_FILE = {  # errors that say something of one file; others, such as EIO, E
     errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG,
     errno.EACCES, errno.EPERM, errno.ENXIO, errno.EINVAL, errno.EILSEQ,
 }  # fmt: skip
+NO_SUCH_THING = {errno.EINVAL, errno.EBADF, errno.EOPNOTSUPP, errno.ENOSYS}  # that a file system answers
 
 LOOK_SECONDS = 0.1  # more than `just status` takes to see whether a folder is held
 
@@ -95,15 +96,19 @@ def new_folder(out: Path) -> Iterator[Path]:
         raise UserError(f"out={out} exists: choose another folder or delete it")
     temporary = out.with_name(f".{out.name}.tmp")
     made = temporary / out.name
-    with exclusive(temporary):
-        try:
-            shutil.rmtree(made, ignore_errors=True)
-            yield made
-            if out.exists():
-                raise UserError(f"out={out} was made meanwhile: choose another folder or delete it")
-            made.rename(out)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        with exclusive(temporary):
+            try:
+                shutil.rmtree(made, ignore_errors=True)
+                yield made
+                if out.exists():
+                    raise UserError(f"out={out} was made meanwhile: choose another folder or delete it")
+                made.rename(out)
+            finally:
+                shutil.rmtree(temporary, ignore_errors=True)
+    finally:
+        with suppress(OSError):  # NFS and FUSE keep a lock that was deleted under another name, until it is closed
+            temporary.rmdir()
     _fsync_folder(out.parent)
 
 
@@ -174,7 +179,7 @@ def described(error: BaseException) -> str:
     if not isinstance(error, OSError) or not error.errno:
         return str(error) or type(error).__name__
     what = os.strerror(error.errno) if error.errno in OF_WRITING else error.strerror  # pyarrow's words are longer
-    where = error.filename or ("while writing" if error.errno in OF_WRITING else "")
+    where = error.filename or ("while writing" if error.errno in OF_WRITING - {errno.EIO} else "")
     way_out = "make room (df -h, df -i), and run the same command again" if is_full(error) else ""
     return ": ".join(filter(None, (what, str(where), way_out)))
 
@@ -213,7 +218,7 @@ def _fsync_folder(folder: Path) -> None:
         with naming_written(folder):
             os.fsync(descriptor)
     except OSError as error:
-        if error.errno != errno.EINVAL:  # of a file system that knows no such thing, as of a virtual machine's share
+        if error.errno not in NO_SUCH_THING:  # of a file system that does not flush folders, as of a machine's share
             raise
     finally:
         os.close(descriptor)
