@@ -58,7 +58,7 @@ def replacing(path: Location) -> Iterator[Path]:
                 os.fsync(lock.fileno())
                 if not _is_named(lock, temporary):  # this one stood still, its run was killed, and another cleaned up
                     raise UserError(f"{path}: another process is writing it now: leave it to that")
-                temporary.replace(path)
+                _rename(temporary, path)
         except BaseException:
             if _is_named(lock, temporary):
                 temporary.unlink()
@@ -83,8 +83,20 @@ def move(path: Location, target: Location) -> None:
         write_whole(target, path.read_bytes())
         path.unlink(missing_ok=True)
         return
-    path.replace(target)
+    _rename(path, target)
     _fsync_folder(target.parent)
+
+
+def _rename(path: Path, target: Path) -> None:
+    try:
+        path.replace(target)
+    except OSError as error:
+        if error.errno not in {*NO_SUCH_THING, errno.EEXIST, errno.EPERM}:
+            raise
+        raise UserError(
+            f"{target} cannot be replaced ({error.strerror}): it is protected (lsattr) or another user's, or its file "
+            "system does not rename over what stands; then choose a folder on another"
+        ) from error
 
 
 @contextmanager
@@ -179,7 +191,8 @@ def described(error: BaseException) -> str:
     if not isinstance(error, OSError) or not error.errno:
         return str(error) or type(error).__name__
     what = os.strerror(error.errno) if error.errno in OF_WRITING else error.strerror  # pyarrow's words are longer
-    where = error.filename or ("while writing" if error.errno in OF_WRITING - {errno.EIO} else "")
+    name = os.fsdecode(error.filename) if isinstance(error.filename, bytes) else error.filename  # of TensorBoard
+    where = name or ("while writing" if error.errno in OF_WRITING - {errno.EIO} else "")
     way_out = "make room (df -h, df -i), and run the same command again" if is_full(error) else ""
     return ": ".join(filter(None, (what, str(where), way_out)))
 

@@ -77,6 +77,7 @@ def test_what_could_not_be_written_is_said(tmp_path: Path) -> None:
     assert described(full) == (
         f"No space left on device: {path}: make room (df -h, df -i), and run the same command again"
     )
+    assert described(FileNotFoundError(errno.ENOENT, "No such file", b"/a/b")) == "No such file: /a/b"
     assert described(OSError(errno.EMFILE, "Too many open files")) == "Too many open files"  # as of a socket
 
 
@@ -277,6 +278,25 @@ def test_who_lost_the_temporary_name_to_another_run_leaves_it_alone(tmp_path: Pa
     path.with_name("file.tmp").write_text("second")
     second.__exit__(None, None, None)
     assert [(file.name, file.read_text()) for file in tmp_path.iterdir()] == [("file", "second")]
+
+
+@pytest.mark.parametrize("error", [errno.EEXIST, errno.EPERM, errno.ENOSYS])
+def test_a_file_system_that_renames_over_nothing_is_said(
+    error: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def none(path: Path, target: Path) -> None:
+        raise OSError(error, os.strerror(error), str(path), None, str(target))
+
+    monkeypatch.setattr(Path, "replace", none)
+    path = tmp_path / "file"
+    path.write_text("first")
+    said = rf"^{path} cannot be replaced \({os.strerror(error)}\).*choose a folder on another$"
+    with pytest.raises(UserError, match=said), replacing(path) as temporary:
+        temporary.write_text("second")
+    assert [(file.name, file.read_text()) for file in tmp_path.iterdir()] == [("file", "first")]
+    (tmp_path / "other").write_text("second")
+    with pytest.raises(UserError, match=said):
+        move(tmp_path / "other", path)
 
 
 def test_a_file_system_without_locks_will_do_for_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
