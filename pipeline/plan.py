@@ -9,8 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
-from pathlib import Path
-from typing import Any, Literal
+from typing import IO, Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -213,15 +212,15 @@ def _known(plan: Plan, path: Location) -> tuple[dict[str, str], dict[str, int]]:
     return dict(zip(pairs["group"].to_pylist(), pairs["split"].to_pylist(), strict=True)), numbers
 
 
-def _writer(path: Path) -> pq.ParquetWriter:
+def _writer(file: IO[bytes]) -> pq.ParquetWriter:
     few = ["split", "group", "status", "reason"]
-    return pq.ParquetWriter(path, PLAN_SCHEMA, compression="zstd", use_dictionary=few, write_page_checksum=True)
+    return pq.ParquetWriter(file, PLAN_SCHEMA, compression="zstd", use_dictionary=few, write_page_checksum=True)
 
 
 def _write(path: Location, plans: list[Plan], shards: Iterable[Shard], metadata: dict[str, Any]) -> None:
     """The shards of `plans`, then `shards`, into one file."""
     names, seconds, digests = list[tuple[str, int]](), list[float](), list[str]()
-    with replacing(path) as temporary, _writer(temporary) as writer:
+    with replacing(path) as temporary, temporary.open("wb") as file, _writer(file) as writer:
         for plan in plans:
             names += plan.shards
             seconds += plan.seconds

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
@@ -13,7 +14,7 @@ from tqdm import tqdm
 from configs.granted import granted_cores
 from pipeline.settings import VerifySettings
 from shards.cache import ShardCache
-from shards.contract import INDEX_NAME, PLAN_NAME, SUMS_NAME
+from shards.contract import INDEX_NAME, PLAN_NAME, SUMS_NAME, tar_path
 from shards.damage import problems, unlisted
 from shards.errors import ShardError, printable
 from shards.files import exclusive
@@ -46,24 +47,32 @@ def _verify(settings: VerifySettings) -> None:
     folder = settings.shards
     sums, index = _index(folder)
     shards = shard_list(folder)
-    found, damaged = 0, []
+    found, left, damaged = 0, 0, []
     if list(sums) != list(listed(shards)):
         tqdm.write(f"{folder / SUMS_NAME}: its files are not those of {INDEX_NAME}")
         found += 1
 
-    def of_shard(place: tuple[str, int]) -> list[str]:
-        return list(problems(folder, *place, sums, index))
+    def of_shard(place: tuple[str, int]) -> tuple[list[str], bool]:
+        """What is wrong, and whether that is damage: what its disk or server does not read now may be whole."""
+        try:
+            of_one = list(problems(folder, *place, sums, index))
+            return of_one, bool(of_one)
+        except OSError as error:
+            if isinstance(folder, Url):  # of this machine, to which it was fetched
+                raise
+            return [f"{error.filename or tar_path(folder, *place)}: {os.strerror(error.errno or 0)}"], False
 
     with ThreadPoolExecutor(_threads(settings)) as pool:
         each = pool.map(of_shard, shards)
         bar = tqdm(each, desc="verifying", total=len(shards), unit="shard", disable=None)
-        for place, of_one in zip(shards, bar, strict=True):
-            found += _said(of_one)
-            damaged += [place] if of_one else []
-    strangers = _said(list(unlisted(folder, shards)))
+        for place, (of_one, is_damage) in zip(shards, bar, strict=True):
+            said = _said(of_one)
+            found, left = (found + said, left) if is_damage else (found, left + said)
+            damaged += [place] if is_damage else []
+    left += _said(list(unlisted(folder, shards)))
     if damaged and settings.set_aside and isinstance(folder, Path):
         found, shards = 0, set_aside(folder, set(damaged))
-    found += strangers
+    found += left
     if found:
         raise ShardError(
             f"{found} problem(s) in {len(shards)} shards: delete what is damaged, run `just shard-targets`; where its "

@@ -23,6 +23,7 @@ OF_ONE_FILE = {  # errors that say something of one file; others, such as EIO, E
     errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG,
     errno.EACCES, errno.EPERM, errno.ENXIO, errno.EINVAL, errno.EILSEQ,
 }  # fmt: skip
+NO_SUCH_THING = {errno.EINVAL, errno.EBADF, errno.EOPNOTSUPP, errno.ENOSYS}  # that a file system answers
 
 LOOK_SECONDS = 0.1  # more than `just status` takes to see whether a folder is held
 
@@ -57,7 +58,7 @@ def replacing(path: Location) -> Iterator[Path]:
                 os.fsync(lock.fileno())
                 if not _is_named(lock, temporary):  # this one stood still, its run was killed, and another cleaned up
                     raise UserError(f"{temporary} is another process's by now, or gone: leave it to that, or try again")
-                temporary.replace(path)
+                _rename(temporary, path)
         except BaseException:
             if _is_named(lock, temporary):
                 temporary.unlink()
@@ -82,8 +83,20 @@ def move(path: Location, target: Location) -> None:
         write_whole(target, path.read_bytes())
         path.unlink(missing_ok=True)
         return
-    path.replace(target)
+    _rename(path, target)
     _fsync_folder(target.parent)
+
+
+def _rename(path: Path, target: Path) -> None:
+    try:
+        path.replace(target)
+    except OSError as error:
+        if error.errno not in {*NO_SUCH_THING, errno.EEXIST, errno.EPERM}:
+            raise
+        raise UserError(
+            f"{target} cannot be replaced ({error.strerror}): it is protected (lsattr) or another user's, or its file "
+            "system does not rename over what stands; then choose a folder on another"
+        ) from error
 
 
 @contextmanager
@@ -95,16 +108,20 @@ def new_folder(out: Path) -> Iterator[Path]:
         raise UserError(f"out={out} exists: choose another folder or delete it")
     temporary = out.with_name(f".{out.name}.tmp")
     made = temporary / out.name
-    with exclusive(temporary):
-        try:
-            shutil.rmtree(made, ignore_errors=True)
-            yield made
-            if out.exists():
-                raise UserError(f"out={out} was made meanwhile: choose another folder or delete it")
-            made.rename(out)
-        finally:
-            shutil.rmtree(made, ignore_errors=True)  # before its lock: what is made after that is another's
-            shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        with exclusive(temporary):
+            try:
+                shutil.rmtree(made, ignore_errors=True)
+                yield made
+                if out.exists():
+                    raise UserError(f"out={out} was made meanwhile: choose another folder or delete it")
+                made.rename(out)
+            finally:
+                shutil.rmtree(made, ignore_errors=True)  # before its lock: what is made after that is another's
+                shutil.rmtree(temporary, ignore_errors=True)
+    finally:
+        with suppress(OSError):  # NFS and FUSE keep a lock that was deleted under another name, until it is closed
+            temporary.rmdir()
     _fsync_folder(out.parent)
 
 
@@ -180,7 +197,8 @@ def described(error: BaseException) -> str:
     if not isinstance(error, OSError) or not error.errno:
         return str(error) or type(error).__name__
     what = os.strerror(error.errno) if error.errno in OF_WRITING else error.strerror  # pyarrow's words are longer
-    where = error.filename or ("while writing" if error.errno in OF_WRITING else "")
+    name = os.fsdecode(error.filename) if isinstance(error.filename, bytes) else error.filename  # of TensorBoard
+    where = name or ("while writing" if error.errno in OF_WRITING - {errno.EIO} else "")
     way_out = "make room (df -h, df -i), and run the same command again" if is_full(error) else ""
     return ": ".join(filter(None, (what, str(where), way_out)))
 
@@ -219,7 +237,7 @@ def _fsync_folder(folder: Path) -> None:
         with naming_written(folder):
             os.fsync(descriptor)
     except OSError as error:
-        if error.errno != errno.EINVAL:  # of a file system that knows no such thing, as of a virtual machine's share
+        if error.errno not in NO_SUCH_THING:  # of a file system that does not flush folders, as of a machine's share
             raise
     finally:
         os.close(descriptor)

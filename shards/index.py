@@ -110,7 +110,10 @@ def forget(folder: Location) -> None:
 
 def write_index(path: Path, schema: pa.Schema, tables: Iterable[pa.Table]) -> None:
     """Row groups of GROUP_ROWS or more: their descriptions alone would fill a reader's memory, were they shards'."""
-    with pq.ParquetWriter(path, schema, compression="zstd", write_page_checksum=True) as writer:
+    with (
+        path.open("wb") as file,
+        pq.ParquetWriter(file, schema, compression="zstd", write_page_checksum=True) as writer,
+    ):
         waiting: list[pa.Table] = []
         for table in tables:
             waiting.append(table.replace_schema_metadata(schema.metadata))
@@ -130,7 +133,8 @@ def read_sums(folder: Location) -> dict[str, str]:
     path = folder / SUMS_NAME
     if not path.exists():
         raise ShardError(f"{path} is missing: run `just shard-targets` to its end")
-    text = path.read_bytes().decode("ascii", "replace")
+    with naming(path):
+        text = path.read_bytes().decode("ascii", "replace")
     lines = text.split("\n")[:-1]
     matches = [re.fullmatch(r"([0-9a-f]{64})  ([\w./-]+)", line) for line in lines]
     if not lines or not all(matches) or not text.endswith("\n"):
@@ -171,7 +175,9 @@ def _checked(folder: Location, cache: ShardCache) -> tuple[IO[bytes], dict[str, 
             raise ShardError(f"{path} has format {found}, this version reads {FORMAT_VERSION}")
         sums = read_sums(folder)
         file.seek(0)
-        if sums.get(INDEX_NAME) != sha256_of(file):
+        with naming(path):
+            digest = sha256_of(file)
+        if sums.get(INDEX_NAME) != digest:
             raise ShardError(f"{path}: its sha256 is not that of {SUMS_NAME}; run `just shard-targets` again")
         stack.pop_all()
         return file, sums
@@ -287,7 +293,8 @@ def listed(shards: Sequence[tuple[str, int]]) -> Iterator[str]:
 def read_sidecar(folder: Location, split: str, shard: int) -> Fetched:
     path = tar_path(folder, split, shard).with_suffix(".parquet")
     try:
-        return Fetched(path.read_bytes(), str(path))
+        with naming(path):
+            return Fetched(path.read_bytes(), str(path))
     except FileNotFoundError as error:
         raise ShardError(f"{path}: missing; run `just shard-targets` again") from error
 

@@ -29,8 +29,8 @@ AHEAD = ".next"  # at the end of a sidecar's name whose tar may not stand yet
 def write_table(path: Location, table: pa.Table, metadata: Mapping[str, Any]) -> None:
     """A Parquet file whose schema metadata holds `metadata`, each value as JSON."""
     table = table.replace_schema_metadata(encode_metadata(metadata))
-    with replacing(path) as temporary:
-        pq.write_table(table, temporary, compression="zstd", write_page_checksum=True)
+    with replacing(path) as temporary, temporary.open("wb") as file:  # pyarrow's does not say why it cannot be closed
+        pq.write_table(table, file, compression="zstd", write_page_checksum=True)
 
 
 def encode_metadata(metadata: Mapping[str, Any]) -> dict[str, str]:
@@ -100,6 +100,7 @@ def naming(path: Location | Fetched) -> Iterator[None]:
         yield
     except (pa.ArrowException, ValueError, OSError, MemoryError, RecursionError) as error:
         if isinstance(error, OSError) and error.errno:  # the system's, not pyarrow's
+            error.filename = error.filename or str(path)  # which it says only of what cannot be opened
             raise
         is_missing = isinstance(error, FileNotFoundError)  # pyarrow's has no number
         what = "missing" if is_missing else f"damaged, or no file of ours ({first_line(error)})"

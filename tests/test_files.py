@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import io
 import os
 import re
 import shutil
@@ -20,9 +21,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from pipeline.plan import make_plan
+from shards.contract import PLAN_NAME
 from shards.errors import UserError
 from shards.files import described, exclusive, move, new_folder, replacing
-from tests.helpers import ROOT, longest_file
+from shards.index import write_index
+from shards.writer import naming, write_table
+from tests.helpers import ROOT, codes_settings, longest_file
 from trainer.status import is_running
 
 
@@ -72,7 +77,54 @@ def test_what_could_not_be_written_is_said(tmp_path: Path) -> None:
     assert described(full) == (
         f"No space left on device: {path}: make room (df -h, df -i), and run the same command again"
     )
+    assert described(FileNotFoundError(errno.ENOENT, "No such file", b"/a/b")) == "No such file: /a/b"
     assert described(OSError(errno.EMFILE, "Too many open files")) == "Too many open files"  # as of a socket
+
+
+def test_what_could_not_be_read_is_said(tmp_path: Path) -> None:
+    """Of a bad block the system says nothing else, and that it was to be written is not known."""
+    bad = OSError(errno.EIO, os.strerror(errno.EIO))
+    assert described(bad) == "Input/output error"
+    with pytest.raises(OSError, match="error"), naming(tmp_path / "table.parquet"):
+        raise bad
+    assert described(bad) == f"Input/output error: {tmp_path}/table.parquet"
+
+
+class FullWhenClosed(io.FileIO):
+    """As of NFS and some FUSE file systems, which say only then that there is no room."""
+
+    def close(self) -> None:
+        if not self.closed:
+            super().close()
+            raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT))
+
+
+@pytest.mark.parametrize("writes", ["table", "index", "plan"])
+def test_a_table_without_room_when_it_is_closed_is_said(
+    writes: str, recordings: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By pyarrow it is closed with `error closing file`."""
+    table, path = pa.table({"a": [1]}), tmp_path / PLAN_NAME
+
+    def index() -> None:
+        with replacing(path) as temporary:
+            write_index(temporary, table.schema, [table])
+
+    writers: dict[str, Callable[[], object]] = {
+        "table": lambda: write_table(path, table, {}),
+        "index": index,
+        "plan": lambda: make_plan(codes_settings(recordings, tmp_path)),
+    }
+    opened = Path.open
+    monkeypatch.setattr(
+        Path,
+        "open",
+        lambda path, mode="r", **more: FullWhenClosed(path, mode) if mode == "wb" else opened(path, mode, **more),
+    )
+    with pytest.raises(OSError, match="quota") as error:
+        writers[writes]()
+    assert described(error.value).startswith(f"Disk quota exceeded: {path}: make room")
+    assert not list(tmp_path.glob("*"))
 
 
 def test_a_folder_is_named_before_anything_is_written(tmp_path: Path) -> None:
@@ -147,6 +199,29 @@ def test_one_process_at_a_time_makes_a_folder_and_a_killed_one_leaves_nothing(ki
             pass
     assert [file.name for file in tmp_path.iterdir()] == ["out"]
     assert [file.name for file in out.iterdir()] == ["second" if killed else "first"]
+
+
+def test_nothing_is_left_where_what_is_open_keeps_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """NFS and FUSE rename an open file that is deleted; it goes, and its folder can go, once it is closed."""
+    out, hidden = tmp_path / "out", tmp_path / ".out.tmp" / ".nfs1"
+    rmtree, rmdir = shutil.rmtree, Path.rmdir
+
+    def renaming(folder: Path, **options: Any) -> None:
+        if (folder / ".lock").exists():
+            (folder / ".lock").rename(hidden)
+        else:
+            rmtree(folder, **options)
+
+    def when_closed(folder: Path) -> None:
+        if str(hidden) not in [str(path.readlink()) for path in Path("/proc/self/fd").iterdir() if path.is_symlink()]:
+            hidden.unlink()
+        rmdir(folder)
+
+    monkeypatch.setattr(shutil, "rmtree", renaming)
+    monkeypatch.setattr(Path, "rmdir", when_closed)
+    with new_folder(out) as made:
+        made.mkdir()
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def test_a_folder_that_another_made_meanwhile_stands(tmp_path: Path) -> None:
@@ -224,6 +299,25 @@ def test_who_lost_the_temporary_name_to_another_run_leaves_it_alone(tmp_path: Pa
     assert [(file.name, file.read_text()) for file in tmp_path.iterdir()] == [("file", "second")]
 
 
+@pytest.mark.parametrize("error", [errno.EEXIST, errno.EPERM, errno.ENOSYS])
+def test_a_file_system_that_renames_over_nothing_is_said(
+    error: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def none(path: Path, target: Path) -> None:
+        raise OSError(error, os.strerror(error), str(path), None, str(target))
+
+    monkeypatch.setattr(Path, "replace", none)
+    path = tmp_path / "file"
+    path.write_text("first")
+    said = rf"^{path} cannot be replaced \({os.strerror(error)}\).*choose a folder on another$"
+    with pytest.raises(UserError, match=said), replacing(path) as temporary:
+        temporary.write_text("second")
+    assert [(file.name, file.read_text()) for file in tmp_path.iterdir()] == [("file", "first")]
+    (tmp_path / "other").write_text("second")
+    with pytest.raises(UserError, match=said):
+        move(tmp_path / "other", path)
+
+
 def test_a_file_system_without_locks_will_do_for_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def none(lock: Any, how: int) -> None:
         raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
@@ -234,12 +328,15 @@ def test_a_file_system_without_locks_will_do_for_a_file(tmp_path: Path, monkeypa
     assert [(file.name, file.read_text()) for file in tmp_path.iterdir()] == [("file", "whole")]
 
 
-def test_a_file_system_whose_folders_cannot_be_flushed_will_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("error", [errno.EINVAL, errno.EBADF, errno.EOPNOTSUPP, errno.ENOSYS])
+def test_a_file_system_whose_folders_cannot_be_flushed_will_do(
+    error: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     fsync = os.fsync
 
     def of_files(descriptor: int) -> None:
         if stat.S_ISDIR(os.fstat(descriptor).st_mode):
-            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+            raise OSError(error, os.strerror(error))
         fsync(descriptor)
 
     monkeypatch.setattr(os, "fsync", of_files)

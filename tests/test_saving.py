@@ -141,6 +141,32 @@ def test_a_full_disk_keeps_the_last_good_checkpoint(
     assert_same_state(small_training(work, run), small_training(work, tmp_path / "whole"))
 
 
+@pytest.mark.parametrize("mounted", ["run", "above"])
+def test_nothing_is_saved_where_the_disk_of_the_run_was(
+    mounted: str, work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would not be seen once the disk is back, although it was said to be saved."""
+    disk = tmp_path / "disk"
+    run, words = disk / "run", {"log_every": 99, "eval_every": 99}
+    gone = run if mounted == "run" else disk
+
+    def go() -> None:
+        gone.rename(tmp_path / "away")
+        gone.mkdir()
+
+    with monkeypatch.context() as patched:
+        at_step(3, go, patched)
+        code, output = call("train", *train_words(work, run, **words))
+    assert code == 1
+    assert f"error: {run} is gone: is it mounted? Then resume=auto goes on" in output.splitlines()
+    assert not [path for path in gone.rglob("*") if path.is_file()]
+    shutil.rmtree(gone)
+    (tmp_path / "away").rename(gone)
+    assert steps_kept(run) == [2]
+    whole = small_training(work, tmp_path / "whole", **words)
+    assert_same_state(small_training(work, run, **words), whole)
+
+
 def test_checkpoints_by_the_clock(work: Path, tmp_path: Path) -> None:
     small_training(work, tmp_path / "run", checkpoint_every=99, checkpoint_minutes=1e-9, keep_last=9)
     assert steps_kept(tmp_path / "run") == [1, 2, 3, 4, 5, 6]

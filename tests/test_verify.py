@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import os
 import re
 import shutil
@@ -99,6 +101,31 @@ def test_what_else_is_wrong_is_an_error_beside_what_is_set_aside(shards: Path) -
     assert "1 of 3 shards are in" in aside.stdout
     assert "error: 2 problem(s) in 2 shards" in aside.stderr
     assert not (shards.parent / ".lock").exists()  # no plan lies there, and so no run makes shards
+
+
+def test_what_cannot_be_read_is_named_and_stays(
+    shards: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A bad block, or a server that is away for a moment: the shard may be whole, and all others are checked."""
+    (shards / "train" / "000001.tar").unlink()
+    unread = [shards / "train" / "000000.tar", shards / "validation" / "000000.parquet"]
+    opened = Path.open
+
+    class Unreadable(io.FileIO):
+        def readinto(self, buffer: Any) -> int:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+        def read(self, size: int | None = -1) -> bytes:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    def failing(path: Path, *how: Any, **more: Any) -> Any:
+        return Unreadable(path) if path in unread else opened(path, *how, **more)
+
+    monkeypatch.setattr(Path, "open", failing)
+    with pytest.raises(ShardError, match=r"3 problem\(s\) in 4 shards"):
+        verify(VerifySettings(shards=shards, threads=1))
+    bad = [f"{path}: Input/output error" for path in unread]
+    assert capsys.readouterr().out.splitlines() == [bad[0], f"{shards}/train/000001.tar: missing", bad[1]]
 
 
 def test_nothing_is_set_aside_while_a_run_may_make_it_again(work: Path, tmp_path: Path) -> None:

@@ -252,9 +252,9 @@ class Trainer:
         settings = self.settings
         state = {**self._state(), "decoder": self.learner.ema.model.state_dict(), "validation": means}
         if better:
-            checkpoint.save_described(checkpoint.folder(settings.run) / checkpoint.BEST, state)
+            self._write(checkpoint.folder(settings.run) / checkpoint.BEST, state)
         if settings.keep_best > 1:
-            checkpoint.save_described(checkpoint.best_path(settings.run, self.step), state)
+            self._write(checkpoint.best_path(settings.run, self.step), state)
             checkpoint.prune_best(
                 settings.run, settings.keep_best, settings.best_metric, settings.best_metric in HIGHER_IS_BETTER
             )
@@ -295,8 +295,14 @@ class Trainer:
         self.saved_at = time.monotonic()
         if self.process.is_first:
             state = {**self._state(), **self.learner.state_dict()}
-            checkpoint.save_described(checkpoint.step_path(self.settings.run, self.step), state)
+            self._write(checkpoint.step_path(self.settings.run, self.step), state)
             checkpoint.prune(self.settings.run, self.settings.keep_last)
+
+    def _write(self, path: Path, state: dict[str, Any]) -> None:
+        """Not below the mount point of a disk that is gone: there it is not seen once the disk is back."""
+        if not (self.settings.run / "settings.json").exists():
+            raise UserError(f"{self.settings.run} is gone: is it mounted? Then resume=auto goes on")
+        checkpoint.save_described(path, state)
 
     def _save_what_is_not(self) -> None:
         """Without the other processes, which leave too. What ended training is said, whether or not this goes."""
