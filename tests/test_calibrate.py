@@ -267,6 +267,29 @@ def test_l1_is_not_said_to_suit_waveforms_out_of_place(
     assert "not in place" in words({name: [value] * 3 for name, value in found.items()})
 
 
+def test_in_place_is_judged_below_4_khz() -> None:
+    noise = np.random.default_rng(0).standard_normal(3 * TARGET_RATE)
+    spectrum, hz = np.fft.rfft(noise), np.fft.rfftfreq(len(noise), 1 / TARGET_RATE)
+    for turned, expected in ((hz > 4_000, 1), ((hz > 1_000) & (hz < 4_000), 1 / 4 - 3 / 4), (hz < 4_000, -1)):
+        moved = np.fft.irfft(np.where(turned, -spectrum, spectrum)).astype(np.float32)
+        assert coherence(noise.astype(np.float32), moved)["in_place"] == pytest.approx(expected, abs=0.05)
+
+
+@pytest.mark.parametrize(
+    ("low", "in_place", "said"),
+    [
+        (0.8, 0.8, "teacher=sidon and L1 suit"),
+        (0.8, 0.79, "but not in place"),
+        (0.79, 0.79, "teacher=hybrid keeps L1 meaningful"),
+        (0.41, 0.2, "teacher=hybrid keeps L1 meaningful"),
+        (0.4, 0.2, "the phases are the model's own"),
+    ],
+)
+def test_what_is_said_of_coherence(low: float, in_place: float, said: str) -> None:
+    found = {"coherence_0_1_khz": [0, 0.9, 1], "coherence_1_4_khz": [0, low, 1], "in_place": [0, in_place, 1]}
+    assert said in words(found)
+
+
 @pytest.mark.parametrize("gain_db", [-9.0, 9.0])
 def test_a_model_that_speaks_at_another_level_stops_the_run(
     gain_db: float, settings: Callable[..., CalibrateSettings], monkeypatch: pytest.MonkeyPatch
