@@ -50,11 +50,16 @@ def calibrate(settings: CalibrateSettings) -> None:
 
 
 def calibrated(settings: TargetsSettings, plan: Plan, teacher: Teacher) -> Row | None:
-    """The calibration kept in `work`, made now if there is none of these; None without SIDON. Not checked."""
+    """The calibration kept in `work`, made now if there is none of these or it is damaged; None without SIDON. Not
+    checked.
+    """
     if teacher.sidon is None:
         return None
     path = settings.work / FILE
-    kept = json.loads(path.read_bytes()) if path.exists() else {}
+    try:
+        kept = json.loads(path.read_bytes()) if path.exists() else {}
+    except ValueError:
+        kept = {}
     if kept.get("made_from") == _made_from(settings, plan, teacher):
         result: Row = kept["result"]
         return result

@@ -73,6 +73,30 @@ def test_levels_are_compared_where_both_speak() -> None:
         assert match(*pair, PEAK) == pytest.approx((1.0, 0.0), abs=0.01)
 
 
+def test_what_is_left_of_noise_is_not_speech() -> None:
+    """A second of speech beside four of noise as loud, which the model took down by 30 dB: speech is as it was."""
+    speech = recording(random_pattern(1.0, 2), 48_000, 0.5)
+    level = np.sqrt(np.square(speech).mean())
+    noise = (level * np.random.default_rng(0).standard_normal(4 * 48_000)).astype(np.float32)
+    heard, spoken = (np.concatenate([speech, gain * noise]) for gain in (np.float32(1), np.float32(10**-1.5)))
+    assert match(heard, spoken, PEAK) == pytest.approx((1.0, 0.0), abs=0.01)
+
+
+def test_what_only_one_can_have_is_not_compared() -> None:
+    """A rumble that the model took away, and a band that it put there."""
+    speech = recording(random_pattern(3.0, 2), 48_000, 0.3)
+    rumble, band = (0.2 * np.sin(2 * np.pi * hz * np.arange(len(speech)) / 48_000) for hz in (10, 12_000))
+    heard, spoken = ((speech + other).astype(np.float32) for other in (rumble, band))
+    assert match(heard, spoken, PEAK) == pytest.approx((1.0, 0.0), abs=0.2)
+
+
+@pytest.mark.parametrize(("frames", "factor"), [(9, 1.0), (10, 0.5)])
+def test_fewer_than_a_fifth_of_a_second_in_which_both_speak_say_nothing(frames: int, factor: float) -> None:
+    heard = np.zeros(100 * 960, np.float32)
+    heard[: frames * 960] = np.random.default_rng(0).standard_normal(frames * 960)
+    assert match(heard, 2 * heard, PEAK)[0] == pytest.approx(factor)
+
+
 def test_noise_that_was_removed_stays_removed() -> None:
     noise = (0.01 * np.random.default_rng(0).standard_normal(3 * 48_000)).astype(np.float32)
     factor, _ = match(noise, (1e-4 * noise).astype(np.float32), PEAK)

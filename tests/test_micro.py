@@ -95,6 +95,27 @@ def test_memory_that_ran_out_under_another_name(words: str) -> None:
     assert MicroBatches("auto", torch.device("cpu"), print).run(batch, lambda: None, work) == [1] * 4
 
 
+def test_a_share_that_ran_out_of_memory_is_done_again_from_its_beginning() -> None:
+    """Amid it, when a part is done: what that left is no second time in the sum."""
+    done: list[int] = []
+
+    def work(part: Batch) -> None:
+        if done == [2]:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        done.append(len(part))
+
+    batch = Batch([""] * 5, torch.zeros(5, 40, 7, dtype=torch.long), torch.zeros(5, 1), torch.ones(5))
+    MicroBatches("auto", torch.device("cpu"), print).run(batch, done.clear, work)
+    assert done == [1] * 5
+
+
+def test_parts_are_of_nearly_one_size_and_never_empty() -> None:
+    for coarse, size, expected in ((40, 4, [3, 2]), (40, "auto", [2, 2, 1]), (400, "auto", [1] * 5), (1, "auto", [5])):
+        batch = Batch([""] * 5, torch.zeros(5, coarse, 7, dtype=torch.long), torch.zeros(5, 1), torch.ones(5))
+        micro = MicroBatches(size, torch.device("cpu"), print)  # type: ignore[arg-type]
+        assert micro.run(batch, lambda: None, len) == expected
+
+
 def test_what_fitted_on_another_device_is_forgotten(work: Path, tmp_path: Path) -> None:
     small_training(work, tmp_path / "run", **FOUR)
     assert last_state(tmp_path / "run")["micro_batch"] == {"device": "cpu", "coarse": coarse_tokens(CPU_SECONDS)}

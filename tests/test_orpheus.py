@@ -32,6 +32,7 @@ def test_orpheus_interleaves_a_frame_in_time() -> None:
     ids = orpheus.to_ids(frame)
     codes = [id_ - 128266 - 4096 * position for position, id_ in enumerate(ids)]
     assert codes == [10, 21, 31, 32, 22, 33, 34]
+    assert orpheus.END_OF_SPEECH == 128258
     assert orpheus.OrpheusFrames().push(ids).tolist() == frame.tolist()
 
 

@@ -52,6 +52,13 @@ def test_splits_stay_as_recordings_are_added_and_follow_fraction_and_seed() -> N
     assert {group: split for group, split in assign_splits(more, 0.25, 0).items() if group in splits} == splits
     assert 0.18 < list(splits.values()).count("validation") / 400 < 0.32
     assert assign_splits(given, 0.25, 1) != splits
+    for split, smallest, others in (("validation", 1e-9, (0.02, 0.5)), ("train", 1 - 1e-9, (0.5, 0.95))):
+        chosen, *more_of_it = [
+            {group for group, its in assign_splits(given, fraction, 0).items() if its == split}
+            for fraction in (smallest, *others)
+        ]
+        assert len(chosen) == 1, "one group fills a split that would be empty"
+        assert all(chosen < larger for larger in more_of_it), "the first that a larger one would hold"
 
 
 def test_splits_that_cannot_be() -> None:

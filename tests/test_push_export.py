@@ -66,6 +66,7 @@ def test_a_push_makes_the_repository_and_one_commit(exported: Path, sent: list[A
     create, upload = sent
     assert create == ("create", "someone/snac_48khz", {"repo_type": "model", "private": False, "exist_ok": True})
     assert upload[:2] == ("upload", "someone/snac_48khz")
+    assert upload[2]["folder_path"] == exported
     assert sorted(upload[2]["allow_patterns"]) == sorted(path.name for path in exported.iterdir())
 
 

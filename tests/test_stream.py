@@ -89,6 +89,8 @@ def test_the_batch_follows_so_that_a_step_holds_the_same_audio() -> None:
     audio = 32 * 47
     assert all(abs(stage.length * stage.batch - audio) <= stage.length / 2 for stage in planned)
     assert stages(settings()) == (Stage(0, 47, 32),)
+    one = settings("batch_size=1", "segment_length=1.0", "segment_schedule=[[0, 1.0], [9, 4.0]]")
+    assert [stage.batch for stage in stages(one)] == [1, 1], "never none"
 
 
 @pytest.mark.parametrize("schedule", ["[[1, 4.0]]", "[[0, 1.0], [0, 2.0]]", "[[0, 1.0], [9, 2.0], [5, 4.0]]"])

@@ -25,6 +25,7 @@ from pipeline.teachers import Taught, Teacher
 from shards.contract import OK, PLAN_NAME, Row
 from tests.command_helpers import rows_of
 from tests.helpers import codes_settings, speechlike, targets_settings
+from tests.test_tars import write_tars
 from tests.test_teachers import Upsampling
 
 Counted = Callable[[], int]
@@ -158,16 +159,19 @@ def test_a_stretch_that_is_not_finite_costs_no_other(format: str, tmp_path: Path
 
 @pytest.fixture
 def listed(tmp_path: Path) -> Path:
-    """A manifest that names twelve stretches of each of four files in no order, and two files whole."""
+    """A manifest that names twelve stretches of each of four files in no order, nor in that of ids, and two whole."""
     lines = []
     for number, extension in enumerate([*FORWARD, "flac"]):
         write(tmp_path / f"long_{number}.{extension}", seed=10 * number, channels=1)
-        lines += [f"long_{number}.{extension},{0.8 * n:.1f},{0.8 * n + 1.1:.1f},{number}" for n in range(12)]
+        lines += [
+            f"long_{number}.{extension},{0.8 * n:.1f},{0.8 * n + 1.1:.1f},{number},{7 * n % 12} {number}"
+            for n in range(12)
+        ]
     for number in range(2):
         soundfile.write(tmp_path / f"short_{number}.wav", speechlike(1, RATE, number), RATE)
-        lines.append(f"short_{number}.wav,,,short {number}")
+        lines.append(f"short_{number}.wav,,,short {number},{number}")
     shuffled = np.random.default_rng(0).permutation(lines).tolist()
-    (tmp_path / "list.csv").write_text("\n".join(["path,start,end,speaker", *shuffled]) + "\n")
+    (tmp_path / "list.csv").write_text("\n".join(["path,start,end,speaker,id", *shuffled]) + "\n")
     return tmp_path / "list.csv"
 
 
@@ -207,11 +211,11 @@ def test_calibration_takes_stretches_of_different_files(listed: Path) -> None:
 
 
 def test_recordings_with_files_of_their_own_keep_their_order(recordings: Path, tmp_path: Path) -> None:
-    """So a plan of them is the one that it was; what cannot be used is in it by its own id too."""
-    settings = codes_settings(recordings, tmp_path)
-    for rows in planned(make_plan(settings)):
-        ids = list(dict.fromkeys(row["recording"] for row in rows))
-        assert ids == sorted(ids, key=lambda id: hashed(id, 0))
+    """So a plan of them is the one that it was, what cannot be used is in it by its own id too, and tars are mixed."""
+    for place in (recordings, write_tars(recordings, tmp_path / "tars")):
+        for rows in planned(make_plan(codes_settings(place, tmp_path / f"of {place.name}", "seed=3"))):
+            ids = list(dict.fromkeys(row["recording"] for row in rows))
+            assert ids == sorted(ids, key=lambda id: hashed(id, 3))
 
 
 def test_a_pass_decodes_each_file_once(listed: Path, counted: Counted) -> None:

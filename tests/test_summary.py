@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -9,27 +11,39 @@ import scipy.stats
 
 from shards.contract import FAILED, OK
 from trainer.scores import schema
-from trainer.summary import MIN_GROUPS, interval, lines, percent_below, summarise
+from trainer.summary import differs, fixed, interval, lines, percent_below, summarise, title
 
 
 def test_a_system_may_lack_a_clip_and_a_metric_a_value() -> None:
     """Pairs are clips that both have, whatever their order."""
-    own, paired = dict.fromkeys("1234567", 1.0), {"7": 13.0, "6": None} | dict.fromkeys("54321", 3.0)
+    own = {clip: float(clip) for clip in "1234567"}
+    paired = {"7": 19.0, "6": None} | {clip: own[clip] + 2 for clip in "54321"}
     rows = [
-        {"clip": clip, "group": f"voice {clip}", "system": system, "status": OK, "level_db": level}
+        {"clip": clip, "group": f"voice {int(clip) % 6}", "system": system, "status": OK, "level_db": level}
         for system, levels in (("stock", own), ("other", paired))
         for clip, level in levels.items()
     ]
     rows += [{"clip": "8", "status": FAILED, "reason": "broken"}]
     summary = summarise(pa.Table.from_pylist(rows, schema(["level"])), "stock", 100, 0)
     stock, other = summary.to_pylist()
-    assert (stock["clips"], stock["groups"], stock["mean"]) == (7, 7, 1)
+    assert (stock["clips"], stock["groups"], stock["mean"]) == (7, 6, 4)
     assert (stock["pairs"], stock["pair_groups"], stock["difference"]) == (None, None, None)
-    assert (other["clips"], other["groups"], other["pairs"], other["pair_groups"]) == (6, 6, 6, 6)
-    assert (other["mean"], other["difference"]) == pytest.approx((28 / 6, 22 / 6))
+    assert (other["clips"], other["groups"], other["pairs"], other["pair_groups"]) == (6, 5, 6, 5)
+    assert (other["mean"], other["difference"]) == pytest.approx((44 / 6, 22 / 6))
     assert 2 <= other["difference_low"] < other["difference"] < other["difference_high"] <= 12
     (line,) = list(lines(summary, [("stock", "stock"), ("other", "other")]))[1:]
-    assert "  1.00 [1.00, 1.00]   of 6: 4.67 [" in line, "a mean over other clips is not compared unsaid"
+    assert re.search(r"  4\.00 \[[\d., ]+\]   of 6: 7\.33 \[[\d., ]+\]\*$", line), "other clips are not compared unsaid"
+
+
+def test_what_the_table_says_of_a_difference() -> None:
+    assert [differs({"difference_low": low, "difference_high": high}) for low, high in (
+        (0.1, 0.2), (-0.2, -0.1), (-0.1, 0.2), (0.0, 0.2), (None, None)
+    )] == [True, True, False, False, False]  # fmt: skip
+    assert [title(name) for name in ("lsd", "si_sdr_lf_db", "level_db", "bandwidth_hz")] == [
+        "LSD\N{NO-BREAK SPACE}↓", "SI-SDR below 12 kHz (dB)\N{NO-BREAK SPACE}↑",
+        "Level (dB)\N{NO-BREAK SPACE}→\N{NO-BREAK SPACE}0", "Bandwidth (Hz)",
+    ]  # fmt: skip
+    assert fixed(-0.004, 2) == "0.00"
 
 
 def test_intervals_of_voices_with_one_clip_each_are_those_of_clips() -> None:
@@ -89,7 +103,7 @@ def test_an_interval_of_five_voices_holds_the_true_mean() -> None:
 
 
 def test_few_voices_have_no_interval() -> None:
-    values, voices = np.arange(40.0), np.arange(40) % MIN_GROUPS
+    values, voices = np.arange(40.0), np.arange(40) % 5
     assert None not in interval(values, voices, 100, 0)
-    assert interval(values, np.minimum(voices, MIN_GROUPS - 2), 100, 0) == (19.5, None, None)
+    assert interval(values, np.minimum(voices, 3), 100, 0) == (19.5, None, None)
     assert interval(values[:0], voices[:0], 100, 0) == (None, None, None)

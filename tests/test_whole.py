@@ -13,6 +13,7 @@ import soundfile
 
 from codec.audio import BLOCK_FRAMES, AudioError, File, Recording, Samples, probe
 from codec.mp3 import _frame
+from codec.whole import _of_ogg
 from shards.pieces import Fetched
 from tests.helpers import speechlike
 
@@ -163,6 +164,15 @@ def test_several_ogg_streams_in_one_file_are_said(subtype: str, tmp_path: Path) 
     assert probe(written(tmp_path, "ogg", one)).frames == 48_000
     with pytest.raises(AudioError, match="holds several Ogg streams"):
         probe(written(tmp_path, "ogg", one + two))
+
+
+def test_an_ogg_page_may_be_as_large_as_it_gets(tmp_path: Path) -> None:
+    serial, sizes = b"mine", bytes([255])
+    last = b"OggS\0" + bytes(9) + serial + bytes(8) + sizes + 255 * sizes + 255 * 255 * sizes
+    (tmp_path / "a.ogg").write_bytes(b"OggS\0" + bytes(9) + serial + last)
+    assert _of_ogg(tmp_path / "a.ogg") is None
+    (tmp_path / "a.ogg").write_bytes(b"OggS\0" + bytes(9) + serial + last[:-1])
+    assert _of_ogg(tmp_path / "a.ogg") == "cut off: its last Ogg page is incomplete"
 
 
 def wav(told: int, behind: bytes = b"") -> bytes:

@@ -12,7 +12,7 @@ import pytest
 
 from configs.loader import load_settings
 from pipeline.settings import WorkflowSettings
-from pipeline.workflow import _written, run_module
+from pipeline.workflow import _written, run_module, workflow
 from shards.errors import SettingsError
 from shards.storage import Url
 from tests.helpers import ROOT, run_command
@@ -73,6 +73,28 @@ def test_workflow_checks_every_commands_settings_first(tmp_path: Path) -> None:
     assert result.returncode == 2
     assert "typo: unknown key" in result.stderr
     assert not work.exists()
+
+
+def test_workflow_gives_each_command_what_all_share_and_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    audio, work, run = (tmp_path / name for name in ("a", "w", "r"))
+    called: list[tuple[str, ...]] = []
+    monkeypatch.setattr("pipeline.workflow.run_module", lambda *words: called.append(words))
+    shared = [f"audio={audio}", f"work={work}", f"run={run}", "gpu=3", "pretrained_model=m"]
+    own = ["codes.seed=5", "targets.gpu=[0,1]", "targets.teacher=auto", "train.max_steps=7", "train.resume=never"]
+    workflow(load_settings(WorkflowSettings, "workflow.json", [*shared, *own]))
+    both = ("pretrained_model=m", "gpu=3")
+    expected = [
+        ("pipeline", "shard-codes", {f"audio={audio}", f"work={work}", *both, "seed=5"}),
+        ("pipeline", "shard-targets", {f"work={work}", "gpu=[0, 1]", "teacher=auto"}),
+        ("trainer", "train", {f"shards={work / 'shards'}", f"run={run}", *both, "max_steps=7", "resume=never"}),
+    ]
+    words = [(module, command, set(options)) for module, command, *options in called]
+    assert words == [*((*names, {"--check"} | given) for *names, given in expected), *expected]
+    called.clear()
+    workflow(load_settings(WorkflowSettings, "workflow.json", shared))
+    assert "resume=auto" in called[-1]
 
 
 def test_workflow_says_whose_setting_a_key_is() -> None:
