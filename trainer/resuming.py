@@ -50,6 +50,8 @@ def newest_state(settings: TrainSettings, data: dict[str, Any], snac_sha256: dic
     if then.pop("rate_schedule", None) == "constant":  # a former setting, for what final_rate=1 gives
         then["final_rate"] = 1.0
     now = {**settings.model_dump(mode="json"), **samples, "snac": snac_sha256}
+    if settings.resume == "other_samples":  # of which there may be more folders, or fewer
+        then["shard_weights"] = now["shard_weights"]
     if changed := changes(then, now):
         other = "" if samples == before else ", or with resume=other_samples go on with what shards hold now"
         raise UserError(f"{path} cannot be resumed with other settings or data: {changed}; take another run={other}")
