@@ -71,7 +71,10 @@ class Decoder:
         self._file = self._opened.enter_context(_open(path))
         found = Header(self._file.frames, self._file.samplerate, self._file.channels)
         if found != header:
-            raise AudioError(f"has {found.frames} frames at {found.rate} Hz, planned with {header}")
+            raise AudioError(
+                f"has {found.frames} frames at {found.rate} Hz in {found.channels} channels, planned were "
+                f"{header.frames} at {header.rate} Hz in {header.channels}"
+            )
         self._seekable = self._file.format in SEEKABLE
         self._kept = deque[Samples]()
         self._kept_from = self.position = 0

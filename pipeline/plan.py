@@ -167,7 +167,8 @@ def _check_unchanged(found: pa.Table, planned: pa.Table, audio: Location, path: 
     place = pc.index_in(found["recording"], planned["recording"].combine_chunks())
     gone = len(planned) - pc.count(place).as_py()
     if gone:
-        tqdm.write(f"{gone} recordings of {path} are no longer in {audio}: they stay planned")
+        stay = "they stay planned, and what was made of them stays"
+        tqdm.write(f"{gone} recordings of {path} are no longer in {audio}: {stay}")
     now, then = found.filter(place.is_valid()), planned.take(place.drop_null())
     rate, first, frames, whole = (then[name].to_numpy() for name in ("rate", "first_frame", "frames", "file_frames"))
     start, end = (now[name].to_numpy() for name in ("start", "end"))
@@ -183,7 +184,7 @@ def _check_unchanged(found: pa.Table, planned: pa.Table, audio: Location, path: 
         "rate": pc.not_equal(pc.coalesce(now["rate"], then["rate"]), then["rate"]),
     }
     for name, differs in differing.items():
-        if (row := pc.index(pa.array(differs), True).as_py()) >= 0:
+        if (row := pc.index(pa.array(differs, pa.bool_()), True).as_py()) >= 0:
             raise UserError(
                 f"{audio} has another {name} for {now['recording'][row].as_py()!r} than {path}, which cannot change: "
                 "undo that, or take another work="

@@ -166,7 +166,7 @@ def test_what_changes_after_planning_fails_with_a_reason(recordings: Path, tmp_p
         "speaker_0/take_1.wav": "No such file or directory since planning",
         "speaker_1/take_0.wav": "frames at ",
         "speaker_2/take_1.wav": "not readable as audio",
-        "speaker_3/take_0.wav": "planned with Header(frames=",
+        "speaker_3/take_0.wav": "frames at 8000 Hz in 1 channels, planned were ",
     }
     gone, grown, garbled, faster = (audio / name for name in reasons)
     gone.unlink()

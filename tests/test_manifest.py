@@ -132,6 +132,10 @@ def test_recordings_that_a_manifest_names_no_more_stay_planned(
     write(tmp_path, rows[1:])
     assert make_plan(settings).rows_sha256 == plan.rows_sha256
     assert "1 recordings of" in capsys.readouterr().out
+    write(tmp_path, [row(recordings / "speaker_0" / "take_1.wav")])
+    with pytest.raises(UserError, match=r"1 recordings such as .* were added"):
+        make_plan(settings)
+    assert f"{len(rows)} recordings of" in capsys.readouterr().out
 
 
 def test_text_that_looks_like_a_time_stays_text(tmp_path: Path) -> None:

@@ -104,6 +104,16 @@ def test_a_run_goes_on_with_other_samples(
     assert "with other samples" not in capfd.readouterr().out
 
 
+def test_a_run_goes_on_with_another_folder_and_weights(work: Path, run: Path, tmp_path: Path) -> None:
+    shutil.copytree(work / "shards", tmp_path / "more")
+    mixed = {"shards": [str(work / "shards"), str(tmp_path / "more")], "shard_weights": [2, 1]}
+    with pytest.raises(UserError, match=r"shard_weights is None, now \[2, 1\]; samples is .* resume=other_samples"):
+        Trainer(train_settings(work, run, **mixed), CPU)
+    assert small_training(work, run, **mixed, resume="other_samples", max_steps=7)["step"] == 7
+    assert small_training(work, run, **mixed, max_steps=8)["settings"]["shard_weights"] == [2, 1]
+    assert small_training(work, run, resume="other_samples", max_steps=9)["settings"]["shard_weights"] is None
+
+
 def without_words(state: dict[str, Any]) -> dict[str, Any]:
     return {**state, "settings": {}, "best": 0.0, "validations_since_best": 0}
 

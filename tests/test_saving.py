@@ -9,6 +9,7 @@ import os
 import shutil
 import signal
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import pytest
 import torch
 from snac import SNAC
 
+from configs.loader import load_settings
 from pipeline.codes import shard_codes
 from pipeline.targets import shard_targets
 from shards.contract import PLAN_NAME, coarse_tokens
@@ -42,6 +44,7 @@ from trainer.ema import Ema
 from trainer.learner import Learner
 from trainer.loop import Trainer
 from trainer.requests import Requests
+from trainer.settings import TrainSettings
 from trainer.validation import validate
 
 
@@ -242,6 +245,7 @@ def test_a_run_begins_from_anothers_mean(work: Path, tmp_path: Path) -> None:
     shutil.rmtree(base)
     resumed = small_training(work, tmp_path / "run", **recipe | {"max_steps": 4})
     assert resumed["step"] == 4
+    assert resumed["data"]["begun_from"] == {"step": 6, "data": expected["data"]}
     log = (tmp_path / "run" / "training.log").read_text()
     assert f"begins from {source}, step 6" in log
     code, output = call("train", *train_words(work, tmp_path / "other", **recipe))
@@ -320,6 +324,16 @@ def test_rates_warm_up_whenever_who_learns_changes(work: Path, tmp_path: Path) -
     assert discriminators == pytest.approx([0.5e-4, 1e-4, 1.5e-4, 0.5e-4, 1e-4])
 
 
+def test_what_folders_differ_in_is_told_of_each(work: Path, tmp_path: Path) -> None:
+    corpus = Trainer(train_settings(work, tmp_path / "run"), CPU).corpus
+    (first,) = corpus.training
+    other = {**first.fingerprint, "teacher": "sidon", "sidon_sha256": {"a": "b"}, "target_bits": 24}
+    both = replace(corpus, training=(first, replace(first, fingerprint=other))).provenance
+    assert both["teacher"] == "recording + sidon"
+    assert (both["sidon_sha256"], both["target_bits"]) == ([None, {"a": "b"}], [16, 24])
+    assert both["limits"] == first.fingerprint["limits"]
+
+
 def test_folders_are_mixed_and_named(work: Path, tmp_path: Path) -> None:
     shutil.copytree(work / "shards", tmp_path / "more")
     folders = [str(work / "shards"), str(tmp_path / "more")]
@@ -331,6 +345,9 @@ def test_folders_are_mixed_and_named(work: Path, tmp_path: Path) -> None:
     assert training.run()
     assert logged_steps(run, "validation") == [0, 2]
     assert training.corpus.in_both == ()
+    again = load_settings(TrainSettings, "decoder_48khz.json", [f"config={run / 'settings.json'}"])
+    assert again == training.settings, "a run's settings can be given to another"
+    assert training.settings.model_dump(mode="json")["shards"] == folders
     for change, message in (
         ({"shard_weights": [1, 2]}, r"shard_weights is \[1, 3\], now \[1, 2\]"),
         ({"shard_weights": [1]}, r"shard_weights=\[1\] for 2 folders of shards"),

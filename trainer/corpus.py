@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import pyarrow as pa
@@ -30,13 +31,17 @@ class Corpus:
 
     @property
     def provenance(self) -> dict[str, Any]:
-        """Where the data came from, for checkpoints: the first folder's fingerprint, all teachers and indexes."""
+        """Where the data came from, for checkpoints: indexes, teachers and fingerprints of all folders; of what differs
+        between fingerprints, each folder's.
+        """
+        found = [index.fingerprint for index in self.training]
+        each = {name: [one.get(name) for one in found] for name in dict.fromkeys(chain(*found))}
         return {
             "samples_sha256": ", ".join(index.samples_sha256 for index in self.training),
             "validation_sha256": ", ".join(index.samples_sha256 for index in self.validation),
             "index_sha256": ", ".join(index.sha256 for index in self.training),
-            **self.training[0].fingerprint,
-            "teacher": " + ".join(dict.fromkeys(index.fingerprint["teacher"] for index in self.training)),
+            **{name: some[0] if some.count(some[0]) == len(some) else some for name, some in each.items()},
+            "teacher": " + ".join(dict.fromkeys(one["teacher"] for one in found)),
         }
 
 

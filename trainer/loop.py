@@ -32,6 +32,7 @@ from trainer.learner import AUDIO, Learner, NotFiniteError
 from trainer.log import RunLog
 from trainer.requests import Requests, requests
 from trainer.resuming import (
+    BEGUN_FROM,
     FORMER_SAMPLES,
     changed_settings,
     check_that_all_begin_alike,
@@ -125,7 +126,9 @@ class Trainer:
             raise UserError(
                 f"init_from={init_from} speaks the tokens of {source.snac_name}, not of {self.weights.describe()}"
             )
-        self.begins_from = f"begins from {init_from}, step {source.provenance.get('step', 'unknown')}"
+        told = source.provenance
+        self.begins_from = f"begins from {init_from}, step {told.get('step', 'unknown')}"
+        self.data = {**self.data, BEGUN_FROM: {name: told[name] for name in ("step", "data") if name in told}}
         decoder.load_state_dict(source.decoder.state_dict())
         if self.settings.noise == "zero":
             silence_noise(decoder)

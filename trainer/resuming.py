@@ -20,6 +20,7 @@ OF_A_MACHINE = {  # settings that may differ between the processes of a training
 OF_STEPS = {"learning_rate", "gradient_clip", "discriminator_learning_rate", "discriminator_clip", "precision"}
 OF_JUDGING = {"eval_samples", "best_metric"}  # after whose change no new best is compared with the one before
 FORMER_SAMPLES = "former_samples"
+BEGUN_FROM = "begun_from"  # what the model that training began with, init_from, says of its own data
 FREE_TO_CHANGE = {  # settings that may differ between a run and its resumption
     *OF_A_MACHINE, *OF_STEPS, *OF_JUDGING, "num_epochs", "max_steps", "eval_every", "patience", "checkpoint_every",
     "checkpoint_minutes", "keep_last", "keep_best", "log_every", "eval_clips", "resume",
@@ -49,6 +50,8 @@ def newest_state(settings: TrainSettings, data: dict[str, Any], snac_sha256: dic
     if then.pop("rate_schedule", None) == "constant":  # a former setting, for what final_rate=1 gives
         then["final_rate"] = 1.0
     now = {**settings.model_dump(mode="json"), **samples, "snac": snac_sha256}
+    if settings.resume == "other_samples":  # of which there may be more folders, or fewer
+        then["shard_weights"] = now["shard_weights"]
     if changed := changes(then, now):
         other = "" if samples == before else ", or with resume=other_samples go on with what shards hold now"
         raise UserError(f"{path} cannot be resumed with other settings or data: {changed}; take another run={other}")
@@ -60,8 +63,12 @@ def _samples(data: dict[str, Any]) -> dict[str, Any]:
 
 
 def with_former_samples(data: dict[str, Any], state: dict[str, Any]) -> dict[str, Any]:
-    """Where the data comes from that a checkpoint goes on with, and the samples before where they were others."""
+    """Where the data comes from that a checkpoint goes on with, that of the model it began with, and the samples before
+    where they were others.
+    """
     then: dict[str, Any] = state["data"]
+    if BEGUN_FROM in then:
+        data = {**data, BEGUN_FROM: then[BEGUN_FROM]}
     former = dict(then.get(FORMER_SAMPLES, {}))
     if _samples(then) != _samples(data):
         former[f"until step {state['step']}"] = _samples(then)

@@ -17,7 +17,7 @@ BETAS = (0.8, 0.99)  # of AdamW, as vocoders use them (HiFi-GAN, DAC)
 class TrainSettings(Settings):
     """Fit the 48 kHz decoder to shards. Phase 1 fits the new layers, phase 2 the whole decoder."""
 
-    shards: Place | Annotated[tuple[Place, ...], Field(min_length=1)] = Field(
+    shards: Annotated[tuple[Place, ...], Field(min_length=1)] | Place = Field(
         description='folder with index.parquet, here or at a URL; or several: ["a", "b"]'
     )
     shard_weights: tuple[Annotated[int, Field(ge=1, le=1000)], ...] | None = Field(
