@@ -36,6 +36,7 @@ T = TypeVar("T")
 
 SCHEMES = ("s3", "gs", "hf")
 OPTIONS = {"hf": {"block_size": 1}}  # bytes read beyond those that are asked for; of themselves 5 MiB
+BUCKETS = "hf://buckets/"  # which have no commits
 ATTEMPTS = 5
 FIRST_WAIT_SECONDS = 0.2  # doubled after each attempt, up to
 LONGEST_WAIT_SECONDS = 30.0
@@ -249,17 +250,27 @@ def _filesystem(url: str) -> Any:
     if protocol not in SCHEMES:  # a manifest's rows must not make this machine call whomever they name
         raise StorageError(f"{url}: {protocol}:// is none of {', '.join(SCHEMES)}")
     try:
-        return fsspec.filesystem(protocol, **OPTIONS.get(protocol, {}))
+        return _repositories() if _in_repository(url) else fsspec.filesystem(protocol, **OPTIONS.get(protocol, {}))
     except ImportError as error:
         raise StorageError(f"{url}: {error}: `just extras` installs what s3:// and gs:// need") from error
     except Exception as error:
         raise StorageError(f"{url}: {protocol}:// cannot be opened: {error}") from error
 
 
+@cache
+def _repositories() -> Any:
+    """One for all threads: each thread's own would hold a copy of all that was listed, 90 MB for 100,000 files."""
+    return fsspec.filesystem("hf", **OPTIONS["hf"], skip_instance_cache=True)
+
+
+def _in_repository(url: str) -> bool:
+    return url.startswith("hf://") and not url.startswith(BUCKETS)
+
+
 def _path(files: Any, url: Url) -> str:
     """What the filesystem calls an object, now that it has forgotten what it knew of it."""
     path: str = files._strip_protocol(url.text)
-    if url.text.startswith("hf://") and not path.startswith("buckets/"):
+    if _in_repository(url.text):
         return _at_commit(files, path)
     files.invalidate_cache()
     return path
@@ -270,16 +281,14 @@ def _at_commit(files: Any, path: str) -> str:
 
     So listings stay true. Asking for one file, the filesystem lists its whole folder.
     """
-    from huggingface_hub.constants import REPO_TYPES_URL_PREFIXES
-
     try:
         found = files.resolve_path(path)
     except FileNotFoundError as error:
-        raise PermissionError("no such repository, or not for you to read: `hf auth login` signs you in") from error
+        raise PermissionError(
+            "no such repository or revision, or not for you to read: `hf auth login` signs you in"
+        ) from error
     commit = _commit(found.repo_type, found.repo_id, found.revision)
-    return f"{REPO_TYPES_URL_PREFIXES.get(found.repo_type, '')}{found.repo_id}@{commit}/{found.path_in_repo}".rstrip(
-        "/"
-    )
+    return str(type(found)(found.repo_type, found.repo_id, commit, found.path_in_repo).unresolve())
 
 
 @cache

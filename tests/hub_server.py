@@ -216,7 +216,6 @@ def _row(path: str, data: bytes | None) -> dict[str, Any]:
 @contextmanager
 def serving(cache: Path) -> Iterator[Hub]:
     """The hub of this process, which keeps what it fetches in `cache`."""
-    import fsspec
     from huggingface_hub import constants
 
     from shards import storage
@@ -226,7 +225,7 @@ def serving(cache: Path) -> Iterator[Hub]:
     url = f"http://127.0.0.1:{hub.server_port}"
 
     def forget() -> None:
-        fsspec.get_filesystem_class("hf").clear_instance_cache()
+        storage._repositories.cache_clear()
         storage._commit.cache_clear()
 
     with pytest.MonkeyPatch.context() as patch:

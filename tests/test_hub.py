@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -35,6 +35,10 @@ WEIGHTS = "pytorch_model.bin"
 def hub(tmp_path: Path) -> Iterator[Hub]:
     with serving(tmp_path / "hub_cache") as hub:
         yield hub
+
+
+def listings(hub: Hub) -> int:
+    return sum("/tree/" in path for _, path in hub.asked)
 
 
 @pytest.fixture
@@ -132,15 +136,22 @@ def test_an_export_that_the_repository_ignores_is_not_published(hub: Hub, untrai
 
 
 def test_recordings_at_the_hub_give_the_codes_of_a_folder(hub: Hub, recordings: Path, tmp_path: Path) -> None:
-    """A folder is listed once by each thread, not once for each of its recordings."""
+    """Which is listed once, not once for each of its recordings."""
     hub.holds("datasets/me/voices", recordings)
     places: dict[str, Location] = {"here": recordings, "there": Url("hf://datasets/me/voices")}
     for name, audio in places.items():
         shard_codes(codes_settings(audio, tmp_path / name, "threads=1"))
     assert rows_of(tmp_path / "there" / "codes") == rows_of(tmp_path / "here" / "codes")
-    listings = Counter(path for _, path in hub.asked if "/tree/" in path)
-    assert max(listings.values()) <= 2
+    assert listings(hub) == 1
     assert hub.sent < 1.5 * sum(path.stat().st_size for path in recordings.glob("*/*.wav"))
+
+
+def test_threads_share_what_was_listed(hub: Hub, recordings: Path) -> None:
+    hub.holds("datasets/me/voices", recordings)
+    with ThreadPoolExecutor(1) as another:
+        found = another.submit(Url("hf://datasets/me/voices").files).result()
+    assert {url: url.stat().st_size for url in found} == found
+    assert listings(hub) == 1
 
 
 def test_of_a_tar_at_the_hub_no_more_is_fetched_than_is_read(hub: Hub, recordings: Path, tmp_path: Path) -> None:
@@ -152,7 +163,9 @@ def test_of_a_tar_at_the_hub_no_more_is_fetched_than_is_read(hub: Hub, recording
 
 def test_who_may_not_see_a_repository_learns_how(hub: Hub, tmp_path: Path) -> None:
     words = ["shard-codes", "audio=hf://datasets/me/none/in", f"work={tmp_path / 'work'}", "gpu=cpu"]
-    refused([*words, f"pretrained_model={TINY_SNAC}"], "no such repository, or not for you to read: `hf auth login`")
+    refused(
+        [*words, f"pretrained_model={TINY_SNAC}"], "no such repository or revision, or not for you to read: `hf auth"
+    )
 
 
 def test_a_process_reads_the_hub_as_it_first_found_it(hub: Hub, tmp_path: Path) -> None:
