@@ -57,6 +57,7 @@ class Hub(ThreadingHTTPServer):
 
 class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # which waits 40 ms before each body
     server: Hub
 
     def answer(self) -> None:
@@ -221,7 +222,7 @@ def serving(cache: Path) -> Iterator[Hub]:
     from shards import storage
 
     hub = Hub()
-    threading.Thread(target=hub.serve_forever, daemon=True).start()
+    threading.Thread(target=hub.serve_forever, args=(0.01,), daemon=True).start()
     url = f"http://127.0.0.1:{hub.server_port}"
 
     def forget() -> None:
