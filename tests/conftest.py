@@ -22,6 +22,7 @@ from codec.snac import load_snac
 from pipeline.codes import shard_codes
 from pipeline.targets import shard_targets
 from shards import storage
+from tests import hub_server
 from tests.helpers import TINY_SNAC, codes_settings, speechlike, targets_settings
 from tests.real_speech import unpack
 from tests.s3_server import Door, serving
@@ -131,3 +132,9 @@ def untrained(snac: SNAC, tmp_path_factory: pytest.TempPathFactory) -> Path:
     frozen = {"snac": TINY_SNAC, "snac_sha256": load_snac(TINY_SNAC)[1].sha256}
     checkpoint.save(path, {"decoder": warm_start(snac, "zero", 0).state_dict(), **frozen})
     return path
+
+
+@pytest.fixture
+def hub(tmp_path: Path) -> Iterator[hub_server.Hub]:
+    with hub_server.serving(tmp_path / "hub_cache") as hub:
+        yield hub

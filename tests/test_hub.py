@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -14,7 +13,6 @@ import torch
 from snac import SNAC
 
 from codec import weights
-from pipeline import push
 from pipeline.codes import shard_codes
 from shards import storage
 from shards.contract import INDEX_NAME, SPLITS, SUMS_NAME
@@ -23,18 +21,12 @@ from shards.reader import read_sample
 from shards.storage import Location, Url
 from tests.command_helpers import in_process, refused, rows_of
 from tests.helpers import TINY_SNAC, codes_settings
-from tests.hub_server import Hub, serving
+from tests.hub_server import Hub
 from tests.test_tars import write_tars
 from tests.training_helpers import call
 
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=<...>':DeprecationWarning")  # the client's own
 WEIGHTS = "pytorch_model.bin"
-
-
-@pytest.fixture
-def hub(tmp_path: Path) -> Iterator[Hub]:
-    with serving(tmp_path / "hub_cache") as hub:
-        yield hub
 
 
 def listings(hub: Hub) -> int:
@@ -78,18 +70,9 @@ def test_the_way_out_of_a_damaged_copy_is_one(hub: Hub, prefetch: list[str]) -> 
     assert in_process(prefetch).exit_code == 0
 
 
-def test_shards_come_back_as_they_went(hub: Hub, shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A push that fails at the second of its commits goes on; readers find the index in the last."""
-    monkeypatch.setattr(push, "COMMIT_FILES", 3)
-    words = ["push-shards", f"shards={shards}", "repo=me/corpus"]
-    commits = iter([None, 500])
-    hub.fault = lambda _, path: next(commits, None) if "/commit/" in path else None
-    refused(words, "Readers see no new shard until the index is there; the same command goes on")
-    assert in_process(words).exit_code == 0
-    pushed = hub.repositories["datasets/me/corpus"]
-    assert pushed.private
-    assert all(INDEX_NAME not in files for files in pushed.commits[:-1])
-    there = pushed.files("main")
+def test_shards_come_back_as_they_went(hub: Hub, shards: Path) -> None:
+    assert in_process(["push-shards", f"shards={shards}", "repo=me/corpus"]).exit_code == 0
+    there = hub.repositories["datasets/me/corpus"].files("main")
     assert {name: data for name, data in there.items() if name != "README.md"} == {
         str(path.relative_to(shards)): path.read_bytes()
         for path in shards.rglob("*")

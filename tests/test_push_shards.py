@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 import shutil
-from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
-import huggingface_hub
 import pytest
 import webdataset
 from huggingface_hub import DatasetCard
@@ -20,6 +17,7 @@ from shards.files import file_sha256, write_whole
 from shards.index import compact, read_sums, shard_list, write_sums
 from shards.writer import read_metadata, read_table, write_table
 from tests.command_helpers import in_process, refused
+from tests.hub_server import Hub, Repository
 
 FILES = """\
 configs:
@@ -32,72 +30,46 @@ configs:
 """
 
 
-@dataclass
-class FakeHub:
-    """What of `huggingface_hub.HfApi` is used, in memory; every commit is all or nothing."""
+REPO = "datasets/me/corpus"
 
-    files: dict[str, bytes] = field(default_factory=dict)
-    commits: list[list[str]] = field(default_factory=list)
-    fail_at: int | None = None
-    private: bool | None = None
-    public: bool = False  # whether it stood before, for all to see
-
-    def create_repo(self, repo: str, *, repo_type: str, private: bool, exist_ok: bool) -> None:
-        assert (repo, repo_type, exist_ok) == ("me/corpus", "dataset", True)
-        self.private = private
-
-    def repo_info(self, repo: str, *, repo_type: str) -> SimpleNamespace:
-        return SimpleNamespace(private=self.private and not self.public)
-
-    def list_repo_tree(self, repo: str, *, repo_type: str, recursive: bool) -> list[Any]:
-        assert recursive
-        return [
-            SimpleNamespace(path=name, lfs=SimpleNamespace(sha256=hashlib.sha256(data).hexdigest()))
-            if name.endswith(".tar")
-            else SimpleNamespace(path=name, lfs=None, blob_id=hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest())
-            for name, data in self.files.items()
-        ]
-
-    def file_exists(self, repo: str, name: str, *, repo_type: str) -> bool:
-        return name in self.files
-
-    def create_commit(self, repo: str, operations: list[Any], *, commit_message: str, repo_type: str) -> None:
-        if len(self.commits) == self.fail_at:
-            raise ConnectionError("planted")
-        for operation in operations:
-            with operation.as_file() as file:
-                self.files[operation.path_in_repo] = file.read()
-        self.commits.append([operation.path_in_repo for operation in operations])
+pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=<...>':DeprecationWarning")  # the client's own
 
 
-@pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch) -> FakeHub:
-    fake = FakeHub()
-    monkeypatch.setattr(huggingface_hub, "HfApi", lambda: fake)
+@pytest.fixture(autouse=True)
+def small_commits(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(push, "COMMIT_FILES", 3)
-    return fake
+
+
+def held(hub: Hub) -> dict[str, bytes]:
+    return hub.repositories[REPO].files("main")
+
+
+def commits(hub: Hub) -> list[list[str]]:
+    """The files that each one brought."""
+    pairs = pairwise(hub.repositories[REPO].commits)
+    return [[name for name in after if after[name] is not before.get(name)] for before, after in pairs]
 
 
 def words(shards: Path, *more: str) -> list[str]:
     return ["push-shards", f"shards={shards}", "repo=me/corpus", *more]
 
 
-def test_everything_arrives_and_the_index_last(hub: FakeHub, shards: Path) -> None:
+def test_everything_arrives_and_the_index_last(hub: Hub, shards: Path) -> None:
     assert in_process(words(shards)).exit_code == 0
     names = [f"{split}/{shard:06d}.{kind}" for split, shard in shard_list(shards) for kind in ("tar", "parquet")]
-    assert hub.files.keys() == {*names, "index.parquet", "SHA256SUMS", "README.md"}
-    assert all(hub.files[name] == (shards / name).read_bytes() for name in [*names, "index.parquet"])
-    assert hub.commits[-1] == ["index.parquet", "SHA256SUMS", "README.md"]
-    assert [name for commit in hub.commits[:-1] for name in commit] == names
-    assert hub.private is True
-    card = hub.files["README.md"].decode()
+    assert held(hub).keys() == {*names, "index.parquet", "SHA256SUMS", "README.md"}
+    assert all(held(hub)[name] == (shards / name).read_bytes() for name in [*names, "index.parquet"])
+    assert commits(hub)[-1] == ["index.parquet", "SHA256SUMS", "README.md"]
+    assert [name for commit in commits(hub)[:-1] for name in commit] == names
+    assert hub.repositories[REPO].private
+    card = held(hub)["README.md"].decode()
     assert r"codes by: stand-in or custom weights snac\_tiny\_24khz" in card
     assert "targets by: recording" in card
     assert "| validation |" in card
 
 
 def test_an_index_that_was_written_meanwhile_waits_for_its_shards(
-    hub: FakeHub, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    hub: Hub, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """By `just shard-targets` after extend=true."""
     whole, later = shard_list(shards), "{}/{:06d}".format(*shard_list(shards)[-1])
@@ -116,60 +88,59 @@ def test_an_index_that_was_written_meanwhile_waits_for_its_shards(
 
     monkeypatch.setattr(push, "_upload", and_meanwhile)
     refused(words(shards), "its index was written anew meanwhile: the same command sends the rest")
-    assert "index.parquet" not in hub.files
+    assert "index.parquet" not in held(hub)
     assert in_process(words(shards)).exit_code == 0
-    assert {name: hub.files[name] for name in files} == kept
+    assert {name: held(hub)[name] for name in files} == kept
 
 
-def test_sums_that_are_written_while_the_index_is_sent_do_not_go_with_it(
-    hub: FakeHub, shards: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    before, commit = (shards / "SHA256SUMS").read_bytes(), hub.create_commit
+def test_sums_that_are_written_while_the_index_is_sent_do_not_go_with_it(hub: Hub, shards: Path) -> None:
+    before, index = (shards / "SHA256SUMS").read_bytes(), file_sha256(shards / "index.parquet")
 
-    def meanwhile(repo: str, operations: list[Any], **options: Any) -> None:
-        if operations[0].path_in_repo == "index.parquet":
+    def meanwhile(method: str, path: str) -> None:
+        if path == f"/stored/{index}":
             write_sums(shards, {"index.parquet": 64 * "0"})
-        commit(repo, operations, **options)
 
-    monkeypatch.setattr(hub, "create_commit", meanwhile)
+    hub.fault = meanwhile
     assert in_process(words(shards)).exit_code == 0
-    assert hub.files["SHA256SUMS"] == before
+    assert held(hub)["SHA256SUMS"] == before
 
 
 @pytest.mark.parametrize("fail_at", [0, 1, 2])
-def test_a_push_that_fails_goes_on(fail_at: int, hub: FakeHub, shards: Path) -> None:
-    hub.fail_at = fail_at
-    refused(words(shards), "me/corpus: ConnectionError: planted; see that the hub can be reached and that you are")
-    assert "index.parquet" not in hub.files
-    sent = [name for commit in hub.commits for name in commit]
-    hub.fail_at = None
+def test_a_push_that_fails_goes_on(fail_at: int, hub: Hub, shards: Path) -> None:
+    answers = iter([*[None] * fail_at, 500])
+    hub.fault = lambda method, path: next(answers, None) if "/commit/" in path else None
+    refused(
+        words(shards), "; see that the hub can be reached and that you are signed in (`hf auth login`). Readers see"
+    )
+    assert "index.parquet" not in held(hub)
+    sent = [name for commit in commits(hub) for name in commit]
     assert in_process(words(shards)).exit_code == 0
-    again = [name for commit in hub.commits for name in commit]
+    again = [name for commit in commits(hub) for name in commit]
     assert len(again) == len(set(again)) > len(sent), "nothing is sent twice"
-    assert "index.parquet" in hub.files
+    assert "index.parquet" in held(hub)
 
 
-def test_nothing_goes_to_a_public_repository_unless_it_may(hub: FakeHub, shards: Path) -> None:
-    hub.public = True
+def test_nothing_goes_to_a_public_repository_unless_it_may(hub: Hub, shards: Path) -> None:
+    hub.repositories[REPO] = Repository(private=False)
     refused(words(shards), "me/corpus exists and is public: agree to that with private=false")
-    assert not hub.commits
+    assert not commits(hub)
     assert in_process(words(shards, "private=false")).exit_code == 0
-    assert "index.parquet" in hub.files
+    assert "index.parquet" in held(hub)
 
 
-def test_the_card_says_which_files_are_which_split(hub: FakeHub, shards: Path) -> None:
+def test_the_card_says_which_files_are_which_split(hub: Hub, shards: Path) -> None:
     """Without it, stock `datasets` takes the sidecars for the data: no codes and no audio."""
     assert in_process(words(shards)).exit_code == 0
-    _, front, _ = hub.files["README.md"].decode().split("---\n")
+    _, front, _ = held(hub)["README.md"].decode().split("---\n")
     assert front.endswith(FILES)
-    assert "hf download me/corpus --repo-type dataset" in hub.files["README.md"].decode()
+    assert "hf download me/corpus --repo-type dataset" in held(hub)["README.md"].decode()
 
 
 @pytest.mark.filterwarnings("ignore::ResourceWarning")  # WebDataset leaves closing to the collector
-def test_the_card_says_what_a_sample_has(hub: FakeHub, shards: Path) -> None:
+def test_the_card_says_what_a_sample_has(hub: Hub, shards: Path) -> None:
     """Without it, stock `datasets` fails where the first tar of a split holds no sample."""
     assert in_process(words(shards)).exit_code == 0
-    card = hub.files["README.md"].decode()
+    card = held(hub)["README.md"].decode()
     told = {field.pop("name"): field for field in DatasetCard(card).data.to_dict()["dataset_info"]["features"]}
     (split, shard), *_ = shard_list(shards)
     sample = next(iter(webdataset.WebDataset(str(tar_path(shards, split, shard)), shardshuffle=False).decode()))
@@ -182,7 +153,7 @@ def test_the_card_says_what_a_sample_has(hub: FakeHub, shards: Path) -> None:
     assert told["__key__"] == told["__url__"] == {"dtype": "string"}
 
 
-def test_names_in_the_card_are_text(hub: FakeHub, shards: Path) -> None:
+def test_names_in_the_card_are_text(hub: Hub, shards: Path) -> None:
     index = shards / "index.parquet"
     about = read_metadata(index)
     about["fingerprint"]["snac"] = "a\n<img src=x> [b](c)\x1b[2J"
@@ -190,34 +161,33 @@ def test_names_in_the_card_are_text(hub: FakeHub, shards: Path) -> None:
     write_sums(shards, {**read_sums(shards), "index.parquet": file_sha256(index)})
     assert "\x1b" not in in_process(words(shards, "dry_run=true")).output
     assert in_process(words(shards)).exit_code == 0
-    assert r"- codes by: a\\n\<img src=x\> \[b\](c)\\x1b\[2J" in hub.files["README.md"].decode().splitlines()
+    assert r"- codes by: a\\n\<img src=x\> \[b\](c)\\x1b\[2J" in held(hub)["README.md"].decode().splitlines()
 
 
-def test_a_dry_run_sends_nothing(hub: FakeHub, shards: Path) -> None:
+def test_a_dry_run_sends_nothing(hub: Hub, shards: Path) -> None:
     result = in_process(words(shards, "dry_run=true"))
     assert result.exit_code == 0
-    assert not hub.commits
-    assert hub.private is None
+    assert not hub.asked
     for name in ("train/000000.tar", "index.parquet", "README.md", "would go to me/corpus"):
         assert name in result.output
 
 
 @pytest.mark.parametrize("name", ["train/000000.tar", "train/000000.parquet"])
-def test_others_shards_are_not_overwritten(name: str, hub: FakeHub, shards: Path) -> None:
-    hub.files[name] = b"another run's"
+def test_others_shards_are_not_overwritten(name: str, hub: Hub, shards: Path) -> None:
+    hub.repositories[REPO] = Repository(private=True, commits=[{name: b"another run's"}])
     refused(words(shards), f"me/corpus holds another {name}: shards are never overwritten")
-    assert not hub.commits
+    assert not commits(hub)
 
 
-def test_a_card_that_was_edited_stays(hub: FakeHub, shards: Path) -> None:
-    hub.files["README.md"] = b"The recordings are CC0."
+def test_a_card_that_was_edited_stays(hub: Hub, shards: Path) -> None:
+    hub.repositories[REPO] = Repository(private=True, commits=[{"README.md": b"The recordings are CC0."}])
     result = in_process(words(shards))
     assert "me/corpus keeps its README.md" in result.output
-    assert hub.files["README.md"] == b"The recordings are CC0."
-    assert hub.commits[-1] == ["index.parquet", "SHA256SUMS"]
+    assert held(hub)["README.md"] == b"The recordings are CC0."
+    assert commits(hub)[-1] == ["index.parquet", "SHA256SUMS"]
 
 
-def test_unfinished_or_damaged_shards_stay_here(hub: FakeHub, shards: Path) -> None:
+def test_unfinished_or_damaged_shards_stay_here(hub: Hub, shards: Path) -> None:
     tar = shards / "train" / "000000.tar"
     tar.write_bytes(tar.read_bytes()[:-1])
     refused(words(shards), "000000.tar is not what its sidecar says")
@@ -225,23 +195,23 @@ def test_unfinished_or_damaged_shards_stay_here(hub: FakeHub, shards: Path) -> N
     refused(words(shards), "not in the index")
     (shards / "index.parquet").unlink()
     refused(words(shards), "run `just shard-targets` to its end")
-    assert not hub.commits
+    assert not hub.asked
 
 
 @pytest.mark.parametrize("name", ["train/000001.tar", "train/000001.parquet"])
-def test_damage_of_the_right_size_stays_here(name: str, hub: FakeHub, shards: Path) -> None:
+def test_damage_of_the_right_size_stays_here(name: str, hub: Hub, shards: Path) -> None:
     data = bytearray((shards / name).read_bytes())
     data[600] ^= 1
     (shards / name).write_bytes(data)
     refused(words(shards), f"{name} is not what SHA256SUMS says")
-    assert "index.parquet" not in hub.files
-    assert name not in hub.files
+    assert "index.parquet" not in held(hub)
+    assert name not in held(hub)
 
 
 def test_more_files_than_the_hub_takes_are_refused_at_once(
-    hub: FakeHub, shards: Path, monkeypatch: pytest.MonkeyPatch
+    hub: Hub, shards: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(push, "MAX_FILES_IN_A_FOLDER", 5)
     for more in ([], ["dry_run=true"]):
         refused(words(shards, *more), "train holds 6 files, and the hub takes 5 in a folder")
-    assert not hub.commits
+    assert not hub.asked
