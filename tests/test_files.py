@@ -85,7 +85,7 @@ def test_what_could_not_be_read_is_said(tmp_path: Path) -> None:
     """Of a bad block the system says nothing else, and that it was to be written is not known."""
     bad = OSError(errno.EIO, os.strerror(errno.EIO))
     assert described(bad) == "Input/output error"
-    with pytest.raises(OSError, match="error"), naming(tmp_path / "table.parquet"):
+    with pytest.raises(OSError, match="error"), naming(tmp_path), naming(tmp_path / "table.parquet"):
         raise bad
     assert described(bad) == f"Input/output error: {tmp_path}/table.parquet"
 

@@ -24,9 +24,9 @@ from pipeline.settings import InspectSettings, VerifySettings
 from pipeline.statuses import COLUMNS, Statuses
 from pipeline.targets import shard_targets
 from pipeline.verify import verify
-from shards.contract import FAILED, OK, REJECTED, SIDECAR_SCHEMA, TOO_SHORT
+from shards.contract import FAILED, INDEX_NAME, OK, REJECTED, SIDECAR_SCHEMA, SUMS_NAME, TOO_SHORT
 from shards.errors import ShardError, UserError
-from shards.files import exclusive
+from shards.files import described, exclusive
 from shards.index import compact, load, shard_list
 from shards.writer import read_metadata, read_table, write_table
 from tests.command_helpers import in_process, refused
@@ -126,6 +126,15 @@ def test_what_cannot_be_read_is_named_and_stays(
         verify(VerifySettings(shards=shards, threads=1))
     bad = [f"{path}: Input/output error" for path in unread]
     assert capsys.readouterr().out.splitlines() == [bad[0], f"{shards}/train/000001.tar: missing", bad[1]]
+    unread.pop()  # of the sidecars the index is made
+    with pytest.raises(ShardError, match=r"1 problem\(s\) in 3 shards"):
+        verify(VerifySettings(shards=shards, threads=1, set_aside=True))
+    assert [path.name for path in shards.glob("damaged/*/*")] == ["000001.parquet"]
+    for name in (INDEX_NAME, SUMS_NAME):
+        unread[:] = [shards / name]
+        with pytest.raises(OSError, match="error") as error:
+            verify(VerifySettings(shards=shards, threads=1))
+        assert described(error.value) == f"Input/output error: {shards / name}"
 
 
 def test_nothing_is_set_aside_while_a_run_may_make_it_again(work: Path, tmp_path: Path) -> None:
@@ -137,6 +146,9 @@ def test_nothing_is_set_aside_while_a_run_may_make_it_again(work: Path, tmp_path
         for shards in (copy / "shards", link, copy / "shards" / "train" / ".."):
             refused(["verify", f"shards={shards}", "set_aside=true"], f"{copy}: another process is writing here")
         assert in_process(["verify", f"shards={copy}/shards"]).exit_code == 0
+        (copy / "shards").rename(tmp_path / "elsewhere")
+        (copy / "shards").symlink_to(tmp_path / "elsewhere")
+        refused(["verify", f"shards={copy}/shards", "set_aside=true"], f"{copy}: another process is writing here")
 
 
 def test_where_nothing_is_whole_nothing_is_set_aside(shards: Path) -> None:
