@@ -51,7 +51,7 @@ def run_command(*words: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[st
     )
 
 
-def codes_words(audio: Location, work: Path, *more: str) -> list[str]:
+def codes_words(audio: Location, work: Location, *more: str) -> list[str]:
     small = ["gpu=cpu", "min_seconds=0.3", "segment_length=0.6", "segments_per_shard=8", "validation_fraction=0.25"]
     given = [f"audio={audio}", f"work={work}", f"pretrained_model={TINY_SNAC}", *small, *more]
     return ["shard-codes", *_last_wins(given)]
@@ -61,7 +61,7 @@ def targets_words(work: Path, *more: str) -> list[str]:
     return ["shard-targets", *_last_wins([f"work={work}", "gpu=cpu", "teacher=recording", *more])]
 
 
-def codes_settings(audio: Location, work: Path, *more: str) -> CodesSettings:
+def codes_settings(audio: Location, work: Location, *more: str) -> CodesSettings:
     return load_settings(CodesSettings, "shard_codes.json", codes_words(audio, work, *more)[1:])
 
 

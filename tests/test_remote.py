@@ -21,7 +21,7 @@ from pipeline.codes import shard_codes
 from pipeline.measure import measure
 from pipeline.plan import Plan, make_plan
 from pipeline.recordings import Opener
-from pipeline.settings import CodesSettings, VerifySettings
+from pipeline.settings import VerifySettings
 from pipeline.sources import find
 from pipeline.targets import shard_targets
 from pipeline.verify import verify
@@ -71,10 +71,6 @@ def uploaded(folder: Path, url: Url) -> Url:
     return url
 
 
-def settings_of(audio: Url, work: Any, *words: str) -> CodesSettings:
-    return codes_settings(audio, work, *words)
-
-
 def same(found: Url, work: Path) -> None:
     """All but plan and settings, which say where the recordings lie."""
     objects = {str(url)[len(str(found)) + 1 :]: url for url in found.files()}
@@ -113,7 +109,7 @@ def test_from_a_bucket_into_a_bucket(kind: str, door: Door, remote: Url, work: P
     count = iter(range(1, 1_000_000))
     door.fault = lambda method, path: kind if kind != "none" and next(count) % 5 == 0 else None
     mine = Url(f"s3://corpus/work_{kind}")
-    shard_codes(settings_of(remote / "files", mine))
+    shard_codes(codes_settings(remote / "files", mine))
     shard_targets(targets_settings(mine))  # type: ignore[arg-type]
     door.fault = lambda method, path: None
     same(mine, work)
@@ -121,10 +117,10 @@ def test_from_a_bucket_into_a_bucket(kind: str, door: Door, remote: Url, work: P
 
 
 def test_manifest_and_tars_of_a_bucket(door: Door, remote: Url, work: Path, tmp_path: Path) -> None:
-    shard_codes(settings_of(remote / "list.jsonl", tmp_path / "listed"))
+    shard_codes(codes_settings(remote / "list.jsonl", tmp_path / "listed"))
     for path in (work / "codes").glob("*/*.parquet"):
         assert (tmp_path / "listed" / path.relative_to(work)).read_bytes() == path.read_bytes()
-    shard_codes(settings_of(remote / "tars", tmp_path / "tarred"))
+    shard_codes(codes_settings(remote / "tars", tmp_path / "tarred"))
     assert by_take(tmp_path / "tarred" / "codes") == by_take(work / "codes")
 
 
@@ -141,7 +137,7 @@ def test_of_a_tar_only_headers_are_read_and_that_once(door: Door, tmp_path: Path
         with tarfile.open(tmp_path / "a.tar", "w") as tar:
             tar.add(folder, "")
         upload(tmp_path / "a.tar", far / f"{folder.name}.tar")
-    settings = settings_of(far, tmp_path / "work", "group_pattern=(.*)", "min_seconds=0.01")
+    settings = codes_settings(far, tmp_path / "work", "group_pattern=(.*)", "min_seconds=0.01")
     door.asked.clear()
     door.sent.clear()
     make_plan(settings)
@@ -192,14 +188,14 @@ def test_what_is_done_is_not_made_again_and_leftovers_go(
     door: Door, remote: Url, work: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     mine = Url("s3://corpus/work_twice")
-    shard_codes(settings_of(remote / "files", mine))
+    shard_codes(codes_settings(remote / "files", mine))
     left = mine / "codes" / "train" / "000000.parquet.0123abcd.tmp"
     upload(work / "plan.parquet", left)
-    shard_codes(settings_of(remote / "files", mine))
+    shard_codes(codes_settings(remote / "files", mine))
     assert left.exists(), "another run may be uploading it"
     monkeypatch.setattr(execute, "LEFT_BEHIND", timedelta(0))
     door.asked.clear()
-    shard_codes(settings_of(remote / "files", mine))
+    shard_codes(codes_settings(remote / "files", mine))
     written = [path for method, path in door.asked if method == "PUT"]
     assert all("settings.json" in path for path in written), written
     assert not [url for url in mine.files() if url.suffix == ".tmp"]
@@ -272,7 +268,7 @@ def test_an_index_is_fetched_once_and_anew_when_it_changed(door: Door, work: Pat
 def test_a_recording_is_fetched_once_for_all_of_a_shard(door: Door, remote: Url, work: Path) -> None:
     """Its content is known again, it is surveyed, and heard at two rates."""
     mine = Url("s3://corpus/work_once")
-    shard_codes(settings_of(remote / "files", mine))
+    shard_codes(codes_settings(remote / "files", mine))
     plan = Plan(work / PLAN_NAME)
     shards = (plan.rows(number) for number in range(len(plan.shards)))
     expected = Counter(id for rows in shards for id in {row["recording"] for row in rows if row["status"] == OK})
@@ -301,7 +297,7 @@ def test_a_file_of_many_stretches_is_fetched_once_for_a_pass(door: Door, tmp_pat
 def test_an_outage_is_no_bad_recording(blocks: int, door: Door, remote: Url, monkeypatch: pytest.MonkeyPatch) -> None:
     """It ends the run with one line, and nothing is written of it; also when it begins in the middle of a file."""
     mine = Url(f"s3://corpus/work_outage_{blocks}")
-    shard_codes(settings_of(remote / "files", mine))
+    shard_codes(codes_settings(remote / "files", mine))
     if blocks:
         monkeypatch.setattr(storage, "WHOLE_BYTES", 1000)
         monkeypatch.setattr(storage, "BLOCK_BYTES", 50_000)
