@@ -14,6 +14,8 @@ from __future__ import annotations
 import math
 from functools import lru_cache
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
@@ -27,6 +29,7 @@ PREEMPHASIS = 0.97
 FLOOR = 1.192092955078125e-07
 EPSILON = 1e-7  # added to the variance
 BLOCK_FRAMES = 256  # at once on a CPU, so that a block stays in its cache
+TOGETHER = 16  # neighbouring bands whose filters are one matrix: over all bins most of it would be zero
 
 
 def features(wav_BN: Tensor, samples: list[int]) -> Tensor:
@@ -38,10 +41,10 @@ def features(wav_BN: Tensor, samples: list[int]) -> Tensor:
     frames_B = torch.tensor([(n - FRAME_LENGTH) // HOP + 1 for n in samples], device=wav_BN.device)
     real_BF1 = (torch.arange(log_mel_BFM.shape[1], device=wav_BN.device) < frames_B[:, None])[..., None]
     count_B11 = frames_B[:, None, None]
-    mean_B1M = (log_mel_BFM * real_BF1).sum(1, keepdim=True) / count_B11
-    centred_BFM = (log_mel_BFM - mean_B1M) * real_BF1
-    variance_B1M = centred_BFM.square().sum(1, keepdim=True) / (count_B11 - 1)
-    normal_BFM = centred_BFM / (variance_B1M + EPSILON).sqrt()
+    mean_B1M = real_BF1.mT.to(log_mel_BFM) @ log_mel_BFM / count_B11
+    centred_BFM = log_mel_BFM.sub_(mean_B1M).mul_(real_BF1)
+    variance_B1M = torch.linalg.vector_norm(centred_BFM, dim=1, keepdim=True).square_() / (count_B11 - 1)
+    normal_BFM = centred_BFM.div_((variance_B1M + EPSILON).sqrt_())
     odd = normal_BFM.shape[1] % STRIDE
     return nn.functional.pad(normal_BFM, (0, 0, 0, odd)).reshape(len(samples), -1, N_MELS * STRIDE)
 
@@ -71,7 +74,7 @@ def _power(wav_BN: Tensor) -> Tensor:
     frames_BFN.addcmul_(means_BF1, window, value=PREEMPHASIS - 1)
     spectrum_BFKc = torch.view_as_real(torch.fft.rfft(padded_BFN))
     squares_BFK = spectrum_BFKc.flatten(-2).float().square_()  # of real and imaginary parts, in turn
-    return squares_BFK @ filters
+    return torch.cat([squares_BFK[..., first:last] @ bands for first, last, bands in filters], dim=-1)
 
 
 def _frame_means(wav_BN: Tensor) -> Tensor:
@@ -82,21 +85,26 @@ def _frame_means(wav_BN: Tensor) -> Tensor:
 
 
 @lru_cache(maxsize=4)
-def _constants(device: torch.device) -> tuple[Tensor, Tensor]:
-    """Povey window without its first sample (399,), float64; mel filters (514, 80) × full scale², float32.
+def _constants(device: torch.device) -> tuple[Tensor, list[tuple[int, int, Tensor]]]:
+    """Povey window without its first sample (399,), float64; mel filters × full scale², float32, TOGETHER bands each:
+    the first of 514 rows that they weigh, the first after the last, and their weights.
 
     Filters are triangles on the scale 1127 ln(1 + f / 700) from 20 Hz to 8 kHz, as Kaldi makes them. Each row stands
     twice, for real and imaginary part.
     """
-    window = torch.hann_window(FRAME_LENGTH, periodic=False, dtype=torch.float64) ** 0.85
-    bins_K1 = _mel(torch.arange(N_FFT // 2 + 1, dtype=torch.float64) * RATE / N_FFT)[:, None]
-    low, high = _mel(torch.tensor([20.0, RATE / 2], dtype=torch.float64)).tolist()
-    corners = torch.linspace(low, high, N_MELS + 2, dtype=torch.float64)
+    window = np.hanning(FRAME_LENGTH) ** 0.85
+    bins_K1 = _mel(np.arange(N_FFT // 2 + 1) * RATE / N_FFT)[:, None]
+    low, high = _mel(np.array([20.0, RATE / 2]))
+    corners = np.linspace(low, high, N_MELS + 2)
     rise = (bins_K1 - corners[:-2]) / (corners[1:-1] - corners[:-2])
     fall = (corners[2:] - bins_K1) / (corners[2:] - corners[1:-1])
-    filters = (torch.minimum(rise, fall).clamp(min=0) * FULL_SCALE**2).float().repeat_interleave(2, dim=0)
-    return window[1:].to(device), filters.to(device)
+    weights = np.repeat(np.minimum(rise, fall).clip(min=0) * FULL_SCALE**2, 2, axis=0).astype(np.float32)
+    filters = []
+    for bands in np.split(weights, N_MELS // TOGETHER, axis=1):
+        first, *_, last = np.flatnonzero(bands.any(axis=1)).tolist()
+        filters.append((first, last + 1, torch.from_numpy(bands[first : last + 1]).to(device)))
+    return torch.from_numpy(window[1:]).to(device), filters
 
 
-def _mel(hertz: Tensor) -> Tensor:
-    return 1127.0 * torch.log1p(hertz / 700.0)
+def _mel(hertz: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    return 1127.0 * np.log1p(hertz / 700.0)

@@ -44,6 +44,11 @@ def pytest_configure(config: pytest.Config) -> None:
         raise pytest.UsageError(f"--times={times}: at least 1, or nothing is tortured")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Ray last: its library stays in a process that used it, and on Python 3.13 what is forked from there dies."""
+    items.sort(key=lambda item: item.path.name == "test_ray.py")
+
+
 @pytest.fixture(scope="session")
 def times(request: pytest.FixtureRequest) -> int:
     found: int = request.config.getoption("--times")
