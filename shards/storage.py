@@ -14,6 +14,7 @@ from __future__ import annotations
 import errno
 import io
 import itertools
+import json
 import math
 import tempfile
 import threading
@@ -35,8 +36,6 @@ from shards.stretch import Stretch
 T = TypeVar("T")
 
 SCHEMES = ("s3", "gs", "hf")
-OPTIONS = {"hf": {"block_size": 1}}  # bytes read beyond those that are asked for; of themselves 5 MiB
-BUCKETS = "hf://buckets/"  # which have no commits
 ATTEMPTS = 5
 FIRST_WAIT_SECONDS = 0.2  # doubled after each attempt, up to
 LONGEST_WAIT_SECONDS = 30.0
@@ -114,7 +113,8 @@ class Url:
 
     def stat(self) -> Stat:
         info = self._patiently(lambda files, path: files.info(path))
-        return Stat(int(info["size"]), str(info.get("ETag") or info.get("etag") or info.get("blob_id") or ""))
+        tags = (info.get(name) for name in ("ETag", "etag", "blob_id", "xet_hash"))
+        return Stat(int(info["size"]), str(next(filter(None, tags), "")))
 
     def modified(self) -> datetime:
         found: datetime = self._patiently(lambda files, path: files.modified(path))
@@ -122,8 +122,17 @@ class Url:
 
     def read_bytes(self, start: int = 0, stop: int | None = None) -> bytes:
         """By one request. The last bytes where `start` is negative, all of them where there are fewer."""
-        data: bytes = self._patiently(lambda files, path: files.cat_file(path, start=start, end=stop))
-        return data
+        is_fixed = self.text.startswith("hf://")  # elsewhere it may be shorter by now
+        just_these = {"cache_type": "none"} if is_fixed else {}  # of itself the hub's reads 5 MiB beyond them
+
+        def read(files: Any, path: str) -> bytes:
+            data: bytes = files.cat_file(path, start=start, end=stop, **just_these)
+            most = -start if start < 0 else len(data) if stop is None else stop - start
+            if len(data) > most or (len(data) < most and start >= 0 and is_fixed):
+                raise OSError(f"{most} bytes were asked for, and {len(data)} came, as from a proxy or a login page")
+            return data
+
+        return self._patiently(read)
 
     def open(self, mode: str = "rb") -> IO[bytes]:
         """For reading; large objects are fetched block by block."""
@@ -192,6 +201,8 @@ class Url:
                     failing_since = min(failing_since, time.monotonic())
                     seconds = time.monotonic() - failing_since
                     reason = " ".join(str(error).split()) or type(error).__name__
+                    if isinstance(error, json.JSONDecodeError):
+                        reason = f"the answer is not JSON, as from a proxy or a login page ({reason})"
                     hopeless = isinstance(error, PermissionError | NotImplementedError | ValueError)
                     patience = PATIENCE_SECONDS if _is_outage(error) else 0
                     if hopeless or (attempt >= ATTEMPTS and seconds >= patience):
@@ -250,7 +261,7 @@ def _filesystem(url: str) -> Any:
     if protocol not in SCHEMES:  # a manifest's rows must not make this machine call whomever they name
         raise StorageError(f"{url}: {protocol}:// is none of {', '.join(SCHEMES)}")
     try:
-        return _repositories() if _in_repository(url) else fsspec.filesystem(protocol, **OPTIONS.get(protocol, {}))
+        return _hub() if protocol == "hf" else fsspec.filesystem(protocol)
     except ImportError as error:
         raise StorageError(f"{url}: {error}: `just extras` installs what s3:// and gs:// need") from error
     except Exception as error:
@@ -258,35 +269,49 @@ def _filesystem(url: str) -> Any:
 
 
 @cache
-def _repositories() -> Any:
-    """One for all threads: each thread's own would hold a copy of all that was listed, 90 MB for 100,000 files."""
-    return fsspec.filesystem("hf", **OPTIONS["hf"], skip_instance_cache=True)
+def _hub() -> Any:
+    """One for all threads: each thread's own would hold a copy of all that was listed, 90 MB for 100,000 files.
 
+    Its client would wait for a listing without end; here it waits no longer than for a file.
+    """
+    from huggingface_hub import constants, set_client_factory
+    from huggingface_hub.utils._http import default_client_factory
 
-def _in_repository(url: str) -> bool:
-    return url.startswith("hf://") and not url.startswith(BUCKETS)
+    def limit(request: Any) -> None:
+        limits = request.extensions["timeout"]
+        if request.method == "GET" and limits["read"] is None:
+            request.extensions["timeout"] = dict.fromkeys(limits, constants.HF_HUB_DOWNLOAD_TIMEOUT)
+
+    def client() -> Any:
+        client = default_client_factory()
+        client.event_hooks["request"].append(limit)
+        return client
+
+    set_client_factory(client)
+    return fsspec.filesystem("hf", skip_instance_cache=True)
 
 
 def _path(files: Any, url: Url) -> str:
-    """What the filesystem calls an object, now that it has forgotten what it knew of it."""
+    """What the filesystem calls an object, now that it has forgotten what it knew of it.
+
+    Not so at the hub, where asking for one file lists its whole folder: what was listed stays true of a repository, by
+    its commit, and of a bucket it is believed.
+    """
     path: str = files._strip_protocol(url.text)
-    if _in_repository(url.text):
-        return _at_commit(files, path)
-    files.invalidate_cache()
-    return path
+    if not url.text.startswith("hf://"):
+        files.invalidate_cache()
+        return path
+    return path if path.startswith("buckets/") else _at_commit(files, path)
 
 
 def _at_commit(files: Any, path: str) -> str:
-    """In a repository of the hub: as it stood when this process first looked, whatever is pushed since.
-
-    So listings stay true. Asking for one file, the filesystem lists its whole folder.
-    """
+    """In a repository of the hub: as it stood when this process first looked, whatever is pushed since."""
     try:
         found = files.resolve_path(path)
     except FileNotFoundError as error:
-        raise PermissionError(
-            "no such repository or revision, or not for you to read: `hf auth login` signs you in"
-        ) from error
+        if type(error.__cause__).__name__ == "RevisionNotFoundError":
+            raise PermissionError("no such branch, tag or commit there (in its name, write / as %2F)") from error
+        raise PermissionError("no such repository, or not for you to read: `hf auth login` signs you in") from error
     commit = _commit(found.repo_type, found.repo_id, found.revision)
     return str(type(found)(found.repo_type, found.repo_id, commit, found.path_in_repo).unresolve())
 

@@ -18,7 +18,8 @@ from urllib.parse import parse_qs, unquote, urlsplit
 import pytest
 
 LARGE = {".bin", ".safetensors", ".tar", ".parquet", ".wav"}  # kept apart from git, and sent from another host
-Fault = Callable[[str, str], str | int | None]  # (method, path) → None, "cut", "ignored" or a status
+Fault = Callable[[str, str], str | int | None]  # (method, path) → None, a status, or one of these:
+# "cut", "ignored", "whole" whatever range is asked for, "page" of HTML, "never"
 
 
 @dataclass
@@ -41,11 +42,12 @@ class Hub(ThreadingHTTPServer):
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
-        self.repositories: dict[str, Repository] = {}  # by "models/OWNER/NAME" or "datasets/OWNER/NAME"
+        self.repositories: dict[str, Repository] = {}  # by "models/OWNER/NAME", "datasets/…" or "buckets/…"
         self.stored: dict[str, bytes] = {}  # large files by their sha256
         self.fault: Fault = lambda method, path: None
         self.asked: list[tuple[str, str]] = []
         self.sent = 0  # bytes of large files
+        self.closing = threading.Event()
 
     def holds(self, name: str, folder: Path) -> Repository:
         """A repository with the files of a folder."""
@@ -68,6 +70,12 @@ class Handler(BaseHTTPRequestHandler):
         if isinstance(self.fault, int):
             self.send(self.fault, {"error": "planted"})
             return
+        if self.fault == "never":
+            self.server.closing.wait()
+            return
+        if self.fault == "page":
+            self.send(200, b"<html>Log in</html>")
+            return
         for pattern, way in WAYS.items():
             if found := re.fullmatch(pattern, f"{self.command} {path}"):
                 way(self, body, **found.groupdict())
@@ -88,7 +96,7 @@ class Handler(BaseHTTPRequestHandler):
     def send(self, status: int, content: Any = b"", **headers: str) -> int:
         """Of the content what is asked for, or half of it; so many bytes."""
         data = content if isinstance(content, bytes) else json.dumps(content).encode()
-        if (asked := self.headers.get("Range")) and status == 200:
+        if (asked := self.headers.get("Range")) and status == 200 and self.fault not in ("whole", "page"):
             first, last = re.fullmatch(r"bytes=(\d+)-(\d*)", asked).groups()  # type: ignore[union-attr]
             data, status = data[int(first) : int(last or len(data)) + 1], 206
         self.send_response(status)
@@ -110,15 +118,20 @@ class Handler(BaseHTTPRequestHandler):
         self.server.repositories.setdefault(name, Repository(wanted.get("visibility") == "private"))
         self.send(409 if stood else 200, {"url": f"http://{self.headers['Host']}/{repo}"})
 
-    def info(self, body: bytes, kind: str, repo: str, revision: str | None) -> None:
+    def info(self, body: bytes, kind: str, repo: str, revision: str | None = None) -> None:
         if f"{kind}/{repo}" not in self.server.repositories:
             self.send(404, {}, X_Error_Code="RepoNotFound")
             return
         found = self.repository(kind, repo)
+        if revision and revision != "main" and not revision.isdigit():
+            self.send(404, {}, X_Error_Code="RevisionNotFound")
+            return
+        about = {"id": repo, "private": found.private, "tags": [], "downloads": 0, "likes": 0}
+        of_bucket = {"createdAt": "2030-01-31T00:00:00.000Z", "size": 0, "totalFiles": 0}
         sha = found.sha if revision in (None, "main") else revision
-        self.send(200, {"id": repo, "private": found.private, "sha": sha, "tags": [], "downloads": 0, "likes": 0})
+        self.send(200, {**about, **(of_bucket if kind == "buckets" else {"sha": sha})})
 
-    def tree(self, body: bytes, kind: str, repo: str, revision: str, folder: str | None) -> None:
+    def tree(self, body: bytes, kind: str, repo: str, folder: str | None, revision: str = "main") -> None:
         files = self.repository(kind, repo).files(revision)
         root = PurePosixPath(folder or ".")
         deep = parse_qs(urlsplit(self.path).query).get("recursive") == ["true"]
@@ -128,7 +141,7 @@ class Handler(BaseHTTPRequestHandler):
         rows = [_row(str(path), files.get(str(path))) for path in listed]
         self.send(200, rows) if rows or not folder else self.send(404, {}, X_Error_Code="EntryNotFound")
 
-    def file(self, body: bytes, kind: str | None, repo: str, revision: str, name: str) -> None:
+    def file(self, body: bytes, kind: str | None, repo: str, name: str, revision: str = "main") -> None:
         found = self.repository(kind or "models", repo)
         data = found.files(revision).get(name)
         if data is None:
@@ -185,11 +198,15 @@ class Handler(BaseHTTPRequestHandler):
         pass
 
 
+BUCKETS = r"(?P<kind>buckets)"
 REPO, KIND, REVISION = r"(?P<repo>[\w.-]+/[\w.-]+)", r"(?P<kind>models|datasets)", r"(?P<revision>\w+)"
 WAYS: dict[str, Callable[..., None]] = {
     r"POST /api/repos/create": Handler.create,
     r"POST /api/validate-yaml": lambda handler, body: handler.send(200, {"errors": [], "warnings": []}),
     rf"GET /api/{KIND}/{REPO}(/revision/{REVISION})?": Handler.info,
+    rf"GET /api/{BUCKETS}/{REPO}": Handler.info,
+    rf"GET /api/{BUCKETS}/{REPO}/tree(/(?P<folder>.+))?": Handler.tree,
+    rf"GET /{BUCKETS}/{REPO}/resolve/(?P<name>.+)": Handler.file,
     rf"GET /api/{KIND}/{REPO}/tree/{REVISION}(/(?P<folder>.+))?": Handler.tree,
     r"POST /api/.+/preupload/main": Handler.modes,
     rf"POST /api/{KIND}/{REPO}/commit/main": Handler.commit,
@@ -208,7 +225,7 @@ def _row(path: str, data: bytes | None) -> dict[str, Any]:
     """As the hub lists it: a folder where there is no content."""
     if data is None:
         return {"type": "directory", "path": path, "size": 0, "oid": hashlib.sha1(path.encode()).hexdigest()}
-    row = {"type": "file", "path": path, "size": len(data)}
+    row = {"type": "file", "path": path, "size": len(data), "xetHash": _sha256(data)}
     if PurePosixPath(path).suffix in LARGE:
         row["lfs"] = {"oid": _sha256(data), "size": len(data), "pointerSize": 130}
     return {**row, "oid": hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()}
@@ -226,7 +243,7 @@ def serving(cache: Path) -> Iterator[Hub]:
     url = f"http://127.0.0.1:{hub.server_port}"
 
     def forget() -> None:
-        storage._repositories.cache_clear()
+        storage._hub.cache_clear()
         storage._commit.cache_clear()
 
     with pytest.MonkeyPatch.context() as patch:
@@ -239,5 +256,6 @@ def serving(cache: Path) -> Iterator[Hub]:
         forget()
         yield hub
         forget()
+    hub.closing.set()
     hub.shutdown()
     hub.server_close()

@@ -18,10 +18,10 @@ from shards import storage
 from shards.contract import INDEX_NAME, SPLITS, SUMS_NAME
 from shards.index import load
 from shards.reader import read_sample
-from shards.storage import Location, Url
+from shards.storage import Location, StorageError, Url
 from tests.command_helpers import in_process, refused, rows_of
 from tests.helpers import TINY_SNAC, codes_settings
-from tests.hub_server import Hub
+from tests.hub_server import Hub, Repository
 from tests.test_tars import write_tars
 from tests.training_helpers import call
 
@@ -31,6 +31,12 @@ WEIGHTS = "pytorch_model.bin"
 
 def listings(hub: Hub) -> int:
     return sum("/tree/" in path for _, path in hub.asked)
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(storage, "FIRST_WAIT_SECONDS", 0.001)
+    monkeypatch.setattr(storage, "PATIENCE_SECONDS", 0)
 
 
 @pytest.fixture
@@ -146,9 +152,57 @@ def test_of_a_tar_at_the_hub_no_more_is_fetched_than_is_read(hub: Hub, recording
 
 def test_who_may_not_see_a_repository_learns_how(hub: Hub, tmp_path: Path) -> None:
     words = ["shard-codes", "audio=hf://datasets/me/none/in", f"work={tmp_path / 'work'}", "gpu=cpu"]
-    refused(
-        [*words, f"pretrained_model={TINY_SNAC}"], "no such repository or revision, or not for you to read: `hf auth"
-    )
+    refused([*words, f"pretrained_model={TINY_SNAC}"], "no such repository, or not for you to read: `hf auth login`")
+
+
+def test_a_bucket_is_listed_once(hub: Hub, recordings: Path, tmp_path: Path) -> None:
+    """Of a tar in it, other bytes are another version."""
+    hub.holds("buckets/me/voices", recordings)
+    shard_codes(codes_settings(Url("hf://buckets/me/voices"), tmp_path / "work", "threads=1"))
+    listed = [path for _, path in hub.asked if "/tree" in path]
+    assert len(listed) == len(set(listed))
+    recording = next(recordings.glob("*/*.wav"))
+    url = Url("hf://buckets/me/voices") / recording.relative_to(recordings).as_posix()
+    assert url.stat().tag == hashlib.sha256(recording.read_bytes()).hexdigest()
+
+
+def test_a_branch_that_is_not_there_is_not_a_matter_of_who_asks(hub: Hub, tmp_path: Path) -> None:
+    hub.holds("datasets/me/voices", tmp_path)
+    with pytest.raises(StorageError, match=r"no such branch, tag or commit there \(in its name, write / as %2F\)"):
+        Url("hf://datasets/me/voices@none").exists()
+
+
+@pytest.mark.usefixtures("impatient")
+def test_an_answer_of_another_length_is_not_taken(hub: Hub, tmp_path: Path) -> None:
+    """Of a proxy that ignores ranges, or of a login page; what is whole is what was asked for."""
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.wav").write_bytes(bytes(range(100)))
+    hub.holds("datasets/me/voices", tmp_path / "in")
+    url = Url("hf://datasets/me/voices/a.wav")
+    hub.fault = lambda _, path: "whole" if path.startswith("/stored") else None
+    assert url.read_bytes(0, 100) == bytes(range(100))
+    for start, stop in ((10, 20), (0, 20), (-10, None)):
+        with pytest.raises(StorageError, match="0 bytes were asked for, and 100 came, as from a proxy"):
+            url.read_bytes(start, stop)
+    hub.fault = lambda _, path: "page" if "/resolve/" in path else None
+    for start, stop in ((0, 100), (0, 10)):
+        with pytest.raises(StorageError, match="0 bytes were asked for, and 19 came, as from a proxy"):
+            url.read_bytes(start, stop)
+    hub.fault = lambda *_: "page"
+    storage._commit.cache_clear()
+    with pytest.raises(StorageError, match="the answer is not JSON, as from a proxy or a login page"):
+        url.read_bytes()
+
+
+@pytest.mark.usefixtures("impatient")
+def test_an_answer_that_never_comes_is_not_waited_for(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_DOWNLOAD_TIMEOUT", 0.05)
+    hub.repositories["datasets/me/voices"] = Repository()
+    hub.fault = lambda _, path: "never" if "/revision/" in path else None
+    with pytest.raises(StorageError, match="timed out"):
+        Url("hf://datasets/me/voices").exists()
 
 
 def test_a_process_reads_the_hub_as_it_first_found_it(hub: Hub, tmp_path: Path) -> None:
