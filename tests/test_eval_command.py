@@ -161,6 +161,12 @@ def test_a_clip_is_that_stretch_of_the_whole_recording(snac: SNAC, work: Path) -
         expected = Resampler(recording, TARGET_RATE).read(start, start + len(found))
         np.testing.assert_array_equal(clip.source, expected)
     assert middle, "some clip has real context before it"
+    assert {row["split"] for row in shards.plan.values()} == {"validation"}, "keys are of one split"
+    tenth = row["rate"] // 10
+    shards.plan[clip.key] = {**row, "first_frame": tenth, "frames": row["frames"] - tenth, "start_coarse": 0}
+    source, expected = shards.load(place).source, Resampler(recording, TARGET_RATE).read(4800, 14_800)
+    assert source is not None
+    np.testing.assert_allclose(source[1000:9000], expected[1000:9000], rtol=0, atol=1e-3)
     shards.plan[clip.key] = {**row, "file_frames": row["file_frames"] + 1}
     assert shards.load(place).source is None, "the file is not the one that was planned"
 
@@ -173,6 +179,14 @@ def test_windows_change_nothing(snac: SNAC, monkeypatch: pytest.MonkeyPatch, rec
     monkeypatch.setattr("trainer.systems.WINDOW_COARSE", 4)
     np.testing.assert_allclose(system(clip), whole, rtol=0, atol=1e-5)
     assert len(whole) == len(clip.target) > 8 * 4096
+
+
+def test_a_recording_that_stands_there_twice_is_refused(snac: SNAC, tmp_path: Path) -> None:
+    """Its outputs would be one file."""
+    for name in ("a.wav", "a.flac"):
+        soundfile.write(tmp_path / name, [0.1, 0.2], 48_000)
+    with pytest.raises(UserError, match="a stands there with several suffixes: keep one of them"):
+        clips.RecordingClips(tmp_path, snac, 60)
 
 
 def test_a_pattern_says_whose_voice_a_recording_is(recordings: Path, snac: SNAC) -> None:
