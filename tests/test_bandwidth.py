@@ -128,6 +128,20 @@ def test_vowels_that_sink_into_noise_are_no_cliff() -> None:
     assert found >= 20_000
 
 
+@pytest.mark.parametrize("fall_db", [20, 28])
+def test_a_cliff_that_ends_in_noise_is_found(fall_db: int) -> None:
+    levels = {0: -20, 11_800: -60, 12_200: -60 - fall_db, 24_000: -60 - fall_db}
+    noise = np.random.default_rng(0).standard_normal(3 * 48_000)
+    shape = scipy.signal.firwin2(801, list(levels), [10 ** (db / 20) for db in levels.values()], fs=48_000)
+    found = bandwidth_hz(scipy.signal.lfilter(shape, 1, noise).astype(np.float32), 48_000)
+    assert found == pytest.approx(12_000, abs=600)
+
+
+def test_a_quiet_voice_ends_above_its_own_rounding() -> None:
+    voice = 0.003 * synthesize(0, 1, 3.0)
+    assert bandwidth_hz(upsampled(voice, 48_000, 24_000, sharp_sinc), 48_000) == pytest.approx(12_000, abs=1500)
+
+
 def test_a_telephone_in_noise_is_found() -> None:
     voice = upsampled(synthesize(0, 1, 3.0), 48_000, 8000, sharp_sinc)
     noise = np.random.default_rng(0).standard_normal(len(voice)).astype(np.float32)

@@ -31,7 +31,7 @@ from trainer.decoder import warm_start
 from trainer.evaluate import _choose
 from trainer.scores import METRICS, columns_of
 from trainer.settings import MetricName
-from trainer.systems import Stock, decode_clip, decoded_systems, rounded_to_16_bits
+from trainer.systems import Stock, decode_clip, decoded_systems, external_systems, rounded_to_16_bits
 
 QUICK = ["metrics=lsd,level,bandwidth", "num_workers=0", "gpu=cpu", f"pretrained_model={TINY_SNAC}"]
 
@@ -161,6 +161,12 @@ def test_a_clip_is_that_stretch_of_the_whole_recording(snac: SNAC, work: Path) -
         expected = Resampler(recording, TARGET_RATE).read(start, start + len(found))
         np.testing.assert_array_equal(clip.source, expected)
     assert middle, "some clip has real context before it"
+    assert {row["split"] for row in shards.plan.values()} == {"validation"}, "keys are of one split"
+    tenth = row["rate"] // 10
+    shards.plan[clip.key] = {**row, "first_frame": tenth, "frames": row["frames"] - tenth, "start_coarse": 0}
+    source, expected = shards.load(place).source, Resampler(recording, TARGET_RATE).read(4800, 14_800)
+    assert source is not None
+    np.testing.assert_allclose(source[1000:9000], expected[1000:9000], rtol=0, atol=1e-3)
     shards.plan[clip.key] = {**row, "file_frames": row["file_frames"] + 1}
     assert shards.load(place).source is None, "the file is not the one that was planned"
 
@@ -173,6 +179,14 @@ def test_windows_change_nothing(snac: SNAC, monkeypatch: pytest.MonkeyPatch, rec
     monkeypatch.setattr("trainer.systems.WINDOW_COARSE", 4)
     np.testing.assert_allclose(system(clip), whole, rtol=0, atol=1e-5)
     assert len(whole) == len(clip.target) > 8 * 4096
+
+
+def test_a_recording_that_stands_there_twice_is_refused(snac: SNAC, tmp_path: Path) -> None:
+    """Its outputs would be one file."""
+    for name in ("a.wav", "a.flac"):
+        soundfile.write(tmp_path / name, [0.1, 0.2], 48_000)
+    with pytest.raises(UserError, match="a stands there with several suffixes: keep one of them"):
+        clips.RecordingClips(tmp_path, snac, 60)
 
 
 def test_a_pattern_says_whose_voice_a_recording_is(recordings: Path, snac: SNAC) -> None:
@@ -229,7 +243,16 @@ def test_another_systems_folder(judged: Path, work: Path, tmp_path: Path) -> Non
 @pytest.mark.parametrize(("subtype", "found"), [("PCM_16", ["other"]), ("PCM_24", []), ("FLOAT", [])])
 def test_files_of_16_bits_are_known(subtype: str, found: list[str], tmp_path: Path) -> None:
     soundfile.write(tmp_path / "a.wav", [0.1, 0.2], 48_000, subtype)
-    assert rounded_to_16_bits({"other": tmp_path}, ["a"]) == found
+    soundfile.write(tmp_path / "b.flac", [0.1, 0.2], 48_000, "PCM_24")
+    assert rounded_to_16_bits({"other": tmp_path}, ["a", "b"]) == found
+
+
+def test_what_is_not_finite_is_no_output_of_another_system(tmp_path: Path) -> None:
+    soundfile.write(tmp_path / "a.wav", [0.1, np.nan], 48_000, "FLOAT")
+    read = external_systems({"other": tmp_path}, [clips.Entry("a", 2)])["other"]
+    clip: Any = SimpleNamespace(key="a", target=np.zeros(2))
+    with pytest.raises(UserError, match=r"a\.wav: changed while it was judged, or is not finite"):
+        read(clip)
 
 
 def test_the_recording_behind_a_restored_target_is_judged_too(
@@ -352,15 +375,27 @@ def test_a_model_of_other_tokens_is_refused(snac: SNAC) -> None:
         decoded_systems(Stock(snac, "stand-in"), {"mine": codec}, torch.device("cpu"), 0)
 
 
+class Noise(torch.nn.Linear):
+    def __init__(self) -> None:
+        super().__init__(1, 1)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        return torch.randn(1, tokens.shape[1] * 4096)
+
+
+def test_noise_of_a_clip_follows_from_the_seed(snac: SNAC, recordings: Path) -> None:
+    clip = clips.RecordingClips(recordings, snac, 60).load(0)
+    one, same, other = (decode_clip(Noise(), "mine", seed, clip) for seed in (0, 0, 1))
+    assert np.array_equal(one, same)
+    assert not np.array_equal(one, other)
+
+
 def test_damaged_weights_are_refused(snac: SNAC, recordings: Path) -> None:
     clip = clips.RecordingClips(recordings, snac, 60).load(0)
 
-    class Broken(torch.nn.Linear):
-        def __init__(self) -> None:
-            super().__init__(1, 1)
-
+    class Broken(Noise):
         def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-            return torch.full((1, tokens.shape[1] * 4096), torch.nan)
+            return super().forward(tokens) * torch.nan
 
     with pytest.raises(UserError, match="mine: its output for speaker_0/take_0 is not finite"):
         decode_clip(Broken(), "mine", 0, clip)

@@ -37,6 +37,19 @@ def test_one_segment_has_a_bar() -> None:
     plt.close(figure)
 
 
+def test_a_spectrogram_shows_a_tone_at_its_frequency_and_level() -> None:
+    matplotlib.use("Agg")
+    figure = plt.figure()
+    tone = 0.1 * np.sin(2 * np.pi * 18_000 / 48_000 * np.arange(24_000))
+    image = gallery.spectrogram(figure.subplots(), tone.astype(np.float32), 48_000)
+    assert tuple(image.get_extent()) == (0, 0.5, 0, 24)
+    assert image.origin == "lower"
+    level_db = np.asarray(image.get_array())[:, 10]
+    assert level_db.max() == pytest.approx(-20, abs=0.1)
+    assert level_db.argmax() / (len(level_db) - 1) == 18 / 24
+    plt.close(figure)
+
+
 def test_accepted_segments_are_what_the_shards_hold(work: Path) -> None:
     rows = [row for row in pq.read_table(work / "shards" / "index.parquet").to_pylist() if row["status"] == "ok"][:3]
     for source, target in gallery._pairs(work / "shards", rows):

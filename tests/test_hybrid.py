@@ -56,6 +56,18 @@ def test_levels_meet_at_the_crossover(gain_db: float) -> None:
     assert np.allclose(mixed, voice[HALF:-HALF], atol=1e-5)
 
 
+def test_levels_are_compared_just_below_the_crossover() -> None:
+    """Not where SIDON's voice has another timbre, nor above, where the recording ends."""
+    voice = synthesize(1, 0, 2.0)
+    spectrum, hertz = np.fft.rfft(voice), np.fft.rfftfreq(len(voice), 1 / 48_000)
+    ends, tilted = (
+        np.fft.irfft(spectrum * gain, len(voice)).astype(np.float32)
+        for gain in (hertz < 11_500, np.where(hertz > 7000, 10 ** (4 / 20), 1))
+    )
+    mixed = hybrid(ends, tilted, CROSSOVER)
+    assert high_band_db(mixed) == pytest.approx(high_band_db(voice[HALF:-HALF]), abs=0.2)
+
+
 @pytest.mark.parametrize("gain_db", [-20.0, 20.0])
 def test_sidon_is_raised_or_lowered_by_6_db_at_most(gain_db: float) -> None:
     voice = synthesize(1, 0, 2.0)
@@ -80,6 +92,15 @@ def test_in_pauses_sidon_keeps_its_level() -> None:
     restored = np.float32(1e-5) * noise[1]
     mixed = hybrid(np.float32(1e-3) * noise[0], restored, CROSSOVER)
     assert high_band_db(mixed) == pytest.approx(high_band_db(restored[HALF:-HALF]), abs=0.5)
+
+
+def test_what_is_loud_in_pauses_alone_does_not_change_sidon() -> None:
+    """Speech that lies below the recording's noise has no level to match."""
+    voice = synthesize(1, 0, 3.0)
+    random = np.random.default_rng(0)
+    noise = 0.1 * random.standard_normal(len(voice)) * (np.abs(voice) < 0.05)
+    mixed = hybrid((voice + noise).astype(np.float32), voice, CROSSOVER)
+    assert high_band_db(mixed) == pytest.approx(high_band_db(voice[HALF:-HALF]), abs=0.2)
 
 
 def high_band_db(samples: Samples) -> float:

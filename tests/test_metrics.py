@@ -14,7 +14,7 @@ from codec.audio import Samples
 from demo.voice import synthesize
 from shards.contract import TARGET_RATE
 from trainer import metrics, signals
-from trainer.scores import score
+from trainer.scores import METRICS, Metric, score
 from trainer.signals import Undefined
 
 Floats = npt.NDArray[np.float64]
@@ -53,6 +53,39 @@ def test_lsd_in_a_band_is_that_of_a_loop(pair: tuple[Samples, Samples]) -> None:
         assert found == pytest.approx(expected, rel=1e-4)
     with pytest.raises(ValueError, match="no bin"):
         metrics.log_spectral_distance_in_band(*tensors(*pair), low_hz=12_000, high_hz=12_000)
+
+
+@pytest.mark.parametrize("reaches_hz", [12_000, 18_000])
+def test_lsd_ends_where_the_reference_does(reaches_hz: int) -> None:
+    """Noise above that, which the reference lacks, costs nothing."""
+    spectrum = np.fft.rfft(noise(0, 96_000))
+    spectrum[2 * (reaches_hz - 220) :] = 0
+    reference = (0.1 * np.fft.irfft(spectrum)).astype(np.float32)
+    wav = reference + 0.01 * noise(1, 96_000)
+    assert signals.bandwidth_hz(reference) == reaches_hz
+    found = score(wav, reference, ["lsd_reached"])
+    if reaches_hz == 12_000:
+        undefined = ["lsd_reached: the reference ends at 12000 Hz"]
+        assert found == {"lsd_hf_reached": None, "undefined": undefined}
+    else:
+        within = metrics.log_spectral_distance_in_band(*tensors(wav, reference), low_hz=12_000, high_hz=18_000)
+        assert found["lsd_hf_reached"] == within
+
+
+def test_each_metric_gets_the_output_first(pair: tuple[Samples, Samples], monkeypatch: pytest.MonkeyPatch) -> None:
+    assert score(*pair, ["stft"])["stft"] == metrics.stft_distance(*tensors(*pair))
+    assert score(*pair[::-1], ["stft"])["stft"] != metrics.stft_distance(*tensors(*pair))
+    names = METRICS["dnsmos"].columns
+    monkeypatch.setattr("trainer.perceptual.dnsmos", lambda wav: dict.fromkeys(names, float(wav[0])))
+    assert score(*pair, ["dnsmos"]) == {**dict.fromkeys(names, float(pair[0][0])), "undefined": []}
+
+
+@pytest.mark.parametrize("value", [math.inf, math.nan])
+def test_what_is_not_finite_is_no_value(value: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One would be all of a mean."""
+    monkeypatch.setitem(METRICS, "level", Metric(("level_db",), lambda *_: {"level_db": value}, "planted"))
+    found = score(noise(0, 9), noise(1, 9), ["level"])
+    assert found == {"level_db": None, "undefined": [f"level: level_db is {value}"]}
 
 
 def test_stft_distance_is_that_of_a_loop(pair: tuple[Samples, Samples]) -> None:

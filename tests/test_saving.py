@@ -11,6 +11,7 @@ import signal
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,6 +21,7 @@ from snac import SNAC
 from configs.loader import load_settings
 from pipeline.codes import shard_codes
 from pipeline.targets import shard_targets
+from shards.cache import ShardCache
 from shards.contract import PLAN_NAME, coarse_tokens
 from shards.errors import UserError
 from shards.writer import read_table
@@ -38,7 +40,7 @@ from tests.training_helpers import (
     train_words,
 )
 from trainer import checkpoint, losses
-from trainer.corpus import open_corpus
+from trainer.corpus import _weights, cache_of, open_corpus
 from trainer.decoder import CodesToLatent, CropDecoder
 from trainer.ema import Ema
 from trainer.learner import Learner
@@ -332,6 +334,18 @@ def test_what_folders_differ_in_is_told_of_each(work: Path, tmp_path: Path) -> N
     assert both["teacher"] == "recording + sidon"
     assert (both["sidon_sha256"], both["target_bits"]) == ([None, {"a": "b"}], [16, 24])
     assert both["limits"] == first.fingerprint["limits"]
+
+
+def test_folders_are_mixed_by_their_sizes_to_a_tenth_of_the_smallest() -> None:
+    by_size: Any = SimpleNamespace(shard_weights=None)
+    folders: Any = (range(2499), range(1000), range(3000))
+    assert _weights(by_size, folders) == (5, 2, 6)
+    assert _weights(by_size, folders[:1]) == (1,)
+
+
+def test_the_cache_lies_where_it_should_and_counts_gib(tmp_path: Path) -> None:
+    asked: Any = SimpleNamespace(cache=tmp_path, cache_gib=1.5)
+    assert cache_of(asked) == ShardCache(tmp_path, 3 << 29)
 
 
 def test_folders_are_mixed_and_named(work: Path, tmp_path: Path) -> None:

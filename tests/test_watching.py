@@ -12,14 +12,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from snac import SNAC
 
 from shards.contract import COARSE_48K, coarse_tokens
 from shards.errors import UserError
 from shards.files import exclusive
+from shards.index import load
 from tests.helpers import ROOT
 from tests.training_helpers import ADVERSARIAL, CPU, call, logged_steps, metrics, small_training, train_settings
 from trainer import checkpoint
-from trainer.boards import WeightsAndBiases, spectrogram
+from trainer.boards import TensorBoard, WeightsAndBiases, references, spectrogram
+from trainer.data import fixed_batches
+from trainer.decoder import CodesToLatent, CropDecoder
 from trainer.distributed import Process
 from trainer.log import RunLog
 from trainer.loop import Trainer
@@ -62,6 +66,29 @@ def test_tensorboard_has_scalars_audio_and_pictures(finished: Path) -> None:
     pictures = events.Images(f"{key}/stock + sinc, decoded, target")
     assert [picture.step for picture in pictures] == [0, 3, 6]
     assert pictures[0].height == 1025
+
+
+def test_a_resumed_run_takes_back_what_came_after_its_checkpoint(tmp_path: Path) -> None:
+    for first_step, steps in ((0, (1, 2, 3)), (1, (2,))):
+        writer = TensorBoard(tmp_path, first_step)
+        for step in steps:
+            writer.metrics("train", step, {"loss": first_step})
+        writer.close()
+    assert [(event.step, event.value) for event in board(tmp_path).Scalars("train/loss")] == [(1, 0), (2, 1)]
+
+
+@torch.no_grad()
+def test_the_stock_decoder_is_heard_over_the_same_stretch(work: Path, snac: SNAC) -> None:
+    """And draws no noise of training's."""
+    batches = list(fixed_batches(load(work / "shards", "validation"), 2, 1, 5, 0))
+    before = torch.get_rng_state()
+    found = list(references(snac, batches))
+    assert torch.equal(torch.get_rng_state(), before)
+    for batch, (stock_N, target_N) in zip(batches, found, strict=True):
+        assert len(stock_N) == len(target_N) == int(batch.valid_B)
+        wav_N = CropDecoder(CodesToLatent(snac), snac.decoder)(batch.tokens_BT7)[0]
+        pair = np.stack([stock_N[::2], wav_N[: (len(stock_N) + 1) // 2]])
+        assert np.corrcoef(pair)[0, 1] > 0.95
 
 
 def test_a_spectrogram_shows_a_tone_where_it_is() -> None:

@@ -80,7 +80,7 @@ def written(folder: Path, extension: str, data: bytes) -> Path:
     [
         lambda data: data,
         lambda data: tag(300_000) + data + TAG_BEHIND,
-        lambda data: data + frames(data)[-1][:20],
+        lambda data: data + max(frames(data), key=len)[:-1],
     ],
 )
 def test_an_mp3_without_a_length_is_read_to_its_end(
@@ -95,7 +95,15 @@ def test_an_mp3_without_a_length_is_read_to_its_end(
         assert len(found) >= len(expected) + LAME_DELAY - 1152
 
 
-@pytest.mark.parametrize("before", [lambda data: data[-20:], lambda data: bytes(20_000), lambda data: b"\xff" * 999])
+@pytest.mark.parametrize(
+    "before",
+    [
+        lambda data: data[-20:],
+        lambda data: bytes(20_000),
+        lambda data: b"\xff" * 999,
+        lambda data: data[:4] + bytes(999),  # as if frames began there
+    ],
+)
 def test_an_mp3_that_begins_late_is_read_to_its_end(before: Callable[[bytes], bytes], tmp_path: Path) -> None:
     """Behind a scrap of a frame, as what was cut out of a stream does, or behind padding."""
     data = unstated(mp3())
@@ -103,6 +111,20 @@ def test_an_mp3_that_begins_late_is_read_to_its_end(before: Callable[[bytes], by
     path = written(tmp_path, "mp3", before(data) + data)
     for place in (path, Fetched(path.read_bytes())):
         assert np.array_equal(read(place), expected)
+
+
+@pytest.mark.parametrize("tag_behind", [b"APETAGEX", b"LYRICSBEGIN"])
+def test_large_tags_behind_an_mp3_are_no_damage(tag_behind: bytes, tmp_path: Path) -> None:
+    data = unstated(mp3())
+    expected = read(written(tmp_path, "mp3", data))
+    assert np.array_equal(read(written(tmp_path, "mp3", data + tag_behind + bytes(9000))), expected)
+
+
+def test_an_mp3_of_few_frames_is_read_to_its_end(tmp_path: Path) -> None:
+    """Of which the first are loud, the others quiet."""
+    few = frames(unstated(mp3()))[66:86]
+    assert len(few[0]) > 2 * len(few[-1])
+    assert len(read(written(tmp_path, "mp3", b"".join(few)))) >= 20 * 1152 - LAME_DELAY
 
 
 def test_its_stretches_are_cut_from_the_whole(tmp_path: Path) -> None:
@@ -130,10 +152,10 @@ def test_joined_mp3_are_read_to_the_end_of_the_last(between: bytes, tmp_path: Pa
 
 
 def test_a_hole_in_an_mp3_without_a_length_is_said(tmp_path: Path) -> None:
-    data = unstated(mp3())
-    middle = len(data) // 2
-    with pytest.raises(AudioError, match=r"frames end or change at byte"):
-        probe(written(tmp_path, "mp3", data[:middle] + bytes(9000) + data[middle:]))
+    data = unstated(mp3(seed=1))
+    for place in (len(data) // 2, len(data) - 1500):
+        with pytest.raises(AudioError, match=r"frames end or change at byte"):
+            probe(written(tmp_path, "mp3", data[:place] + bytes(1000) + data[place:]))
 
 
 def test_an_mp3_whose_length_is_known_is_left_to_libsndfile(tmp_path: Path) -> None:
