@@ -18,7 +18,7 @@ import soundfile
 from codec import mp3
 from codec.whole import why_not
 from shards.files import reason_of_one
-from shards.pieces import Stored
+from shards.pieces import END_BYTES, Stored
 
 Samples = npt.NDArray[np.float32]
 
@@ -32,6 +32,7 @@ MAX_HELD_FRAMES = 1 << 22  # that a decoder keeps: 87 s at 48 kHz, 16 MB
 DECODERS = 3  # of one file: a long recording is surveyed, heard by a model and cut
 SEEKABLE = {"WAV", "WAVEX", "RF64", "W64", "FLAC", "AIFF"}  # formats in which seeking is exact and quick
 MISTAKEN = {"MP3", "FLAC"}  # whose length or places libsndfile may get wrong
+ID3V1_BYTES = 128  # at the end of an MP3
 SEEKABLE_EXTENSIONS = {".wav", ".flac"}  # of EXTENSIONS, those of such files
 
 
@@ -229,6 +230,7 @@ def _open(path: Stored) -> Iterator[_Onward]:
             raise AudioError("the file is empty")
         with ExitStack() as stack:
             file = stack.enter_context(path.open("rb"))
+            _bring(file)
             try:
                 sound = stack.enter_context(_sound(file))
             except AudioError:
@@ -248,6 +250,18 @@ def _open(path: Stored) -> Iterator[_Onward]:
         reason = reason_of_one(path, error)
         no_file = error.errno in (errno.ENOENT, errno.ELOOP)  # a link to nowhere, or to itself
         raise AudioError("no such file" if no_file else f"not readable as audio: {reason}") from error
+
+
+def _bring(file: IO[bytes]) -> None:
+    """What tells a file's length: its beginning, of Ogg its last page, of MP3 a tag.
+
+    soundfile opens one file at a time: for what it had to fetch itself, from a server or a slow disk, all threads wait.
+    """
+    begin, size = file.read(4), file.seek(0, io.SEEK_END)
+    if begin not in (b"RIFF", b"fLaC"):
+        file.seek(max(size - (END_BYTES if begin == b"OggS" else ID3V1_BYTES), 0))
+        file.read(1)
+    file.seek(0)
 
 
 @contextmanager

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,8 +13,10 @@ import soundfile
 import torch
 import torchaudio
 
+from codec import audio
 from codec.audio import BLOCK_FRAMES, AudioError, File, Header, Recording, Samples, output_length, probe
 from codec.resample import BETA, KERNEL_WIDTH, ROLLOFF, Resampler, sinc_resampler
+from shards.pieces import Skimmed
 from tests.helpers import speechlike
 
 RATES = [8_000, 11_025, 16_000, 22_050, 24_000, 32_000, 44_100, 48_000, 96_000, 192_000]
@@ -268,3 +271,46 @@ def test_mp3_of_few_bits_has_no_seams(tmp_path: Path) -> None:
         expected = file.read(dtype="float32")
     assert len(expected) > 4 * BLOCK_FRAMES
     assert np.array_equal(whole(path, rate), expected)
+
+
+class Remote:
+    """An object's bytes, and of each request whether soundfile waited for it, which opens one file at a time."""
+
+    def __init__(self, data: bytes) -> None:
+        self.data, self.waited, self.opening = data, list[bool](), False
+
+    def read_bytes(self, start: int, stop: int) -> bytes:
+        self.waited.append(self.opening)
+        return self.data[start:stop]
+
+
+@pytest.mark.parametrize(
+    ("suffix", "subtype", "requests"),
+    [
+        ("wav", "PCM_16", 1),
+        ("flac", "PCM_16", 1),
+        ("ogg", "VORBIS", 2),
+        ("ogg", "OPUS", 2),
+        ("mp3", "MPEG_LAYER_III", 2),
+    ],
+)
+def test_a_remote_header_is_fetched_before_the_file_is_opened(
+    subtype: str, suffix: str, requests: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / f"a.{suffix}"
+    wav = speechlike(20.0, 48_000, 0)
+    kind = suffix.replace("opus", "ogg")
+    with soundfile.SoundFile(path, "w", 48_000, 1, subtype, format=kind) as file:
+        for block in np.array_split(wav, 100):  # of more at once libsndfile's encoder of Vorbis dies
+            file.write(block)
+    remote = Remote(path.read_bytes())
+    begin = audio._Onward.__init__
+
+    def opened(self: audio._Onward, *args: Any) -> None:
+        remote.opening = True
+        begin(self, *args)
+        remote.opening = False
+
+    monkeypatch.setattr(audio._Onward, "__init__", opened)
+    assert probe(Skimmed(remote, 0, len(remote.data))) == Header(len(wav), 48_000, 1)  # type: ignore[arg-type]
+    assert remote.waited == [False] * requests
