@@ -101,6 +101,7 @@ def test_noise_is_resumed_too(work: Path, tmp_path: Path) -> None:
         ({"batch_size": 3}, "batch_size is 2, now 3"),
         ({"window_shards": 1}, "window_shards is 2, now 1"),
         ({"n_ffts": [64, 128]}, "n_ffts is [64, 256], now [64, 128]"),
+        ({"ema_decay": 0.5, "l1_weight": 0.25}, "ema_decay is 0.0, now 0.5; l1_weight is 1.0, now 0.25"),
         ({"noise": "keep", "warmup_steps": 7}, "warmup_steps is 0, now 7; noise is zero, now keep"),
     ],
 )
