@@ -230,7 +230,7 @@ def _open(path: Stored) -> Iterator[_Onward]:
             raise AudioError("the file is empty")
         with ExitStack() as stack:
             file = stack.enter_context(path.open("rb"))
-            _bring(file)
+            _fetch_ends(file)
             try:
                 sound = stack.enter_context(_sound(file))
             except AudioError:
@@ -252,7 +252,7 @@ def _open(path: Stored) -> Iterator[_Onward]:
         raise AudioError("no such file" if no_file else f"not readable as audio: {reason}") from error
 
 
-def _bring(file: IO[bytes]) -> None:
+def _fetch_ends(file: IO[bytes]) -> None:
     """What tells a file's length: its beginning, of Ogg its last page, of MP3 a tag.
 
     soundfile opens one file at a time: for what it had to fetch itself, from a server or a slow disk, all threads wait.

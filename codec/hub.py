@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from shards.errors import UserError
@@ -12,6 +13,14 @@ def make_repository(api: Any, repo: str, repo_type: str, private: bool) -> None:
     api.create_repo(repo, repo_type=repo_type, private=private, exist_ok=True)
     if private and not api.repo_info(repo, repo_type=repo_type).private:
         raise UserError(f"{repo} exists and is public: agree to that with private=false, or take another repo=")
+
+
+def check_kept(repo: str, lost: Sequence[str]) -> None:
+    """Raises UserError for files that were sent and are not there: the client leaves out, without a word, what a
+    repository's own .gitignore names.
+    """
+    if lost:
+        raise UserError(f"{repo} did not keep {lost[0]} ({len(lost)} such): see its .gitignore")
 
 
 def refused(repo: str, error: Exception) -> str:

@@ -15,7 +15,7 @@ from typing import Any
 import pyarrow.compute as pc
 from tqdm import tqdm
 
-from codec.hub import make_repository, refused
+from codec.hub import check_kept, make_repository, refused
 from pipeline.settings import PushShardsSettings
 from pipeline.statuses import COLUMNS, Statuses
 from shards.contract import INDEX_NAME, META_FIELDS, OK, SPLITS, SUMS_NAME, TARGET_RATE
@@ -60,8 +60,7 @@ def push_shards(settings: PushShardsSettings) -> None:
     try:
         make_repository(api, settings.repo, "dataset", settings.private)
         _upload(api, settings.repo, _missing(api, settings.repo, uploads))
-        if lost := _missing(api, settings.repo, uploads):
-            raise UserError(f"{settings.repo} did not keep {lost[0].name} ({len(lost)} such): see its .gitignore")
+        check_kept(settings.repo, [upload.name for upload in _missing(api, settings.repo, uploads)])
         if api.file_exists(settings.repo, CARD_NAME, repo_type="dataset"):
             tqdm.write(f"{settings.repo} keeps its {CARD_NAME}; `dry_run=true` prints ours")
         else:

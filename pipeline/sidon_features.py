@@ -29,7 +29,7 @@ PREEMPHASIS = 0.97
 FLOOR = 1.192092955078125e-07
 EPSILON = 1e-7  # added to the variance
 BLOCK_FRAMES = 256  # at once on a CPU, so that a block stays in its cache
-TOGETHER = 16  # neighbouring bands whose filters are one matrix: over all bins most of it would be zero
+BANDS_AT_ONCE = 16  # whose filters are one matrix: that of all bands would be zero for most bins
 
 
 def features(wav_BN: Tensor, samples: list[int]) -> Tensor:
@@ -86,8 +86,8 @@ def _frame_means(wav_BN: Tensor) -> Tensor:
 
 @lru_cache(maxsize=4)
 def _constants(device: torch.device) -> tuple[Tensor, list[tuple[int, int, Tensor]]]:
-    """Povey window without its first sample (399,), float64; mel filters × full scale², float32, TOGETHER bands each:
-    the first of 514 rows that they weigh, the first after the last, and their weights.
+    """Povey window without its first sample (399,), float64; mel filters × full scale², float32,
+    BANDS_AT_ONCE each: the first of 514 rows that they weigh, the first after the last, and their weights.
 
     Filters are triangles on the scale 1127 ln(1 + f / 700) from 20 Hz to 8 kHz, as Kaldi makes them. Each row stands
     twice, for real and imaginary part.
@@ -100,7 +100,7 @@ def _constants(device: torch.device) -> tuple[Tensor, list[tuple[int, int, Tenso
     fall = (corners[2:] - bins_K1) / (corners[2:] - corners[1:-1])
     weights = np.repeat(np.minimum(rise, fall).clip(min=0) * FULL_SCALE**2, 2, axis=0).astype(np.float32)
     filters = []
-    for bands in np.split(weights, N_MELS // TOGETHER, axis=1):
+    for bands in np.split(weights, N_MELS // BANDS_AT_ONCE, axis=1):
         first, *_, last = np.flatnonzero(bands.any(axis=1)).tolist()
         filters.append((first, last + 1, torch.from_numpy(bands[first : last + 1]).to(device)))
     return torch.from_numpy(window[1:]).to(device), filters

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from codec.hub import make_repository, refused
+from codec.hub import check_kept, make_repository, refused
 from shards.errors import UserError, printable
 from shards.files import file_sha256
 from trainer.checkpoint import PROVENANCE
@@ -54,8 +54,7 @@ def _upload(settings: PushSettings, names: list[str]) -> None:
             allow_patterns=names,
             commit_message="A 48 kHz decoder for SNAC 24 kHz tokens",
         )
-        if lost := set(names).difference(api.list_repo_files(settings.repo)):
-            raise UserError(f"{settings.repo} did not keep {', '.join(sorted(lost))}: see its .gitignore")
+        check_kept(settings.repo, sorted(set(names).difference(api.list_repo_files(settings.repo))))
     except UserError:
         raise
     except Exception as error:  # the hub's client raises its own, requests' and the system's errors
