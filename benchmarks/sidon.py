@@ -1,7 +1,7 @@
 """How fast is stage 2, and what stands between it and its floor? With random weights of the true size.
 
 Each part is given in audio seconds per second, beside the plain way (stock packages, fp32, one recording after the
-other) and a floor measured in the same run.
+other) and a floor measured in the same run. All of them keep the memory that is freed, as stages do.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from benchmarks.harness import interleaved, of_speech, on_device, report
 from benchmarks.training_step import gflops, wait
 from codec.audio import AudioError, Recording, Samples, probe
 from codec.encoder import quicken
+from codec.memory import keep_freed_memory
 from codec.resample import Resampler
 from codec.snac import device_of
 from configs.loader import load_settings
@@ -280,6 +281,7 @@ def _made(bench: Bench, teacher: Teacher, times: int = 1) -> None:
 @on_device
 @click.option("--seconds", type=click.IntRange(min=1), default=2, show_default=True, help="Of each recording.")
 def main(speech: Path, gpu: str, seconds: int) -> None:
+    keep_freed_memory()
     device = device_of(gpu)
     number = 64 if device.type == "cuda" else 2
     precision = "bf16" if device.type == "cuda" else "fp32"

@@ -1,17 +1,21 @@
 """How fast is a training step? Stock classes in plain float32 against this trainer's, on one batch.
 
-The decoder has the true size (13.0 M parameters, random weights); losses are the base recipe's. The floor is
-arithmetic: 31 GFLOP per audio second, forward and backward, at what a matrix product of this device reaches.
+The decoder has the true size (13.0 M parameters, random weights); losses are the base recipe's. There are two floors.
+Arithmetic: 31 GFLOP per audio second, forward and backward, at what a matrix product of this device reaches. Memory:
+what the decoder has to read and write even if each residual unit were one pass, at the speed of a copy.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from typing import Any
 
 import click
 import torch
 from snac import SNAC
+from snac.layers import Decoder, DecoderBlock, ResidualUnit
+from torch import Tensor, nn
 
 from benchmarks.encoding import true_size
 from benchmarks.harness import in_rounds, interleaved, of_crops, of_seconds, on_device, report
@@ -20,7 +24,7 @@ from codec.snac import device_of
 from configs.loader import load_settings
 from shards.contract import COARSE_48K, CODEBOOK_SIZE, CONTEXT_COARSE, TARGET_RATE, TOKENS, coarse_tokens
 from trainer.data import Batch
-from trainer.decoder import CodesToLatent, trainable, warm_start
+from trainer.decoder import NEW_BLOCK, CodesToLatent, trainable, warm_start
 from trainer.distributed import Process
 from trainer.learner import Learner
 from trainer.losses import reconstruction, weighted
@@ -87,6 +91,45 @@ def gflops(device: torch.device, dtype: torch.dtype) -> float:
     return 2 * size**3 / seconds / 1e9
 
 
+def least_bytes(decoder: Decoder, bf16: bool) -> float:
+    """Per second of audio: residual units, and the convolutions between them, each read their input and write their
+    output; going back they read the input and the output's gradient and write the input's. Weights and losses are left
+    out.
+    """
+    moved = 0
+
+    def counted(module: nn.Module, size: int) -> Any:
+        def hook(_: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
+            nonlocal moved
+            moved += size * (3 * inputs[0].numel() + 2 * output.numel())
+
+        return module.register_forward_hook(hook)
+
+    hooks = [
+        counted(part, 2 if bf16 and number < NEW_BLOCK else 4)
+        for number, layer in enumerate(decoder.model)
+        for part in (layer.block if isinstance(layer, DecoderBlock) else [layer])
+        if isinstance(part, nn.Conv1d | nn.ConvTranspose1d | ResidualUnit)
+    ]
+    with torch.inference_mode():
+        wav_B1N = decoder(torch.zeros(1, decoder.model[0].in_channels, 8))
+    for hook in hooks:
+        hook.remove()
+    return moved / wav_B1N.shape[-1] * TARGET_RATE
+
+
+def bytes_per_second(device: torch.device) -> float:
+    """That a copy of a large tensor reads and writes."""
+    source = torch.ones(2**30 if device.type == "cuda" else 2**26, device=device)
+    made = torch.empty_like(source)
+
+    def copy() -> None:
+        made.copy_(source)
+        wait(device)
+
+    return 2 * source.nbytes / interleaved({"copy": copy}, rounds=5)["copy"]
+
+
 def wait(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -115,14 +158,19 @@ def main(gpu: str, crops: int, seconds: float, rounds: int) -> None:
     keep_freed_memory()  # as training does; there is no way back, so what is stock comes first
     medians |= interleaved(ways, rounds, warm_up=2)
     audio = crops * length * COARSE_48K / TARGET_RATE
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    floor = audio * GFLOP_PER_SECOND_OF_AUDIO / gflops(device, dtype)
     first = next(iter(medians.values()))
+    bf16 = device.type == "cuda"
+    moved = least_bytes(warm_start(snac, "zero", 0), bf16)
+    medians["floor: arithmetic"] = (
+        audio * GFLOP_PER_SECOND_OF_AUDIO / gflops(device, torch.bfloat16 if bf16 else torch.float32)
+    )
+    medians["floor: memory"] = audio * moved / bytes_per_second(device)
     rows = [
         {"way": name, "seconds": seconds, "audio_s_per_s": audio / seconds, "times_stock": first / seconds}
-        for name, seconds in [*medians.items(), (f"floor, {dtype}", floor)]
+        for name, seconds in medians.items()
     ]
-    report("training_step", rows, gpu, crops=crops, coarse=length, seconds_in_all=time.perf_counter() - began)
+    in_all = time.perf_counter() - began
+    report("training_step", rows, gpu, crops=crops, coarse=length, bytes_per_audio_second=moved, seconds_in_all=in_all)
 
 
 if __name__ == "__main__":
