@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
@@ -21,7 +22,7 @@ from pydantic import (
 
 from shards.errors import SettingsError
 from shards.files import write_whole
-from shards.storage import Location, Url, locate
+from shards.storage import SCHEMES, Location, Url, locate
 
 FOLDER = Path(__file__).parent
 OURS = ("value_error", "string_pattern_mismatch")  # problems that are told in words of the settings
@@ -33,6 +34,8 @@ def _at_home(value: Any) -> Any:
     """
     if value == "":
         raise ValueError("is empty; the folder where the command runs is .")
+    if isinstance(value, str) and re.match(rf"({'|'.join(SCHEMES)}):/(?!/)", value):
+        raise ValueError("would be a folder on this machine: a URL is written s3://bucket/folder")
     return Path(value).expanduser() if isinstance(value, str) and value.startswith("~/") else value
 
 
@@ -45,6 +48,9 @@ def _location(value: Any) -> Location:
         return Path(os.path.normpath(place.absolute()))
     if "://" not in place.text:
         raise ValueError("should name a bucket, as s3://bucket/folder does")
+    _, _, *names = place.text.split("/")
+    if names[1:2] == [""] or not {".", ".."}.isdisjoint(names):
+        raise ValueError("names in a bucket are taken as they are written, // and . too: write s3://bucket/folder")
     return place
 
 
