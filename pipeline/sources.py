@@ -57,7 +57,7 @@ def find(audio: Location, group_pattern: str | None) -> tuple[pa.Table, Counter[
             raise UserError(f"audio={audio} has no rows: a manifest names a recording in each")
     elif audio.suffix == TAR and audio.is_file():
         columns, ignored = _columns(_tar(audio, audio.name))
-    elif audio.is_dir():
+    elif _is_folder(audio):
         columns, ignored = _columns(_folder(audio))
     elif audio.is_file():
         raise UserError(f"audio={audio} is neither a folder nor a manifest ({', '.join(MANIFESTS)}) nor a .tar")
@@ -77,7 +77,7 @@ def listed_sha256(audio: Location) -> str:
     """Of a manifest, or of the names in a folder and the tars' sizes and times: as long as it stays, so does `find`."""
     if audio.suffix in MANIFESTS and audio.is_file():
         return file_sha256(audio)
-    paths = sorted(path for path, _ in _walk(audio)) if audio.is_dir() else [str(audio)]
+    paths = sorted(path for path, _ in _walk(audio)) if _is_folder(audio) else [str(audio)]
     digest = hashlib.sha256()
     with ThreadPoolExecutor(READERS) as pool:
         versions = pool.map(_version, (path for path in paths if path.lower().endswith(TAR)))
@@ -125,6 +125,11 @@ def _columns(items: Iterable[Item]) -> tuple[dict[str, list[Any]], Counter[str]]
     return columns, ignored
 
 
+def _is_folder(audio: Location) -> bool:
+    """In a bucket an object may have the name of a folder, as programs leave that show the bucket as a disk."""
+    return audio.is_dir() or (isinstance(audio, Url) and audio.is_file() and bool(audio.files().keys() - {audio}))
+
+
 def _folder(folder: Location) -> Iterator[Item]:
     prefix = len(str(folder).rstrip("/")) + 1
     tars = []
@@ -132,7 +137,7 @@ def _folder(folder: Location) -> Iterator[Item]:
         id, name = path[prefix:], path.rpartition("/")[2]
         suffix = os.path.splitext(name)[1].lower()  # noqa: PTH122 (a million of them)
         if not name:
-            yield "empty folder"
+            yield f"{id} (a folder's name)" if file_bytes else "folder marker" if file_bytes == 0 else "empty folder"
         elif suffix not in (*EXTENSIONS, TAR):
             yield suffix or _without_suffix(path, id)
         elif name.endswith(DECODED):
@@ -204,13 +209,13 @@ def _below(folder: str, seen: set[tuple[int, int]]) -> Iterator[str]:
     if not entries:
         yield f"{folder}/"
     for entry in entries:
-        if _is_folder(entry) and entry.name != FSCK_FOLDER:
+        if _leads_on(entry) and entry.name != FSCK_FOLDER:
             yield from _below(entry.path, seen)
         else:
             yield entry.path
 
 
-def _is_folder(entry: os.DirEntry[str]) -> bool:
+def _leads_on(entry: os.DirEntry[str]) -> bool:
     try:
         return entry.is_dir()
     except OSError as error:
