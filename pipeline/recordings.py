@@ -107,7 +107,7 @@ def _gone_is_a_reason(row: Row) -> Iterator[None]:
         yield
     except OSError as error:
         # ids are paths below the folder of all recordings, where no manifest names them
-        folder = Path(row["path"].removesuffix(row["recording"]))
+        folder = locate(row["path"].removesuffix(row["recording"]))
         if row["path"].endswith("/" + row["recording"]) and not folder.exists():
             raise UserError(f"{folder} is not there: is it mounted? Then the same command goes on") from error
         raise AudioError(f"{reason_of_one(locate(row['path']), error)} since planning") from error
