@@ -46,6 +46,15 @@ NETWORK_ERRORS = {  # of Python, botocore, aiohttp, requests, httpx and google.a
 }
 WHOLE_BYTES = 1 << 28  # up to this size `open` fetches an object at once
 BLOCK_BYTES = 1 << 22  # of larger ones
+EXPIRED = "have the credentials expired?"
+DENIED = "do the credentials allow it? Where they allow no listing, what is not there is refused as well"
+ELSEWHERE = "the bucket is in another region or behind another address: AWS_DEFAULT_REGION, AWS_ENDPOINT_URL (https?)"
+WAYS_OUT = {  # by what S3 calls an error; by its status, where HEAD is asked, which tells no more
+    **dict.fromkeys(("400", "ExpiredToken"), EXPIRED),
+    **dict.fromkeys(("403", "AccessDenied"), DENIED),
+    **dict.fromkeys(("301", "307", "PermanentRedirect", "TemporaryRedirect"), ELSEWHERE),
+    "AuthorizationHeaderMalformed": ELSEWHERE,
+}
 READERS = 16  # threads that look into many files, and mostly wait for disks or storage
 FULL = {errno.ENOSPC, errno.EDQUOT}
 OF_WRITING = {*FULL, errno.EFBIG, errno.EROFS, errno.EIO}
@@ -126,7 +135,12 @@ class Url:
         just_these = {"cache_type": "none"} if is_fixed else {}  # of itself the hub's reads 5 MiB beyond them
 
         def read(files: Any, path: str) -> bytes:
-            data: bytes = files.cat_file(path, start=start, end=stop, **just_these)
+            try:
+                data: bytes = files.cat_file(path, start=start, end=stop, **just_these)
+            except Exception as error:
+                if _answer(error)[0] != 416:  # it ends before `start`
+                    raise
+                return b""
             most = -start if start < 0 else len(data) if stop is None else stop - start
             if len(data) > most or (len(data) < most and start >= 0 and is_fixed):
                 raise OSError(f"{most} bytes were asked for, and {len(data)} came, as from a proxy or a login page")
@@ -194,16 +208,17 @@ class Url:
                 try:
                     return action(files, _path(files, self))
                 except FileNotFoundError as error:
-                    raise FileNotFoundError(errno.ENOENT, "no such object", self.text) from error
+                    what = "bucket" if _answer(error)[1] == "NoSuchBucket" else "object"
+                    raise FileNotFoundError(errno.ENOENT, f"no such {what}", self.text) from error
                 except Exception as error:  # each filesystem raises its own kinds
                     if is_full(error):
                         raise
+                    if _answer(error)[1] == "InvalidObjectState":
+                        raise PermissionError(errno.EACCES, "archived (restore it first)", self.text) from error
                     failing_since = min(failing_since, time.monotonic())
                     seconds = time.monotonic() - failing_since
-                    reason = " ".join(str(error).split()) or type(error).__name__
-                    if isinstance(error, json.JSONDecodeError):
-                        reason = f"the answer is not JSON, as from a proxy or a login page ({reason})"
-                    hopeless = isinstance(error, PermissionError | NotImplementedError | ValueError)
+                    reason = _reason(error)
+                    hopeless = isinstance(error, PermissionError | NotImplementedError | ValueError | RecursionError)
                     patience = PATIENCE_SECONDS if _is_outage(error) else 0
                     if hopeless or (attempt >= ATTEMPTS and seconds >= patience):
                         raise StorageError(f"{self}: {reason} ({attempt} attempts in {seconds:.0f} s)") from error
@@ -233,14 +248,32 @@ def naming_written(path: Path) -> Iterator[None]:
         raise
 
 
-def _is_outage(error: Exception) -> bool:
-    """Whether the storage could not be reached, or answered that it cannot serve now."""
+def _answer(error: Exception) -> tuple[int | None, str, str]:
+    """What the storage answered: its status and, of S3, the error's name and what is said of it."""
     answer = getattr(error.__cause__ or error, "response", None)
     if isinstance(answer, dict):  # botocore's
-        status = answer.get("ResponseMetadata", {}).get("HTTPStatusCode")
-    else:
-        status = getattr(answer, "status_code", getattr(error, "code", None))
-    if isinstance(status, int):
+        told = answer.get("Error", {})
+        return answer.get("ResponseMetadata", {}).get("HTTPStatusCode"), told.get("Code", ""), told.get("Message", "")
+    status = getattr(answer, "status_code", getattr(error, "code", None))
+    return (status if isinstance(status, int) else None), "", ""
+
+
+def _reason(error: Exception) -> str:
+    """In a line, with a way out where there is one."""
+    _, code, said = _answer(error)
+    if isinstance(error, RecursionError):  # botocore's, when a redirect does not say to which region
+        code, said = "307", "redirected"
+    said = f"{code}: {said}" if code else str(error)
+    reason = " ".join(said.split()) or type(error).__name__
+    if isinstance(error, json.JSONDecodeError):
+        return f"the answer is not JSON, as from a proxy or a login page ({reason})"
+    return f"{reason}; {WAYS_OUT[code]}" if code in WAYS_OUT else reason
+
+
+def _is_outage(error: Exception) -> bool:
+    """Whether the storage could not be reached, or answered that it cannot serve now."""
+    status, *_ = _answer(error)
+    if status is not None:
         return status >= 500 or status in (408, 429)
     kinds = {kind.__name__ for kind in type(error).__mro__}
     return not kinds.isdisjoint(NETWORK_ERRORS) and "OfflineModeIsEnabled" not in kinds

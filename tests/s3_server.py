@@ -15,7 +15,14 @@ from typing import Any
 import pytest
 
 Fault = Callable[[str, str], str | None]  # (method, path) → None, "slow", "cut" or one of ERRORS
-ERRORS = {"error": (500, "InternalError"), "refused": (400, "InvalidRequest"), "denied": (403, "AccessDenied")}
+ERRORS = {
+    "error": (500, "InternalError"),
+    "refused": (400, "InvalidRequest"),
+    "denied": (403, "AccessDenied"),
+    "expired": (400, "ExpiredToken"),
+    "archived": (403, "InvalidObjectState"),
+    "moved": (301, "PermanentRedirect"),
+}
 SLOW_SECONDS = 0.1
 
 
