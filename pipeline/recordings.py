@@ -39,7 +39,8 @@ class Opener:
     @cached_property
     def _place(self) -> Stored:
         with _gone_is_a_reason(self._row):
-            return at_hand(stored(*(self._row[name] for name in ("path", "offset", "file_bytes"))))
+            size = self._row["file_bytes"]
+            return at_hand(stored(self._row["path"], self._row["offset"], size), size)
 
     @cached_property
     def _version(self) -> tuple[int, int | str]:

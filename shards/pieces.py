@@ -95,12 +95,18 @@ def version(place: Stored) -> tuple[int, int | str]:
     return stat.st_size, stat.tag if isinstance(stat, Stat) else stat.st_mtime_ns
 
 
-def at_hand(place: Path | Url | Part) -> Stored:
-    """What is remote, fetched once; one above storage.WHOLE_BYTES is left where it is."""
-    whole, offset = (place.whole, place.offset) if isinstance(place, Part) else (place, 0)
-    if not isinstance(whole, Url) or (size := place.stat().st_size) > storage.WHOLE_BYTES:
+def at_hand(place: Path | Url | Part, size: int | None = None) -> Stored:
+    """What is remote, fetched once; one above storage.WHOLE_BYTES is left where it is. It is asked for its size unless
+    that is known; where it is another by now, all of it is fetched.
+    """
+    if isinstance(place, Path) or (isinstance(place, Part) and isinstance(place.whole, Path)):
         return place
-    return Fetched(whole.read_bytes(offset, offset + size) if size else b"")
+    if (place.stat().st_size if size is None else size) > storage.WHOLE_BYTES:
+        return place
+    if isinstance(place, Url):
+        return Fetched(place.read_bytes())
+    with place.open() as file:
+        return Fetched(file.read())
 
 
 @contextmanager
