@@ -24,10 +24,12 @@ from shards.contract import OK, TARGET_RATE
 SPEECH_BYTES = 2_500_000  # some minutes
 HOURS = (4_000, 10_000, 100_000)
 GPUS = (1, 8, 64)
-REQUESTS_PER_FILE = 5  # into remote storage: put, its size, copy, delete, and whether it stands
 SEGMENT_SECONDS = 47 * 4096 / TARGET_RATE  # 4 s on whole coarse tokens
 SEGMENTS_PER_SHARD = 1000
 FILES_PER_SHARD = 3  # codes, tar, sidecar
+# Into remote storage: put, and its size, for each and for the sidecar ahead, which is read and deleted; and whether
+# codes and sidecar stand.
+REQUESTS_PER_SHARD = 2 * (FILES_PER_SHARD + 1) + 2 + 2
 ASSUMED = {
     "SIDON, times real time on one GPU, plain": 200,
     "SIDON, times real time on one GPU, batched": 2000,
@@ -67,7 +69,7 @@ def needs(hours: int, measured: dict[str, float], plan_bytes_per_segment: float)
         "hours": hours,
         "million_segments": segments / 1e6,
         "files": files,
-        "requests": files * REQUESTS_PER_FILE,
+        "requests": round(segments / SEGMENTS_PER_SHARD * REQUESTS_PER_SHARD),
         "tars_tb": terabytes,
         "codes_gb": hours * measured["codes"] / 1e9,
         "tables_gb": tables / 1e9,

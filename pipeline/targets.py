@@ -175,7 +175,7 @@ class TargetsStage(Stage):
                 row, members = next(standing if place in kept else fresh)
                 writer.add(row, members) if members else writer.add_row(row)
                 advance(row["n_samples"] / TARGET_RATE)
-            if self.table(number).exists():
+            if read_footer(self.table(number)):
                 if self.settings.slice_count and isinstance(self.settings.work, Path):
                     together.enter_context(one_slice(self.settings.work, self.folder))  # no index of what is replaced
                 forget(self.folder)

@@ -19,9 +19,8 @@ import math
 import tempfile
 import threading
 import time
-import uuid
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from functools import cache
@@ -133,6 +132,8 @@ class Url:
         """By one request. The last bytes where `start` is negative, all of them where there are fewer."""
         is_fixed = self.text.startswith("hf://")  # elsewhere it may be shorter by now
         just_these = {"cache_type": "none"} if is_fixed else {}  # of itself the hub's reads 5 MiB beyond them
+        if is_fixed and start == 0 and stop is None:
+            stop = self.stat().st_size
 
         def read(files: Any, path: str) -> bytes:
             try:
@@ -181,19 +182,13 @@ class Url:
 
     @contextmanager
     def replacing(self) -> Iterator[Path]:
-        """Yields a local file; on success it is uploaded under a name of its own, checked, and then takes this one."""
+        """Yields a local file; on success it is uploaded. The storage shows an object whole, or the one before."""
         with tempfile.TemporaryDirectory() as folder:
             local = Path(folder) / self.name
             with naming_written(local):
                 yield local
-            temporary = self.with_name(f"{self.name}.{uuid.uuid4().hex}.tmp")
-            try:
-                self._patiently(lambda files, _: files.put_file(str(local), _path(files, temporary)))
-                self._check_size(temporary.stat().st_size, local.stat().st_size, f"uploaded to {temporary}")
-                self._patiently(lambda files, path: files.cp_file(_path(files, temporary), path))
-            finally:
-                with suppress(FileNotFoundError, StorageError):  # what failed before says more
-                    temporary.unlink()
+            self._patiently(lambda files, path: files.put_file(str(local), path))
+            self._check_size(self.stat().st_size, local.stat().st_size, "uploaded")
 
     def _check_size(self, found: int, expected: int, where: str) -> None:
         if found != expected:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import re
+from collections import Counter
 from pathlib import Path
 
 import boto3
@@ -14,11 +16,12 @@ from pipeline.codes import shard_codes
 from pipeline.plan import make_plan
 from pipeline.settings import VerifySettings
 from pipeline.sources import find
+from pipeline.targets import shard_targets
 from shards.errors import SettingsError, ShardError, UserError
 from shards.storage import Url
 from shards.writer import read_footer
 from tests.command_helpers import in_process, refused, rows_of
-from tests.helpers import codes_settings, codes_words, speechlike
+from tests.helpers import codes_settings, codes_words, speechlike, targets_settings
 from tests.s3_server import Door
 
 KEYS = (
@@ -145,3 +148,18 @@ def test_there_is_nothing_behind_the_end(door: Door) -> None:
     assert (empty.read_bytes(), empty.read_bytes(-8), short.read_bytes(3, 9)) == (b"", b"", b"")
     with pytest.raises(ShardError, match="damaged, or no file of ours"):
         read_footer(empty)
+
+
+def test_what_a_shard_costs_to_write(door: Door) -> None:
+    """Four uploads, each asked for its size; and a sidecar that is whole before the tar is takes its name later."""
+    folder, work = takes(door, "cost"), Url("s3://corpus/cost_work")
+    settings = codes_settings(folder, work, "segments_per_shard=2")
+    door.asked.clear()
+    shard_codes(settings)
+    shard_targets(targets_settings(work))  # type: ignore[arg-type]
+    shards = len(make_plan(settings).shards)
+    asked = Counter((method, path.partition(".")[2]) for method, path in door.asked if re.search(r"/\d{6}\.", path))
+    written = {pair: n / shards for pair, n in asked.items() if pair[0] != "GET"}
+    one = dict.fromkeys([("PUT", "tar"), ("HEAD", "tar"), ("PUT", "parquet.next"), ("HEAD", "parquet.next")], 1)
+    assert written == {**one, ("PUT", "parquet"): 2, ("HEAD", "parquet"): 2, ("DELETE", "parquet.next"): 1}
+    assert not [path for _, path in door.asked if re.search(r"list-type=.*\d{6}\.", path)]
