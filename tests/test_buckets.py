@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import re
 from collections import Counter
 from pathlib import Path
@@ -163,3 +164,15 @@ def test_what_a_shard_costs_to_write(door: Door) -> None:
     one = dict.fromkeys([("PUT", "tar"), ("HEAD", "tar"), ("PUT", "parquet.next"), ("HEAD", "parquet.next")], 1)
     assert written == {**one, ("PUT", "parquet"): 2, ("HEAD", "parquet"): 2, ("DELETE", "parquet.next"): 1}
     assert not [path for _, path in door.asked if re.search(r"list-type=.*\d{6}\.", path)]
+
+
+def test_paths_of_a_manifest_are_relative_to_its_folder(door: Door, tmp_path: Path) -> None:
+    """As on a disk, where a bucket would take . and .. as names; and they lead to no other bucket."""
+    takes(door, "dots", 2)
+    names = ["./speaker_0/0.wav", "../dots/speaker_1/1.wav", "../../other/2.wav"]
+    fill(door, {"dots/list.jsonl": "\n".join(json.dumps({"path": name}) for name in names).encode()})
+    shard_codes(codes_settings(Url("s3://corpus/dots/list.jsonl"), tmp_path, "max_failed_fraction=1"))
+    assert {id: rows[0]["reason"] for id, rows in rows_of(tmp_path / "codes").items()} == {
+        **dict.fromkeys(names, None),
+        "../../other/2.wav": "no such object",
+    }
