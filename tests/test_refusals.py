@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
 import subprocess
 from collections.abc import Iterator
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 
+from shards.errors import UserError
 from shards.files import exclusive
 from shards.writer import read_metadata
 from tests.command_helpers import assert_one_line, in_process, refused, stamps, without_settings
@@ -83,7 +86,7 @@ def test_a_damaged_snac_is_one_line(
     path = tmp_path / "snac" / file
     path.unlink() if content is None else path.write_text(content)
     refused(codes_words(recordings, tmp_path / "work", word), message)
-    assert not stamps(tmp_path / "work")
+    assert not (tmp_path / "work").exists()
 
 
 def test_a_snac_that_is_not_pinned_is_refused(recordings: Path, tmp_path: Path) -> None:
@@ -183,3 +186,44 @@ def test_a_full_disk_is_one_line_and_space_mends_it(stage: str, recordings: Path
         reached.add(len(found))
     assert found.keys() == whole.keys()
     assert len(reached) > 3
+
+
+@pytest.mark.parametrize("stands", [None, "a", "a/b", "a/b/file"])
+def test_a_folder_that_was_made_for_nothing_goes_again(stands: str | None, tmp_path: Path) -> None:
+    """What stood before, or was written meanwhile, stays."""
+    folder = tmp_path / "a" / "b"
+    if stands in ("a", "a/b"):
+        (tmp_path / stands).mkdir(parents=True)
+    with suppress(UserError), exclusive(folder):
+        if stands == "a/b/file":
+            (folder / "file").touch()
+        raise UserError("planted")
+    left = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")} - {"a/b/.lock"}
+    assert left == {str(path) for path in (Path(stands or ""), *Path(stands or "").parents)} - {"."}
+    with exclusive(folder):
+        pass
+
+
+@pytest.mark.parametrize("step", ["mkdir", "open", "flock"])
+def test_a_folder_that_goes_is_not_held_by_who_came_meanwhile(
+    step: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has made sure of the folder, opened the lock, or got it."""
+    folder, first = tmp_path / "work", ExitStack()
+    owner = fcntl if step == "flock" else Path
+    take = getattr(owner, step)
+
+    def and_it_goes(*words: Any, **options: Any) -> Any:
+        monkeypatch.undo()
+        if step != "flock":
+            result = take(*words, **options)
+        first.close()
+        return result if step != "flock" else take(*words, **options)
+
+    first.enter_context(exclusive(folder))
+    monkeypatch.setattr(owner, step, and_it_goes)
+    with pytest.raises(UserError, match="another process has just written here; try again"), exclusive(folder):
+        pytest.fail("too early")
+    assert not folder.exists()
+    with exclusive(folder):
+        assert folder.exists()
