@@ -80,10 +80,11 @@ class Settings(BaseModel):
 S = TypeVar("S", bound=Settings)
 
 
-def load_settings(model: type[S], default_file: str, overrides: Iterable[str]) -> S:
+def load_settings(model: type[S], default_file: str, overrides: Iterable[str], step: str = "") -> S:
     """`default_file`, on it the file that a `config=` override names, on top the other overrides.
 
-    Values are parsed as JSON, else taken as text. Raises SettingsError with one line that names the key.
+    Values are parsed as JSON, else taken as text. Raises SettingsError with one line that names the key, as it is
+    written where they are settings of one `step` (`train.`).
     """
     values, chosen = _split(overrides)
     merged = _read(FOLDER / default_file) | (_read(Path(chosen)) if chosen is not None else {})
@@ -92,7 +93,7 @@ def load_settings(model: type[S], default_file: str, overrides: Iterable[str]) -
     try:
         return model.model_validate(merged)
     except ValidationError as error:
-        raise SettingsError(_explain(error, model)) from None
+        raise SettingsError(_explain(error, model, step)) from None
 
 
 def _split(overrides: Iterable[str]) -> tuple[dict[str, Any], str | None]:
@@ -149,14 +150,14 @@ def _key(loc: tuple[int | str, ...]) -> str:
     return ".".join(part for part in map(str, loc) if part.isidentifier() or part.isdigit())
 
 
-def _explain(error: ValidationError, model: type[BaseModel]) -> str:
+def _explain(error: ValidationError, model: type[BaseModel], step: str) -> str:
     """In one line: what is wrong with which keys, and which there are where one is unknown or missing; or with how they
     go together.
     """
     problems: dict[str, list[Any]] = {}
     for problem in error.errors(include_url=False):
         problems.setdefault(_key(problem["loc"]), []).append(problem)
-    told = "; ".join(_told(key, found, model) for key, found in problems.items())
+    told = "; ".join((step if key else "") + _told(key, found, model) for key, found in problems.items())
     kinds = {problem["type"] for found in problems.values() for problem in found}
     return told + (f". Known keys: {', '.join(model.model_fields)}" if kinds & {"extra_forbidden", "missing"} else "")
 
