@@ -106,7 +106,20 @@ def test_a_snac_of_another_geometry_is_refused(changes: dict[str, Any], recordin
     refused(codes_words(recordings, tmp_path / "work", other_snac(tmp_path, **changes)), "is not a SNAC 24 kHz")
 
 
+@pytest.mark.parametrize("teacher", ["sidon", "auto", "hybrid"])
+def test_another_teacher_is_refused_before_sidon_is_fetched(
+    teacher: str, copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipeline.teachers.load_sidon", lambda *_: pytest.fail("it is asked for"))
+    before = stamps(copy)
+    refused(targets_words(copy, f"teacher={teacher}"), "made by another run (teacher is recording, now ")
+    assert stamps(copy) == before
+    shutil.rmtree(copy / "codes")
+    refused(targets_words(copy, f"teacher={teacher}"), "codes/train/000000.parquet is missing: run `just shard-codes`")
+
+
 def test_a_sidon_with_a_wrong_hash_is_refused(copy: Path, tmp_path: Path) -> None:
+    shutil.rmtree(copy / "shards")
     before, sidon, pins = stamps(copy), tmp_path / "sidon", tmp_path / "weights.json"
     sidon.mkdir()
     for name in ("feature_extractor_cpu.pt", "decoder_cpu.pt"):
@@ -121,6 +134,7 @@ def test_a_sidon_with_a_wrong_hash_is_refused(copy: Path, tmp_path: Path) -> Non
 def test_a_gpu_that_is_not_there_is_asked_for_in_vain(recordings: Path, copy: Path) -> None:
     message = "gpu=0: no GPU is usable here ("
     refused(codes_words(recordings, copy, "gpu=0"), message)
+    shutil.rmtree(copy / "shards")
     refused(targets_words(copy, "gpu=0", "teacher=sidon"), message)
 
 
