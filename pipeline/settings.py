@@ -237,9 +237,8 @@ class WorkflowSettings(Settings):
         trained = json.loads((FOLDER / "decoder_48khz.json").read_text())  # all that codes and targets have in common
         for key in sorted(values.keys() - cls.model_fields.keys()):
             having = {"codes": CodesSettings.model_fields, "targets": TargetsSettings.model_fields, "train": trained}
-            steps = [f"{step}.{key}=" for step, keys in having.items() if key in keys] or [f"train.{key}="]
-            raise ValueError(
-                f"{key}: unknown key; a setting of one step is written {' or '.join(steps)}. "
-                f"Known keys: {', '.join(cls.model_fields)}"
-            )
+            steps = [step for step, keys in having.items() if key in keys] or ["train"]
+            written = " or ".join(f"{step}.{key}=" for step in steps)
+            hint = "" if isinstance(values[key], dict) else f"; a setting of one step is written {written}"
+            raise ValueError(f"{key}: unknown key{hint}. Known keys: {', '.join(cls.model_fields)}")
         return values

@@ -116,6 +116,11 @@ def test_workflow_says_whose_setting_a_key_is(key: str, places: str) -> None:
         load_settings(WorkflowSettings, "workflow.json", ["audio=a", "work=w", "run=r", "gpu=cpu", f"{key}=5"])
 
 
+def test_a_step_that_there_is_not_is_no_setting_of_one() -> None:
+    with pytest.raises(SettingsError, match=r"^training: unknown key\. Known keys: audio, "):
+        load_settings(WorkflowSettings, "workflow.json", ["audio=a", "training.max_steps=5"])
+
+
 def test_the_keys_that_training_has_too_are_told_from_its_defaults() -> None:
     """`WorkflowSettings` knows no others of it."""
     of_stages = CodesSettings.model_fields.keys() | TargetsSettings.model_fields.keys()
