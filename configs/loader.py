@@ -40,6 +40,8 @@ def _location(value: Any) -> Location:
     value = _at_home(value)
     if not isinstance(value, str | Path | Url):
         raise ValueError("should be a path (./5 if its name is a number) or a URL such as s3://bucket/folder")
+    if str(value).startswith("[") and str(value).endswith("]"):
+        raise ValueError("""is no list without the quotes that the shell took: write 'KEY=["a", "b"]'""")
     place = locate(value)
     if isinstance(place, Path):  # it is written down, and read from other folders
         return Path(os.path.normpath(place.absolute()))

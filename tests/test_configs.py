@@ -206,6 +206,10 @@ def test_an_unset_variable_is_not_taken_for_the_folder_where_the_command_runs(wo
             'shards=["a", 5]',
             "shards.1: should be a path (./5 if its name is a number) or a URL such as s3://bucket/folder (given: 5)",
         ),
+        (
+            "shards=[a,b]",
+            """shards: is no list without the quotes that the shell took: write 'KEY=["a", "b"]' (given: '[a,b]')""",
+        ),
         ("gpu=[[0, 1]]", "gpu: should be number of the GPU, several (0,1,2,3), or cpu (given: [[0, 1]])"),
         ("gpu=0;1", "gpu: should be number of the GPU, several (0,1,2,3), or cpu (given: '0;1')"),
         ("gpu=CPU", "gpu: should be number of the GPU, several (0,1,2,3), or cpu (given: 'CPU')"),
