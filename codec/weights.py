@@ -9,6 +9,8 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+from tqdm import tqdm
+
 from shards.errors import UserError, first_line
 from shards.files import file_sha256
 
@@ -88,14 +90,18 @@ def _local(folder: Path, files: tuple[str, ...]) -> dict[str, Path]:
 
 
 def _from_hub(name: str, files: tuple[str, ...], entry: dict[str, Any] | None, pins: Path) -> dict[str, Path]:
-    from huggingface_hub import hf_hub_download
+    from huggingface_hub import hf_hub_download, try_to_load_from_cache
     from huggingface_hub.utils import logging
 
     logging.set_verbosity_error()  # its retries are not news; their failure is
     if entry is None:
         raise UserError(f"{name} is neither a directory nor a repository listed in {pins} with revision and sha256")
+    revision = entry["revision"]
+    missing = [file for file in files if not isinstance(try_to_load_from_cache(name, file, revision=revision), str)]
+    if missing:  # and without a network the client tries for half a minute
+        tqdm.write(f"fetching {', '.join(missing)} of {name} from the hub")
     try:
-        return {file: Path(hf_hub_download(name, file, revision=entry["revision"])) for file in files}
+        return {file: Path(hf_hub_download(name, file, revision=revision)) for file in files}
     except Exception as error:  # the hub's client raises its own, requests' and the system's errors
         raise UnreachableError(
             f"{name} cannot be fetched ({type(error).__name__}: {first_line(error)}): run `just prefetch` where the "

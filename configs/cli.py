@@ -25,10 +25,11 @@ def add_command(group: click.Group, name: str, settings: type[Settings], config:
     """
 
     @click.option("--check", is_flag=True, help="Only check the settings.")
+    @click.option("--step", hidden=True, default="", help="What `just workflow` puts before its keys.")
     @click.argument("overrides", nargs=-1, metavar="[key=value]...")
-    def body(overrides: tuple[str, ...], check: bool) -> None:
+    def body(overrides: tuple[str, ...], check: bool, step: str) -> None:
         try:
-            resolved = load_settings(settings, config, overrides)
+            resolved = load_settings(settings, config, overrides, step)
             if check:
                 return
             _prepare_environment()

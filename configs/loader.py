@@ -42,7 +42,9 @@ def _at_home(value: Any) -> Any:
 def _location(value: Any) -> Location:
     value = _at_home(value)
     if not isinstance(value, str | Path | Url):
-        raise ValueError("should be a path or a URL such as s3://bucket/folder")
+        raise ValueError("should be a path (./5 if its name is a number) or a URL such as s3://bucket/folder")
+    if str(value).startswith("[") and str(value).endswith("]"):
+        raise ValueError("""is no list without the quotes that the shell took: write 'KEY=["a", "b"]'""")
     place = locate(value)
     if isinstance(place, Path):  # it is written down, and read from other folders
         return Path(os.path.normpath(place.absolute()))
@@ -55,9 +57,16 @@ def _location(value: Any) -> Location:
 
 
 def _no_url(value: Any) -> Any:
+    if not isinstance(value, str | Path):
+        raise ValueError("should be a path (./5 if its name is a number)")
     if isinstance(value, str) and "://" in value:
         raise ValueError("should be a path on this machine, not a URL")
     return _at_home(value)
+
+
+def _in_a_row(gpus: Any) -> Any:
+    """0,1 of [0, 1], as other lists are written."""
+    return ",".join(map(str, gpus)) if isinstance(gpus, list) else gpus
 
 
 def _different(gpus: str) -> str:
@@ -70,7 +79,8 @@ def _different(gpus: str) -> str:
 Local = Annotated[Path, BeforeValidator(_no_url)]  # a setting: a path, and no URL that would be taken for one
 Place = Annotated[Location, PlainValidator(_location), PlainSerializer(str)]  # a setting: a path or a URL
 Gpu = Literal["cpu"] | Annotated[int, Field(ge=0)]  # a setting: where it is computed
-Gpus = Gpu | Annotated[str, Field(pattern=r"^\d+(,\d+)+$"), AfterValidator(_different)]
+Several = Annotated[str, BeforeValidator(_in_a_row), Field(pattern=r"^\d+(,\d+)+$"), AfterValidator(_different)]
+Gpus = Gpu | Several
 
 
 class Settings(BaseModel):
@@ -86,10 +96,11 @@ class Settings(BaseModel):
 S = TypeVar("S", bound=Settings)
 
 
-def load_settings(model: type[S], default_file: str, overrides: Iterable[str]) -> S:
+def load_settings(model: type[S], default_file: str, overrides: Iterable[str], step: str = "") -> S:
     """`default_file`, on it the file that a `config=` override names, on top the other overrides.
 
-    Values are parsed as JSON, else taken as text. Raises SettingsError with one line that names the key.
+    Values are parsed as JSON, else taken as text. Raises SettingsError with one line that names the key, as it is
+    written where they are settings of one `step` (`train.`).
     """
     values, chosen = _split(overrides)
     merged = _read(FOLDER / default_file) | (_read(Path(chosen)) if chosen is not None else {})
@@ -98,7 +109,7 @@ def load_settings(model: type[S], default_file: str, overrides: Iterable[str]) -
     try:
         return model.model_validate(merged)
     except ValidationError as error:
-        raise SettingsError(_explain(error, model)) from None
+        raise SettingsError(_explain(error, model, step)) from None
 
 
 def _split(overrides: Iterable[str]) -> tuple[dict[str, Any], str | None]:
@@ -106,7 +117,7 @@ def _split(overrides: Iterable[str]) -> tuple[dict[str, Any], str | None]:
     values: dict[str, Any] = {}
     for override in overrides:
         key, equals, text = override.partition("=")
-        if not equals or not key:
+        if not equals or not all(key.split(".")):
             raise SettingsError(f"{override!r} is not key=value")
         if key in values:
             raise SettingsError(f"{key} is given twice")
@@ -151,18 +162,20 @@ def _put(values: dict[str, Any], dotted: str, value: Any) -> None:
 
 
 def _key(loc: tuple[int | str, ...]) -> str:
-    """Without the names of a union's alternatives."""
-    return ".".join(part for part in map(str, loc) if part.isidentifier() or part.isdigit())
+    """As it was given, without the names of a union's alternatives."""
+    return ".".join(part for n, part in enumerate(map(str, loc)) if n == 0 or part.isidentifier() or part.isdigit())
 
 
-def _explain(error: ValidationError, model: type[BaseModel]) -> str:
+def _explain(error: ValidationError, model: type[BaseModel], step: str) -> str:
     """In one line: what is wrong with which keys, and which there are where one is unknown or missing; or with how they
     go together.
     """
     problems: dict[str, list[Any]] = {}
     for problem in error.errors(include_url=False):
         problems.setdefault(_key(problem["loc"]), []).append(problem)
-    told = "; ".join(_told(key, found, model) for key, found in problems.items())
+    for key in [key for key in problems if any(other.startswith(f"{key}.") for other in problems)]:
+        del problems[key]  # what is wrong with an item says more than that its list is no path, or too short without it
+    told = "; ".join((step if key else "") + _told(key, found, model) for key, found in problems.items())
     kinds = {problem["type"] for found in problems.values() for problem in found}
     return told + (f". Known keys: {', '.join(model.model_fields)}" if kinds & {"extra_forbidden", "missing"} else "")
 
@@ -184,4 +197,5 @@ def _text(key: str, problem: Any, model: type[BaseModel]) -> str:
     if problem["type"] == "string_pattern_mismatch" and key in model.model_fields:
         return f"should be {model.model_fields[key].description}"
     text, _, _ = problem["msg"].removeprefix("Value error, ").removeprefix("Input ").partition(", unable to parse")
+    text, _, _ = text.removeprefix("Tuple ").partition(" after validation")
     return str(text.replace("valid tuple", "list in brackets"))

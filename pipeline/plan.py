@@ -21,7 +21,7 @@ from tqdm import tqdm
 from pipeline.dealing import Shard, new_shards
 from pipeline.measure import END_TOLERANCE_SECONDS, measure
 from pipeline.settings import CodesSettings
-from pipeline.sources import find, listed_sha256
+from pipeline.sources import counted, find, listed_sha256
 from shards.contract import FAILED, OK, PLAN_NAME, PLAN_SCHEMA, SPLITS, TARGET_RATE
 from shards.errors import ShardError, UserError, printable
 from shards.files import exclusive, replacing
@@ -158,7 +158,7 @@ def _planning(settings: CodesSettings) -> AbstractContextManager[None]:
 def _found(settings: CodesSettings) -> pa.Table:
     found, ignored = find(settings.audio, settings.group_pattern)
     if ignored:
-        tqdm.write(printable(f"ignored: {', '.join(f'{n} × {name}' for name, n in ignored.most_common())}"))
+        tqdm.write(printable(f"ignored: {counted(ignored)}"))
     return found
 
 

@@ -2,21 +2,33 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
-from configs.loader import Gpu, Gpus, Local, Place, Settings
+from configs.loader import FOLDER, Gpu, Gpus, Local, Place, Settings
 from shards.storage import Location, Url
 
+
+def _no_repository(work: Location) -> Location:
+    if str(work).startswith("hf://"):
+        raise ValueError(
+            "every file in a repository of the hub is a commit, and shards are many: make them elsewhere, then "
+            "`just push-shards`"
+        )
+    return work
+
+
+Work = Annotated[Place, AfterValidator(_no_repository)]
 Threads = Literal["auto"] | Annotated[int, Field(ge=1, le=256)]
 
 
 class ExecutionSettings(Settings):
     """Which processes make the shards, and how failures are handled. The bytes do not depend on the processes."""
 
-    work: Place = Field(description="folder or URL (s3://…) for plan, codes and shards")
+    work: Work = Field(description="folder or URL (s3://…) for plan, codes and shards")
     gpu: Gpus = Field(description="number of the GPU, several (0,1,2,3: a process for each), or cpu")
     execute: Literal["local", "ray", "slice"] = Field(
         default="local", description="local: this machine; ray: actors on a Ray cluster; slice: one part of a job array"
@@ -35,16 +47,6 @@ class ExecutionSettings(Settings):
     slice_count: int | None = Field(default=None, ge=1, description="how many slices there are, with execute=slice")
     max_failed_fraction: float = Field(ge=0, le=1, description="end with an error if a larger share of segments failed")
     retry: Literal["none", "failed"] = Field(description="failed: retry the segments that failed")
-
-    @field_validator("work")
-    @classmethod
-    def _is_no_repository(cls, work: Location) -> Location:
-        if str(work).startswith("hf://"):
-            raise ValueError(
-                "every file in a repository of the hub is a commit, and shards are many: make them elsewhere, then "
-                "`just push-shards`"
-            )
-        return work
 
     @model_validator(mode="after")
     def _slice_is_one_of_them(self) -> ExecutionSettings:
@@ -221,7 +223,7 @@ class WorkflowSettings(Settings):
     """Codes, targets and training in one command. What is done is skipped, what was started continues."""
 
     audio: Place = Field(description="folder of recordings, or a manifest; or a URL")
-    work: Place = Field(description="folder or URL (s3://…) for plan, codes and shards")
+    work: Work = Field(description="folder or URL (s3://…) for plan, codes and shards")
     run: Local = Field(description="folder for checkpoints, logs and settings of the training")
     pretrained_model: str = Field(description="SNAC 24 kHz: hub name or local directory")
     gpu: Gpus = Field(description="number of the GPU, several (0,1), or cpu")
@@ -232,6 +234,11 @@ class WorkflowSettings(Settings):
     @model_validator(mode="before")
     @classmethod
     def _belongs_to_a_step(cls, values: dict[str, Any]) -> dict[str, Any]:
+        trained = json.loads((FOLDER / "decoder_48khz.json").read_text())  # all that codes and targets have in common
         for key in sorted(values.keys() - cls.model_fields.keys()):
-            raise ValueError(f"{key}: a setting of one step is written codes.{key}=, targets.{key}= or train.{key}=")
+            having = {"codes": CodesSettings.model_fields, "targets": TargetsSettings.model_fields, "train": trained}
+            steps = [step for step, keys in having.items() if key in keys] or ["train"]
+            written = " or ".join(f"{step}.{key}=" for step in steps)
+            hint = "" if isinstance(values[key], dict) else f"; a setting of one step is written {written}"
+            raise ValueError(f"{key}: unknown key{hint}. Known keys: {', '.join(cls.model_fields)}")
         return values

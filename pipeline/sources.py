@@ -64,13 +64,18 @@ def find(audio: Location, group_pattern: str | None) -> tuple[pa.Table, Counter[
     else:
         raise UserError(f"audio={audio}: no such folder or manifest")
     if not columns["path"]:
-        raise UserError(f"audio={audio} holds no recordings ({', '.join(sorted(EXTENSIONS))}); found {dict(ignored)}")
+        others = counted(ignored) or "nothing"
+        raise UserError(f"audio={audio} holds no recordings ({', '.join(sorted(EXTENSIONS))}); found: {others}")
     columns["group"] = _groups(columns, group_pattern)
     n = len(columns["path"])
     table = pa.table([columns.get(name) or pa.nulls(n) for name in FOUND_SCHEMA.names], FOUND_SCHEMA.names)
     table = table.cast(FOUND_SCHEMA).sort_by("recording")
     _check_ids(audio, table["recording"])
     return table, ignored
+
+
+def counted(ignored: Counter[str]) -> str:
+    return ", ".join(f"{n} × {name}" for name, n in ignored.most_common())
 
 
 def listed_sha256(audio: Location) -> str:

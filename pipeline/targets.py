@@ -24,13 +24,13 @@ from pipeline.ahead import map_ahead, thread_count
 from pipeline.calibrate import FILE as CALIBRATION
 from pipeline.calibrate import calibrated, check, show
 from pipeline.codes import codes_path
-from pipeline.execute import alone, ask, holding, makes_elsewhere, one_slice, run
+from pipeline.execute import alone, ask, holding, makes_elsewhere, one_slice, run, selected
 from pipeline.fidelity import check_alignment
 from pipeline.judging import judge
 from pipeline.plan import Plan
 from pipeline.settings import JudgeSettings, TargetsSettings
 from pipeline.stage import Advance, Stage, made_with
-from pipeline.teachers import RECORDING, Taught, Teacher
+from pipeline.teachers import RECORDING, Taught, Teacher, asked_of_sidon
 from pipeline.twins import say_twins
 from shards.contract import (
     COARSE_48K,
@@ -65,8 +65,10 @@ FINISHED_AHEAD = 4  # segments that wait to be written, per thread
 
 def shard_targets(settings: TargetsSettings) -> None:
     """Writes `shards/SPLIT/000000.tar` with its sidecar for each shard of the plan, then `shards/index.parquet`."""
-    Plan(settings.work / PLAN_NAME)  # before the teacher is loaded
+    plan = Plan(settings.work / PLAN_NAME)
     with holding(settings):
+        if settings.teacher != RECORDING:
+            _check_first(settings, plan)
         stage = TargetsStage(settings, known_to(settings))
         if stage.known.calibration:
             show(stage.known.calibration)
@@ -77,6 +79,21 @@ def shard_targets(settings: TargetsSettings) -> None:
             with alone(settings, stage.folder):
                 compact(stage.folder, stage.plan.shards, {"calibration": stage.known.calibration})
                 say_twins(stage.folder)
+
+
+def _check_first(settings: TargetsSettings, plan: Plan) -> None:
+    """Raises UserError, before the hub is asked for SIDON, where the first shard lacks its codes or was made with other
+    settings. The SIDON that made it is taken for that of this run.
+    """
+    for number in selected(len(plan.shards), settings)[:1]:
+        stage = TargetsStage(settings, Known({}, None))
+        path = stage.table(number)
+        footer = read_footer(path)
+        found = fingerprint_of(path, told_by(path, footer)) if footer else {}
+        asked = asked_of_sidon(settings, str(found.get("teacher")).partition("sidon: ")[2] or "…")
+        same: Row = {name: found[name] for name in ("sidon_sha256", "sidon_precision") if name in found}
+        stage.known = Known({**asked, **same}, None)
+        stage.made(number)
 
 
 @dataclass(frozen=True)

@@ -76,6 +76,23 @@ class Taught:
     model_level_db: float = 0.0  # how much louder SIDON spoke than what it heard, before its level was matched
 
 
+def _names(settings: TargetsSettings, sidon: str) -> dict[str, str]:
+    restored = f"sidon: {sidon}"
+    mixed = f"recording below {settings.crossover_hz:g} Hz, {restored}"
+    return {RECORDING: RECORDING, SIDON: restored, HYBRID: mixed}
+
+
+def asked_of_sidon(settings: TargetsSettings, sidon: str) -> Row:
+    """What is known of the provenance of targets before SIDON is loaded, but for what it is called."""
+    names = _names(settings, sidon)
+    auto = f"recording from {settings.min_bandwidth_hz:g} Hz of bandwidth, else {names[SIDON]}"
+    windows = ("window_seconds", "overlap_seconds", "delay_samples")
+    return {
+        "teacher": names.get(settings.teacher, auto),
+        **{name: getattr(settings, name) for name in windows},
+    }
+
+
 class Teacher:
     """Targets as `settings` ask for them; `sidon` is loaded unless recordings are all that is used."""
 
@@ -85,18 +102,10 @@ class Teacher:
         self.sidon = sidon
         if sidon is None and settings.teacher != RECORDING:
             self.sidon = load_sidon(settings, device_of(settings.devices()[0]))
-        names = self.names()
-        self.name = names.get(settings.teacher) or (
-            f"recording from {settings.min_bandwidth_hz:g} Hz of bandwidth, else {names[SIDON]}"
-        )
 
     def names(self) -> dict[str, str]:
         """What `used` says, in full: for the json of each sample."""
-        if self.sidon is None:
-            return {RECORDING: RECORDING}
-        restored = f"sidon: {self.sidon.describe()}"
-        mixed = f"recording below {self.settings.crossover_hz:g} Hz, {restored}"
-        return {RECORDING: RECORDING, SIDON: restored, HYBRID: mixed}
+        return {RECORDING: RECORDING} if self.sidon is None else _names(self.settings, self.sidon.describe())
 
     @property
     def provenance(self) -> Row:
@@ -104,14 +113,9 @@ class Teacher:
         ran out of memory goes on with a smaller batch_seconds.
         """
         if self.sidon is None:
-            return {"teacher": self.name}
-        names = ("window_seconds", "overlap_seconds", "delay_samples")
-        return {
-            "teacher": self.name,
-            "sidon_sha256": self.sidon.sha256(),
-            "sidon_precision": self.sidon.precision,
-            **{name: getattr(self.settings, name) for name in names},
-        }
+            return {"teacher": RECORDING}
+        of_sidon = {"sidon_sha256": self.sidon.sha256(), "sidon_precision": self.sidon.precision}
+        return {**asked_of_sidon(self.settings, self.sidon.describe()), **of_sidon}
 
     def segments(self, recordings: Sequence[list[Row]]) -> Generator[Taught | AudioError, None, None]:
         """For each plan row of each recording, in order: its target, or why there is none."""

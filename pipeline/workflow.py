@@ -29,14 +29,14 @@ def workflow(settings: WorkflowSettings) -> None:
         "gpu": gpu,
         "resume": "auto",
     }
-    commands = (
-        ("pipeline", "shard-codes", codes),
-        ("pipeline", "shard-targets", targets),
-        ("trainer", "train", {**train, **settings.train}),
-    )
-    for command in commands:
-        _run(*command, "--check")
-    for command in commands:
+    commands = {
+        "codes": ("pipeline", "shard-codes", codes),
+        "targets": ("pipeline", "shard-targets", targets),
+        "train": ("trainer", "train", {**train, **settings.train}),
+    }
+    for step, command in commands.items():
+        _run(*command, "--check", f"--step={step}.")
+    for command in commands.values():
         _run(*command)
 
 

@@ -9,7 +9,7 @@ import os
 import shutil
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
@@ -130,9 +130,11 @@ def exclusive(folder: Path, name: str = ".lock", *, shared: bool = False, waitin
     """Holds `folder` for this process, or with others that hold it `shared`.
 
     Where another process stands in the way: raises UserError, or says `waiting` and waits for it to end. The file says
-    who holds it alone.
+    who holds it alone. Where it made the folder, and nothing came to stand there, as of a run that was refused, the
+    folder goes.
     """
     too_late = UserError(f"{folder}: another process has just written here; try again")
+    made = [place for place in (folder, *folder.parents) if not place.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError):
@@ -162,8 +164,27 @@ def exclusive(folder: Path, name: str = ".lock", *, shared: bool = False, waitin
             raise too_late
         _sign(lock, b"" if shared else _myself())  # of several, whoever signs last may be the first to go
         os.register_at_fork(after_in_child=lock.close)  # else a killed process's workers hold the folder on
-        yield
-        _sign(lock, b"")
+        try:
+            yield
+        finally:
+            _sign(lock, b"")
+            if made and not shared:
+                _clear_away(lock, folder / name, made)
+
+
+def _clear_away(lock: IO[bytes], path: Path, made: Sequence[Path]) -> None:
+    """Of the folders made for a lock, those where nothing else came to stand. It goes first, while it is held: so who
+    has opened it meanwhile sees that it went.
+    """
+    folder, *parents = made
+    with suppress(OSError):
+        if _is_named(lock, path) and [*folder.iterdir()] == [path]:
+            path.unlink()
+            lock.close()  # NFS and FUSE keep under another name what is deleted while it is open
+            folder.rmdir()
+    for parent in parents:
+        with suppress(OSError):
+            parent.rmdir()
 
 
 def _take(lock: IO[bytes], how: int) -> None:

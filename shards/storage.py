@@ -219,7 +219,8 @@ class Url:
                         raise StorageError(f"{self}: {reason} ({attempt} attempts in {seconds:.0f} s)") from error
                 if attempt == ATTEMPTS and _one_says_so.acquire(blocking=False):
                     waiting.callback(_one_says_so.release)
-                    print(f"{self}: {reason}: trying for {PATIENCE_SECONDS / 60:.0f} minutes", flush=True)
+                    minutes = PATIENCE_SECONDS / 60
+                    print(f"{self}: {reason}: trying for {minutes:.0f} minutes; Ctrl-C ends it", flush=True)
                 time.sleep(min(FIRST_WAIT_SECONDS * 2**attempt, LONGEST_WAIT_SECONDS))
         raise AssertionError("unreachable")
 

@@ -79,6 +79,8 @@ def test_values_are_json_else_text(defaults: str, text: str) -> None:
     [
         ("cuont=2", "cuont", "unknown key"),
         ("Count=2", "Count", "unknown key"),
+        ("co-unt=2", "co-unt", "unknown key"),
+        ("count =2", "count ", "unknown key"),
         ("count.a=2", "count.a", "not a group"),
         ("count=two", "count", "valid integer"),
         ("count=1.5", "count", "valid integer"),
@@ -113,7 +115,7 @@ def test_all_wrong_values_are_named_at_once(defaults: str) -> None:
     assert all(f"{key}: " in line for key in ("count", "rate", "typo"))
 
 
-@pytest.mark.parametrize("word", ["count", "", "=", "=3", "--count"])
+@pytest.mark.parametrize("word", ["count", "", "=", "=3", "--count", ".a=1", "group.=1", "group..a=1"])
 def test_what_is_not_key_value_is_named(defaults: str, word: str) -> None:
     assert refusal(defaults, word) == f"{word!r} is not key=value"
 
@@ -197,6 +199,18 @@ def test_an_unset_variable_is_not_taken_for_the_folder_where_the_command_runs(wo
     [
         ("shards=s3://", "shards: should name a bucket, as s3://bucket/folder does (given: 's3://')"),
         ("n_ffts=1024,2048", "n_ffts: should be a list in brackets (given: '1024,2048')"),
+        ("n_ffts=[]", "n_ffts: should have at least 1 item (given: [])"),
+        ("n_ffts=[8]", "n_ffts.0: should be greater than or equal to 16 (given: 8)"),
+        ("run=5", "run: should be a path (./5 if its name is a number) (given: 5)"),
+        (
+            'shards=["a", 5]',
+            "shards.1: should be a path (./5 if its name is a number) or a URL such as s3://bucket/folder (given: 5)",
+        ),
+        (
+            "shards=[a,b]",
+            """shards: is no list without the quotes that the shell took: write 'KEY=["a", "b"]' (given: '[a,b]')""",
+        ),
+        ("gpu=[[0, 1]]", "gpu: should be number of the GPU, several (0,1,2,3), or cpu (given: [[0, 1]])"),
         ("gpu=0;1", "gpu: should be number of the GPU, several (0,1,2,3), or cpu (given: '0;1')"),
         ("gpu=CPU", "gpu: should be number of the GPU, several (0,1,2,3), or cpu (given: 'CPU')"),
         ("gpu=1,1", "gpu: names a GPU twice (given: '1,1')"),
@@ -208,3 +222,8 @@ def test_a_wrong_value_is_answered_in_words_of_the_settings(word: str, said: str
         load_settings(TrainSettings, "decoder_48khz.json", [word])
     assert str(caught.value) == said
     assert not re.search("tuple|pattern", str(caught.value))
+
+
+@pytest.mark.parametrize("word", ["gpu=0,1", "gpu=[0,1]"])
+def test_several_gpus_may_be_a_list_as_others_are(word: str) -> None:
+    assert load_settings(TrainSettings, "decoder_48khz.json", [word]).gpu == "0,1"

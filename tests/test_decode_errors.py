@@ -63,6 +63,11 @@ def test_a_wrong_input_is_one_line(untrained: Path, tmp_path: Path, name: str) -
     assert [path.name for path in tmp_path.iterdir()] == ([name] if content is not None else [])
 
 
+def test_a_folder_as_input_is_said_to_be_one(untrained: Path, tmp_path: Path) -> None:
+    code, output = call("decode", f"model={untrained}", f"input={tmp_path}")
+    assert (code, output) == (1, f"error: input={tmp_path}: a folder: name a file\n")
+
+
 def test_a_wrong_model_is_one_line(untrained: Path, tmp_path: Path) -> None:
     (tmp_path / "text.pt").write_text("no weights")
     torch.save({"decoder": {}}, tmp_path / "foreign.pt")

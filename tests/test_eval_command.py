@@ -327,8 +327,8 @@ def test_an_export_is_judged_as_its_checkpoint(judged: Path, work: Path, model: 
 @pytest.mark.parametrize(
     ("words", "code", "message"),
     [
-        ([], 2, "give shards="),
-        (["shards={shards}", "audio={shards}"], 2, "give shards="),
+        ([], 2, "give either shards="),
+        (["shards={shards}", "audio={shards}"], 2, "give either shards="),
         (["shards={shards}", "group_pattern=(.*)"], 2, "group_pattern=(.*) is for audio="),
         (["shards={shards}", "models=a/b,c/b"], 2, "two share a name"),
         (["shards={shards}", "systems.stock=x"], 2, "the name stock is taken"),

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
 import subprocess
 from collections.abc import Iterator
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 
+from shards.errors import UserError
 from shards.files import exclusive
 from shards.writer import read_metadata
 from tests.command_helpers import assert_one_line, in_process, refused, stamps, without_settings
@@ -83,7 +86,7 @@ def test_a_damaged_snac_is_one_line(
     path = tmp_path / "snac" / file
     path.unlink() if content is None else path.write_text(content)
     refused(codes_words(recordings, tmp_path / "work", word), message)
-    assert not stamps(tmp_path / "work")
+    assert not (tmp_path / "work").exists()
 
 
 def test_a_snac_that_is_not_pinned_is_refused(recordings: Path, tmp_path: Path) -> None:
@@ -103,7 +106,20 @@ def test_a_snac_of_another_geometry_is_refused(changes: dict[str, Any], recordin
     refused(codes_words(recordings, tmp_path / "work", other_snac(tmp_path, **changes)), "is not a SNAC 24 kHz")
 
 
+@pytest.mark.parametrize("teacher", ["sidon", "auto", "hybrid"])
+def test_another_teacher_is_refused_before_sidon_is_fetched(
+    teacher: str, copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipeline.teachers.load_sidon", lambda *_: pytest.fail("it is asked for"))
+    before = stamps(copy)
+    refused(targets_words(copy, f"teacher={teacher}"), "made by another run (teacher is recording, now ")
+    assert stamps(copy) == before
+    shutil.rmtree(copy / "codes")
+    refused(targets_words(copy, f"teacher={teacher}"), "codes/train/000000.parquet is missing: run `just shard-codes`")
+
+
 def test_a_sidon_with_a_wrong_hash_is_refused(copy: Path, tmp_path: Path) -> None:
+    shutil.rmtree(copy / "shards")
     before, sidon, pins = stamps(copy), tmp_path / "sidon", tmp_path / "weights.json"
     sidon.mkdir()
     for name in ("feature_extractor_cpu.pt", "decoder_cpu.pt"):
@@ -118,6 +134,7 @@ def test_a_sidon_with_a_wrong_hash_is_refused(copy: Path, tmp_path: Path) -> Non
 def test_a_gpu_that_is_not_there_is_asked_for_in_vain(recordings: Path, copy: Path) -> None:
     message = "gpu=0: no GPU is usable here ("
     refused(codes_words(recordings, copy, "gpu=0"), message)
+    shutil.rmtree(copy / "shards")
     refused(targets_words(copy, "gpu=0", "teacher=sidon"), message)
 
 
@@ -183,3 +200,44 @@ def test_a_full_disk_is_one_line_and_space_mends_it(stage: str, recordings: Path
         reached.add(len(found))
     assert found.keys() == whole.keys()
     assert len(reached) > 3
+
+
+@pytest.mark.parametrize("stands", [None, "a", "a/b", "a/b/file"])
+def test_a_folder_that_was_made_for_nothing_goes_again(stands: str | None, tmp_path: Path) -> None:
+    """What stood before, or was written meanwhile, stays."""
+    folder = tmp_path / "a" / "b"
+    if stands in ("a", "a/b"):
+        (tmp_path / stands).mkdir(parents=True)
+    with suppress(UserError), exclusive(folder):
+        if stands == "a/b/file":
+            (folder / "file").touch()
+        raise UserError("planted")
+    left = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")} - {"a/b/.lock"}
+    assert left == {str(path) for path in (Path(stands or ""), *Path(stands or "").parents)} - {"."}
+    with exclusive(folder):
+        pass
+
+
+@pytest.mark.parametrize("step", ["mkdir", "open", "flock"])
+def test_a_folder_that_goes_is_not_held_by_who_came_meanwhile(
+    step: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has made sure of the folder, opened the lock, or got it."""
+    folder, first = tmp_path / "work", ExitStack()
+    owner = fcntl if step == "flock" else Path
+    take = getattr(owner, step)
+
+    def and_it_goes(*words: Any, **options: Any) -> Any:
+        monkeypatch.undo()
+        if step != "flock":
+            result = take(*words, **options)
+        first.close()
+        return result if step != "flock" else take(*words, **options)
+
+    first.enter_context(exclusive(folder))
+    monkeypatch.setattr(owner, step, and_it_goes)
+    with pytest.raises(UserError, match="another process has just written here; try again"), exclusive(folder):
+        pytest.fail("too early")
+    assert not folder.exists()
+    with exclusive(folder):
+        assert folder.exists()

@@ -100,9 +100,16 @@ def test_a_folder_whose_own_name_is_not_utf8(tmp_path: Path) -> None:
     assert (source["recording"], source["problem"]) == ("a.wav", "file name is not UTF-8: rename it")
 
 
-@pytest.mark.parametrize("make", [lambda f: f, lambda f: (f / "a.txt").touch() or f, lambda f: f / "missing"])
-def test_nothing_to_plan(make: Any, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"holds no recordings .*flac|no such folder or manifest"):
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (lambda f: f, "holds no recordings .*flac.*; found: 1 × empty folder$"),
+        (lambda f: (f / "a.txt").touch() or f, "holds no recordings .*flac.*; found: 1 × .txt$"),
+        (lambda f: f / "missing", "no such folder or manifest"),
+    ],
+)
+def test_nothing_to_plan(make: Any, said: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=said):
         find(make(tmp_path), None)
 
 

@@ -153,7 +153,7 @@ def test_an_outage_of_minutes_is_waited_for(
         assert list(pool.map(Url.read_bytes, [url] * 4)) == [BYTES] * 4
     (line,) = capsys.readouterr().out.splitlines()
     assert line.startswith(f"{url}: ")
-    assert line.endswith(": trying for 10 minutes")
+    assert line.endswith(": trying for 10 minutes; Ctrl-C ends it")
 
 
 def test_an_outage_beyond_patience_is_an_error(folder: Url, door: Door, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -10,12 +11,13 @@ from pathlib import Path
 
 import pytest
 
-from configs.loader import load_settings
-from pipeline.settings import WorkflowSettings
+from configs.loader import FOLDER, load_settings
+from pipeline.settings import CodesSettings, TargetsSettings, WorkflowSettings
 from pipeline.workflow import _written, run_module, workflow
 from shards.errors import SettingsError
 from shards.storage import Url
 from tests.helpers import ROOT, run_command
+from trainer.settings import TrainSettings
 
 SLOW = """
 import signal, sys, time
@@ -67,11 +69,10 @@ def test_a_command_that_was_killed_does_not_end_without_a_word(capsys: pytest.Ca
 
 def test_workflow_checks_every_commands_settings_first(tmp_path: Path) -> None:
     work = tmp_path / "work"
-    result = run_command(
-        "pipeline", "workflow", f"audio={tmp_path / 'audio'}", f"work={work}", "gpu=cpu", "train.typo=1"
-    )
+    words = [f"audio={tmp_path / 'audio'}", f"work={work}", "gpu=cpu", "train.typo=1", "train.batch_size=x"]
+    result = run_command("pipeline", "workflow", *words)
     assert result.returncode == 2
-    assert "typo: unknown key" in result.stderr
+    assert "error: train.batch_size: should be a valid integer (given: 'x'); train.typo: unknown key." in result.stderr
     assert not work.exists()
 
 
@@ -91,17 +92,45 @@ def test_workflow_gives_each_command_what_all_share_and_its_own(
         ("trainer", "train", {f"shards={work / 'shards'}", f"run={run}", *both, "max_steps=7", "resume=never"}),
     ]
     words = [(module, command, set(options)) for module, command, *options in called]
-    assert words == [*((*names, {"--check"} | given) for *names, given in expected), *expected]
+    checks = [{"--check", f"--step={step}."} for step in ("codes", "targets", "train")]
+    checked = [(*names, check | given) for (*names, given), check in zip(expected, checks, strict=True)]
+    assert words == [*checked, *expected]
     called.clear()
     workflow(load_settings(WorkflowSettings, "workflow.json", shared))
     assert "resume=auto" in called[-1]
 
 
-def test_workflow_says_whose_setting_a_key_is() -> None:
-    places = ["audio=a", "work=w", "run=r", "gpu=cpu"]
-    expected = r"^max_steps: a setting of one step is written codes.max_steps=, targets.max_steps= or train.max_steps=$"
+@pytest.mark.parametrize(
+    ("key", "places"),
+    [
+        ("max_steps", "train.max_steps="),
+        ("teacher", "targets.teacher="),
+        ("retry", "codes.retry= or targets.retry="),
+        ("segment_length", "codes.segment_length= or train.segment_length="),
+        ("threads", "codes.threads= or targets.threads="),
+    ],
+)
+def test_workflow_says_whose_setting_a_key_is(key: str, places: str) -> None:
+    expected = rf"^{key}: unknown key; a setting of one step is written {places}\. Known keys: audio, work, run, "
     with pytest.raises(SettingsError, match=expected):
-        load_settings(WorkflowSettings, "workflow.json", [*places, "max_steps=5"])
+        load_settings(WorkflowSettings, "workflow.json", ["audio=a", "work=w", "run=r", "gpu=cpu", f"{key}=5"])
+
+
+def test_a_step_that_there_is_not_is_no_setting_of_one() -> None:
+    with pytest.raises(SettingsError, match=r"^training: unknown key\. Known keys: audio, "):
+        load_settings(WorkflowSettings, "workflow.json", ["audio=a", "training.max_steps=5"])
+
+
+def test_the_keys_that_training_has_too_are_told_from_its_defaults() -> None:
+    """`WorkflowSettings` knows no others of it."""
+    of_stages = CodesSettings.model_fields.keys() | TargetsSettings.model_fields.keys()
+    defaults = json.loads((FOLDER / "decoder_48khz.json").read_text())
+    assert of_stages & TrainSettings.model_fields.keys() <= defaults.keys()
+
+
+def test_a_setting_that_steps_share_is_named_as_it_is_written() -> None:
+    with pytest.raises(SettingsError, match=r"^work: every file in a repository of the hub is a commit"):
+        load_settings(WorkflowSettings, "workflow.json", ["audio=a", "work=hf://datasets/a/b", "run=r"])
 
 
 def test_workflow_passes_settings_on_as_commands_read_them() -> None:

@@ -34,7 +34,8 @@ STEP_COARSE = 4  # on a CPU: weights are read once for so many tokens, and signa
 def decode(settings: DecodeSettings) -> None:
     """Raises UserError for an input that is neither, with what was found."""
     if not settings.input.is_file():
-        raise UserError(f"input={settings.input}: no such file")
+        what = "a folder: name a file" if settings.input.is_dir() else "no such file"
+        raise UserError(f"input={settings.input}: {what}")
     if settings.lookahead_frames < EXACT and not settings.stream:
         raise UserError(f"lookahead_frames={settings.lookahead_frames} is for stream=true; otherwise decoding is exact")
     out = settings.out or settings.input.with_suffix(DECODED)

@@ -71,7 +71,7 @@ def evaluate(settings: EvalSettings) -> None:
 
 def _check(settings: EvalSettings) -> None:
     if (settings.shards is None) == (settings.audio is None):
-        raise SettingsError("give shards= (its validation split is judged) or audio= (a folder of recordings)")
+        raise SettingsError("give either shards= (its validation split is judged) or audio= (a folder of recordings)")
     if settings.group_pattern is not None and settings.audio is None:
         raise SettingsError(f"group_pattern={settings.group_pattern} is for audio=: shards say whose voice a clip is")
     names = [*settings.models, *settings.systems]
