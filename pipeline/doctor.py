@@ -203,7 +203,7 @@ def delay(patient: Patient, form: str) -> Check:
     low, median, high = _calibration(patient, form)["lag_samples"]
     limit = patient.settings.max_lag_samples
     passed = abs(median) <= limit / 2 and high - low <= limit
-    advice = f"targets are late: set delay_samples={patient.settings.delay_samples + round(median)} if all agree"
+    advice = f"targets are not in time: set delay_samples={patient.settings.delay_samples + round(median)} if all agree"
     return Check(passed, f"{median:.0f} samples at 48 kHz ({low:.0f} … {high:.0f})", advice)
 
 

@@ -1,8 +1,8 @@
 """SIDON (arXiv 2509.17052) as a restorer of windows: 16 kHz samples in, 48 kHz samples out, in place.
 
 Features (B, T, 160) at 50 Hz → hidden states (B, T, 1024) → 960 T − 26 samples. The two modules come as the published
-TorchScript pair, or as raw weights on stock classes. Around them stands what keeps targets true: the 160 samples of
-left padding (480 at 48 kHz) are taken off again, and the output is exactly three times the input.
+TorchScript pair, or as raw weights on stock classes. Around them stands what keeps targets true: what 160 samples of
+left padding delay the output by is taken off again, and the output is exactly three times the input.
 """
 
 from __future__ import annotations
@@ -29,6 +29,8 @@ INPUT_RATE = 16_000
 UPSAMPLING = 3
 FRAME = 320  # input samples of one feature frame (20 ms)
 PADDING = 160  # input samples on each side, so that a window of n frames gives n features
+TRAINED_PADDING = 40  # of what it heard in training, where its output began with the recording
+DELAY = (PADDING - TRAINED_PADDING) * UPSAMPLING  # output samples
 HIGH_PASS_HZ = 50.0
 NATIVE_FILES = ("adapter_config.json", "adapter_model.safetensors", "decoder_state_dict.pt")
 BASE_FILES = ("config.json", "model.safetensors")
@@ -122,7 +124,7 @@ class Native:
 class Sidon:
     """A model with its front end. `restore` maps windows of 16 kHz samples to 48 kHz, same instants."""
 
-    def __init__(self, model: Model, device: torch.device, delay_samples: int = PADDING * UPSAMPLING) -> None:
+    def __init__(self, model: Model, device: torch.device, delay_samples: int = DELAY) -> None:
         self.model, self.device, self.delay_samples = model, device, delay_samples
 
     @property

@@ -119,7 +119,7 @@ def test_a_rest_shorter_than_the_overlap_belongs_to_the_last_window(
 def test_what_calibration_cannot_see_stops_the_run_at_its_end(
     standin: Path, restored_work: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The 10 ms of the padding, in all targets but those that were calibrated on."""
+    """10 ms, in all targets but those that were calibrated on."""
     work = tmp_path / "work"
     shutil.copytree(restored_work[1], work, ignore=shutil.ignore_patterns("shards"))
     read = Pieces.read
