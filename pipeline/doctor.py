@@ -190,7 +190,9 @@ def agreement(patient: Patient) -> Check:
     pairs = list(zip(patient.restored["torchscript"], patient.restored["native"], strict=True))
     worst = max(_apart_db(a, b) for a, b in pairs)
     limit = max(AGREEMENT_DB[sidon.precision] for sidon in patient.sidons.values())
-    advice = "the raw weights are not those of the pair, or their adapter has biases: use sidon_backend=torchscript"
+    advice = (
+        "the raw weights are not the pair's, or lack biases that were trained: use sidon_backend=torchscript"
+    )
     return Check(worst <= limit, f"{worst:.0f} dB apart, limit {limit:.0f}", advice)
 
 
