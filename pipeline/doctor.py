@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from codec.audio import AudioError, Recording, Samples, probe
 from codec.encoder import prepared
+from codec.memory import ran_out
 from codec.resample import Resampler
 from codec.snac import coarse_length, device_of, encode, load_snac, windows
 from codec.weights import SNAC_FILES, resolve
@@ -34,7 +35,7 @@ from pipeline.sidon import FRAME, INPUT_RATE, PADDING, Sidon, load_sidon
 from pipeline.targets import flac_bytes
 from pipeline.teachers import Taught, Teacher, whole_recording
 from shards.contract import COARSE_24K, COARSE_48K, CODEC_RATE, TARGET_RATE
-from shards.errors import UserError
+from shards.errors import UserError, last_line
 
 AGREEMENT_DB = {"fp32": -60.0, "bf16": -40.0}  # of the two forms, by the coarser of their precisions
 ROUNDED = 0.01  # of tokens that a GPU may choose otherwise; of the stand-in's, float64 changes 0.06 %, TF32 39 %
@@ -118,6 +119,9 @@ def _run(step: Callable[[], Check]) -> Check:
         return Check(False, NOT_RUN, f"needs what failed above ({missing})")
     except (UserError, AudioError) as error:
         return Check(False, "not usable", " ".join(str(error).split()))
+    except RuntimeError as error:  # what PyTorch raises where a model is not what it should be
+        advice = "set batch_seconds lower" if ran_out(error) else "another model or PyTorch than expected"
+        return Check(False, "failed", f"{advice} ({last_line(str(error))})")
 
 
 def device(patient: Patient) -> Check:
@@ -190,9 +194,7 @@ def agreement(patient: Patient) -> Check:
     pairs = list(zip(patient.restored["torchscript"], patient.restored["native"], strict=True))
     worst = max(_apart_db(a, b) for a, b in pairs)
     limit = max(AGREEMENT_DB[sidon.precision] for sidon in patient.sidons.values())
-    advice = (
-        "the raw weights are not the pair's, or lack biases that were trained: use sidon_backend=torchscript"
-    )
+    advice = "the raw weights are not the pair's, or lack biases that were trained: use sidon_backend=torchscript"
     return Check(worst <= limit, f"{worst:.0f} dB apart, limit {limit:.0f}", advice)
 
 

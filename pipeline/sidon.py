@@ -23,7 +23,7 @@ from codec.encoder import quicken
 from codec.weights import Weights, resolve
 from pipeline.settings import SidonSettings
 from pipeline.sidon_features import features
-from shards.errors import UserError
+from shards.errors import UserError, last_line
 
 INPUT_RATE = 16_000
 UPSAMPLING = 3
@@ -63,9 +63,7 @@ class TorchScript:
         files = (f"feature_extractor_{device.type}.pt", f"decoder_{device.type}.pt")
         weights = resolve(name, files, pins, must_be_pinned=True)
         self.weights: tuple[Weights, ...] = (weights,)
-        self.encoder, self.decoder = (
-            torch.jit.load(io.BytesIO(weights.read(file)), map_location=device).eval() for file in files
-        )
+        self.encoder, self.decoder = (_loaded(weights, file, device) for file in files)
 
     def encode(self, features_BTF: Tensor, frames: list[int]) -> Tensor:
         assert len(set(frames)) == 1, "these modules know no mask"
@@ -75,6 +73,20 @@ class TorchScript:
     def decode(self, hidden_BTC: Tensor, frames: list[int]) -> Tensor:
         wav: Tensor = self.decoder(hidden_BTC.transpose(1, 2))[:, 0]
         return wav
+
+
+def _loaded(weights: Weights, file: str, device: torch.device) -> torch.jit.ScriptModule:
+    """On this device, also where the graph names another GPU, as tracing leaves it. Raises UserError."""
+    try:
+        module = torch.jit.load(io.BytesIO(weights.read(file)), map_location=device).eval()
+        constants = module.graph.findAllNodes("prim::Constant")
+    except RuntimeError as error:
+        reason = last_line(str(error))
+        raise UserError(f"{weights.paths[file]}: PyTorch {torch.__version__} cannot load it: {reason}") from error
+    for constant in constants:
+        if constant.output().type().kind() == "DeviceObjType" and constant.s("value").startswith("cuda"):
+            constant.s_("value", str(device))
+    return module
 
 
 class Native:

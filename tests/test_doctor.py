@@ -135,6 +135,24 @@ def test_output_that_is_not_finite_fails(models: Path, audio: Path, monkeypatch:
     assert checks["SIDON, torchscript: runs"].startswith("FAIL")
 
 
+@pytest.mark.parametrize(
+    ("said", "advice"),
+    [("mat1 and mat2", "another model or PyTorch"), ("CUDA out of memory", "set batch_seconds lower")],
+)
+def test_a_model_that_raises_fails_and_the_table_stands(
+    said: str, advice: str, models: Path, audio: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(_: Samples) -> Samples:
+        raise RuntimeError(f"The following operation failed in the TorchScript interpreter.\n{said}")
+
+    spoil(monkeypatch, fail)
+    code, checks, output = examined(models, audio, "forms=torchscript")
+    assert code == 1
+    assert checks["SIDON, torchscript: runs"].startswith("FAIL failed")
+    assert f"{advice} than expected ({said})" in output or f"{advice} ({said})" in output
+    assert checks["tokens equal stock SNAC's"].startswith("pass")
+
+
 def test_on_a_cpu_every_token_is_stock_snacs_and_on_a_gpu_nearly_all(
     models: Path, audio: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
