@@ -212,7 +212,34 @@ def test_forms_that_disagree_fail(models: Path, audio: Path, monkeypatch: pytest
     monkeypatch.setattr(NativeStandin, "__init__", other)
     code, checks, _ = examined(models, audio)
     assert code == 1
-    assert checks["both forms agree"].startswith("FAIL -40 dB")
+    assert checks["both forms agree"].startswith("FAIL fp32 -40 dB")
+
+
+@pytest.mark.parametrize(("of", "verdict"), [("bf16", "pass"), ("fp32", "FAIL")])
+@pytest.mark.usefixtures("native")
+def test_what_bfloat16_loses_hides_no_other_fault(
+    of: str, verdict: str, models: Path, audio: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An error of −49 dB, which bfloat16 alone may have, in that precision only or in float32 too."""
+    init = NativeStandin.__init__
+
+    def other(self: NativeStandin, *given: object) -> None:
+        init(self, *given)  # type: ignore[arg-type]
+        right = self.decode
+
+        def rounded(hidden_BTC: torch.Tensor, frames: list[int]) -> torch.Tensor:
+            wav = right(hidden_BTC, frames).clone()
+            wav[:, ::2] *= 1.007 if self.precision == "bf16" or of == "fp32" else 1
+            return wav
+
+        self.decode, self.precision = rounded, "bf16"
+
+    monkeypatch.setattr(NativeStandin, "__init__", other)
+    _, checks, output = examined(models, audio)
+    assert re.match(
+        rf"{verdict} fp32 -\d+ dB apart, limit -60, bf16 -49 dB apart, limit -40", checks["both forms agree"]
+    )
+    assert "audio seconds per second, bf16" in output
 
 
 def test_raw_weights_that_nobody_pinned_fail(models: Path, audio: Path) -> None:
