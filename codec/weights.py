@@ -11,7 +11,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from shards.errors import UserError, first_line
+from shards.errors import UserError
 from shards.files import file_sha256
 
 PINS = Path(__file__).parent.parent / "configs" / "weights.json"
@@ -91,6 +91,7 @@ def _local(folder: Path, files: tuple[str, ...]) -> dict[str, Path]:
 
 def _from_hub(name: str, files: tuple[str, ...], entry: dict[str, Any] | None, pins: Path) -> dict[str, Path]:
     from huggingface_hub import hf_hub_download, try_to_load_from_cache
+    from huggingface_hub.errors import LocalEntryNotFoundError
     from huggingface_hub.utils import logging
 
     logging.set_verbosity_error()  # its retries are not news; their failure is
@@ -103,7 +104,9 @@ def _from_hub(name: str, files: tuple[str, ...], entry: dict[str, Any] | None, p
     try:
         return {file: Path(hf_hub_download(name, file, revision=revision)) for file in files}
     except Exception as error:  # the hub's client raises its own, requests' and the system's errors
+        reason = error.__cause__ or error if isinstance(error, LocalEntryNotFoundError) else error
         raise UnreachableError(
-            f"{name} cannot be fetched ({type(error).__name__}: {first_line(error)}): run `just prefetch` where the "
-            "hub can be reached, or name a local directory that holds the files"
+            f"{name} cannot be fetched ({type(reason).__name__}: {' '.join(str(reason).split())}): run `just prefetch` "
+            "where the hub can be reached, signed in if it asks for that (`hf auth login`), or name a local directory "
+            "that holds the files"
         ) from error

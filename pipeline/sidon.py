@@ -1,8 +1,8 @@
 """SIDON (arXiv 2509.17052) as a restorer of windows: 16 kHz samples in, 48 kHz samples out, in place.
 
 Features (B, T, 160) at 50 Hz → hidden states (B, T, 1024) → 960 T − 26 samples. The two modules come as the published
-TorchScript pair, or as raw weights on stock classes. Around them stands what keeps targets true: the 160 samples of
-left padding (480 at 48 kHz) are taken off again, and the output is exactly three times the input.
+TorchScript pair, or as raw weights on stock classes. Around them stands what keeps targets true: what 160 samples of
+left padding delay the output by is taken off again, and the output is exactly three times the input.
 """
 
 from __future__ import annotations
@@ -23,12 +23,14 @@ from codec.encoder import quicken
 from codec.weights import Weights, resolve
 from pipeline.settings import SidonSettings
 from pipeline.sidon_features import features
-from shards.errors import UserError
+from shards.errors import UserError, last_line
 
 INPUT_RATE = 16_000
 UPSAMPLING = 3
 FRAME = 320  # input samples of one feature frame (20 ms)
 PADDING = 160  # input samples on each side, so that a window of n frames gives n features
+TRAINED_PADDING = 40  # of what it heard in training, where its output began with the recording
+DELAY = (PADDING - TRAINED_PADDING) * UPSAMPLING  # output samples
 HIGH_PASS_HZ = 50.0
 NATIVE_FILES = ("adapter_config.json", "adapter_model.safetensors", "decoder_state_dict.pt")
 BASE_FILES = ("config.json", "model.safetensors")
@@ -61,9 +63,7 @@ class TorchScript:
         files = (f"feature_extractor_{device.type}.pt", f"decoder_{device.type}.pt")
         weights = resolve(name, files, pins, must_be_pinned=True)
         self.weights: tuple[Weights, ...] = (weights,)
-        self.encoder, self.decoder = (
-            torch.jit.load(io.BytesIO(weights.read(file)), map_location=device).eval() for file in files
-        )
+        self.encoder, self.decoder = (_loaded(weights, file, device) for file in files)
 
     def encode(self, features_BTF: Tensor, frames: list[int]) -> Tensor:
         assert len(set(frames)) == 1, "these modules know no mask"
@@ -73,6 +73,20 @@ class TorchScript:
     def decode(self, hidden_BTC: Tensor, frames: list[int]) -> Tensor:
         wav: Tensor = self.decoder(hidden_BTC.transpose(1, 2))[:, 0]
         return wav
+
+
+def _loaded(weights: Weights, file: str, device: torch.device) -> torch.jit.ScriptModule:
+    """On this device, also where the graph names another GPU, as tracing leaves it. Raises UserError."""
+    try:
+        module = torch.jit.load(io.BytesIO(weights.read(file)), map_location=device).eval()
+        constants = module.graph.findAllNodes("prim::Constant")
+    except RuntimeError as error:
+        reason = last_line(str(error))
+        raise UserError(f"{weights.paths[file]}: PyTorch {torch.__version__} cannot load it: {reason}") from error
+    for constant in constants:
+        if constant.output().type().kind() == "DeviceObjType" and constant.s("value").startswith("cuda"):
+            constant.s_("value", str(device))
+    return module
 
 
 class Native:
@@ -122,7 +136,7 @@ class Native:
 class Sidon:
     """A model with its front end. `restore` maps windows of 16 kHz samples to 48 kHz, same instants."""
 
-    def __init__(self, model: Model, device: torch.device, delay_samples: int = PADDING * UPSAMPLING) -> None:
+    def __init__(self, model: Model, device: torch.device, delay_samples: int = DELAY) -> None:
         self.model, self.device, self.delay_samples = model, device, delay_samples
 
     @property

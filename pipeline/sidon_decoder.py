@@ -27,18 +27,19 @@ def load_decoder(path: Path) -> DacDecoder:
     """
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
+        shapes = {name: value.shape for name, value in state.items()}
     except Exception as error:  # a damaged file makes torch raise many kinds
         raise UserError(f"{path} is not a state dict of plain tensors: {first_line(error)}") from error
     strides = {
-        int(match[1]): value.shape[2] // 2
-        for name, value in state.items()
+        int(match[1]): shape[-1] // 2
+        for name, shape in shapes.items()
         if (match := re.fullmatch(r"model\.(\d+)\.block\.1\.weight_v", name))
     }
-    first = state.get("model.0.weight_v")
+    first = shapes.get("model.0.weight_v")
     if first is None or not strides:
         raise UserError(f"{path}: no decoder of DAC: model.0.weight_v or model.N.block.1.weight_v is missing")
     rates = [strides[number] for number in sorted(strides)]
-    decoder = Decoder(first.shape[1], first.shape[0], rates, noise=False, depthwise=False, attn_window_size=None)
+    decoder = Decoder(first[1], first[0], rates, noise=False, depthwise=False, attn_window_size=None)
     renamed = {_renamed(name): value.float() for name, value in state.items()}
     expected = {name: value.shape for name, value in decoder.state_dict().items()}
     check_keys(path, expected, {name: value.shape for name, value in renamed.items()})

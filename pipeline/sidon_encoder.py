@@ -1,7 +1,8 @@
 """SIDON's feature extractor from its raw weights: the first layers of w2v-BERT 2.0 with the LoRA adapter merged.
 
 `adapter_model.safetensors` is laid out as peft writes it: `base_model.model.NAME.lora_{A,B}.weight` with A (r, in) and
-B (out, r); the merged weight is W + alpha / r · B A. The adapter says how many layers there are.
+B (out, r); the merged weight is W + alpha / r · B A. `NAME.base_layer.bias`, if it is there, replaces the layer's bias:
+peft before 0.21 left out the biases that it had trained. The adapter says how many layers there are.
 """
 
 from __future__ import annotations
@@ -16,42 +17,62 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
+from tqdm import tqdm
 from transformers import AttentionInterface, AttentionMaskInterface, Wav2Vec2BertConfig, Wav2Vec2BertModel
 from transformers.masking_utils import sdpa_mask
 
 from shards.errors import UserError
 
-ADAPTER_KEY = re.compile(r"base_model\.model\.(encoder\.layers\.(\d+)\..+)\.lora_([AB])\.weight")
+ADAPTER_KEY = re.compile(
+    r"base_model\.model\.(encoder\.layers\.\d+\..+)\.(lora_A\.weight|lora_B\.weight|base_layer\.bias)"
+)
 LAYER_KEY = re.compile(r"encoder\.layers\.(\d+)\.")
 ONLY_IN_TRAINING = {"masked_spec_embed"}
 ATTENTION = "relative_key_sdpa"
-PLAIN_LORA: dict[str, Any] = {"peft_type": "LORA", "use_rslora": False, "use_dora": False, "fan_in_fan_out": False}
+PLAIN_LORA: dict[str, Any] = {"peft_type": "LORA", "rank_pattern": {}, "alpha_pattern": {}} | dict.fromkeys(
+    ("use_rslora", "use_dora", "fan_in_fan_out", "lora_bias"), False
+)
 
 
 def load_encoder(config: Path, base: Path, adapter_config: Path, adapter: Path) -> Wav2Vec2BertModel:
     """w2v-BERT with the adapter merged, in eval mode, on the CPU. Raises UserError for what does not fit."""
-    pairs = _adapter_pairs(adapter)
-    layers = 1 + max(int(LAYER_KEY.match(name)[1]) for name in pairs)  # type: ignore[index]
-    settings = {**_read_json(config), "num_hidden_layers": layers}
-    with torch.device("meta"):
-        model = Wav2Vec2BertModel(Wav2Vec2BertConfig.from_dict(settings))
+    adapted = _adapted(adapter)
+    layers = 1 + max(int(LAYER_KEY.match(name)[1]) for name in adapted)  # type: ignore[index]
+    model = _empty_model(config, layers)
     weights = _base_weights(base, {name: value.shape for name, value in model.state_dict().items()}, layers)
-    scaling = _scaling(adapter_config)
-    for name, (a_RI, b_OR) in pairs.items():
-        key = f"{name}.weight"
+    rank, scaling, trained = _lora(adapter_config)
+    for name, part in adapted.items():
+        key, a_RI, b_OR = f"{name}.weight", part["lora_A.weight"], part["lora_B.weight"]
         if key not in weights or weights[key].shape != (b_OR.shape[0], a_RI.shape[1]):
             raise UserError(f"{adapter}: {name} does not fit the weights of {base}")
+        if not len(a_RI) == rank == b_OR.shape[1]:
+            raise UserError(f"{adapter}: {name} has rank {len(a_RI)}, {adapter_config} says {rank}")
         weights[key] = weights[key].float() + scaling * (b_OR.float() @ a_RI.float())
+        weights[f"{name}.bias"] = part.get("base_layer.bias", weights[f"{name}.bias"])
+    if trained != "none" and not any("base_layer.bias" in part for part in adapted.values()):
+        tqdm.write(
+            f"warning: {adapter_config} says that biases were trained ({trained}), but {adapter} has none, so its "
+            "output may not be that of sidon_backend=torchscript: `just doctor` compares them"
+        )
     model.load_state_dict({name: value.float() for name, value in weights.items()}, assign=True)
     use_relative_key_sdpa(model)
     return model.requires_grad_(False).eval()
 
 
+def _empty_model(config: Path, layers: int) -> Wav2Vec2BertModel:
+    settings = {**_read_json(config), "num_hidden_layers": layers}
+    try:
+        with torch.device("meta"):
+            return Wav2Vec2BertModel(Wav2Vec2BertConfig.from_dict(settings))
+    except Exception as error:  # transformers raises a kind of its own for each
+        raise UserError(f"{config} is not the config of a w2v-BERT: {' '.join(str(error).split())}") from error
+
+
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        content: dict[str, Any] = json.loads(path.read_text())
-    except ValueError as error:
-        raise UserError(f"{path} is not JSON: {error}") from error
+        content: dict[str, Any] = dict(json.loads(path.read_text()))
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{path} is not JSON of keys and values: {error}") from error
     return content
 
 
@@ -64,8 +85,8 @@ def _opened(path: Path) -> Iterator[Any]:
         raise UserError(f"{path} is not a whole safetensors file: {error}") from error
 
 
-def _adapter_pairs(path: Path) -> dict[str, tuple[Tensor, Tensor]]:
-    """Name of the layer → its A and B."""
+def _adapted(path: Path) -> dict[str, dict[str, Tensor]]:
+    """Name of the layer → what the adapter has for it, its A and B at least."""
     with _opened(path) as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no dict)
     found: dict[str, dict[str, Tensor]] = {}
@@ -73,19 +94,24 @@ def _adapter_pairs(path: Path) -> dict[str, tuple[Tensor, Tensor]]:
         match = ADAPTER_KEY.fullmatch(name)
         if not match:
             raise UserError(f"{path}: unexpected key {name}; expected {ADAPTER_KEY.pattern}")
-        found.setdefault(match[1], {})[match[3]] = tensor
-    lacking = [name for name, pair in found.items() if len(pair) < 2]
+        found.setdefault(match[1], {})[match[2]] = tensor
+    lacking = [name for name, part in found.items() if not {"lora_A.weight", "lora_B.weight"} <= part.keys()]
     if lacking or not found:
         raise UserError(f"{path}: {lacking[0] if lacking else 'it'} lacks lora_A or lora_B")
-    return {name: (pair["A"], pair["B"]) for name, pair in sorted(found.items())}
+    return dict(sorted(found.items()))
 
 
-def _scaling(path: Path) -> float:
+def _lora(path: Path) -> tuple[int, float, str]:
+    """Its rank, alpha / rank, and which biases were trained with it."""
     config = _read_json(path)
-    other = {key: config[key] for key, plain in PLAIN_LORA.items() if config.get(key, plain) != plain}
-    if other or not {"r", "lora_alpha"} <= config.keys():
-        raise UserError(f"{path} is not a plain LoRA adapter with r and lora_alpha: {other or config}")
-    return float(config["lora_alpha"]) / float(config["r"])
+    other = {key: config[key] for key, plain in PLAIN_LORA.items() if (config.get(key) or plain) != plain}
+    try:
+        rank, alpha = int(config["r"]), float(config["lora_alpha"])
+    except (KeyError, TypeError, ValueError):
+        other = other or config
+    if other:
+        raise UserError(f"{path} is not a plain LoRA adapter with r and lora_alpha: {other}")
+    return rank, alpha / max(rank, 1), config.get("bias") or "none"
 
 
 def _base_weights(path: Path, shapes: dict[str, torch.Size], layers: int) -> dict[str, Tensor]:

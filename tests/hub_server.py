@@ -68,7 +68,7 @@ class Handler(BaseHTTPRequestHandler):
         self.server.asked.append((self.command, path))
         self.fault = self.server.fault(self.command, path)
         if isinstance(self.fault, int):
-            self.send(self.fault, {"error": "planted"})
+            self.send(self.fault, {"error": "planted"}, X_Error_Message="planted")
             return
         if self.fault == "never":
             self.server.closing.wait()

@@ -2,8 +2,8 @@
 
 Features carry neither phase nor level, so it speaks a language in which both follow from timing alone: every slot of
 20 ms holds one 10 ms burst of 1 kHz or none. The first module hears from the normalised log-mel of each feature frame
-whether its slot holds a burst; the second puts a burst of peak 0.9 at that frame's instant in padded time, which is
-the recording's plus 160 samples at 16 kHz. Restored to its own level and instant, a recording comes back as it was.
+whether its slot holds a burst; the second puts a burst of peak 0.9 where it lies when 40 samples at 16 kHz stand before
+the recording, as they do in SIDON's training. Restored to its own level and instant, a recording comes back as it was.
 """
 
 import hashlib
@@ -23,6 +23,7 @@ BURST_HZ = 1000
 # first analysis window of 400 samples, outside those of the frames before and after.
 BURST_IN_FRAME = 120 / 16_000
 PADDING_SECONDS = 160 / 16_000
+TRAINED_PADDING_SECONDS = 40 / 16_000
 
 
 def burst(seconds: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
@@ -66,7 +67,7 @@ class SpeaksBursts(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        wave = burst(np.arange(960) / 48_000 - BURST_IN_FRAME)
+        wave = burst(np.arange(960) / 48_000 - BURST_IN_FRAME + TRAINED_PADDING_SECONDS)
         wave *= 0.9 / np.abs(burst(np.arange(4800) / 480_000)).max()
         self.register_buffer("kernel", torch.tensor(wave, dtype=torch.float32)[None, None])
 

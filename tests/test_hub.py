@@ -68,6 +68,15 @@ def test_an_answer_that_is_cut_short_is_fetched_to_its_end(hub: Hub, prefetch: l
     assert next(cut, None) is None
 
 
+@pytest.mark.parametrize("status", [401, 403])
+def test_why_the_hub_gives_no_file_is_said(status: int, hub: Hub, prefetch: list[str]) -> None:
+    """A repository may ask for a licence to be accepted, or a token may have expired."""
+    hub.fault = lambda *_: status
+    result = in_process(prefetch)
+    assert result.exit_code == 1
+    assert re.search(rf"error: someone/snac .*{status} .*planted.*signed in if it asks .*hf auth login", result.stderr)
+
+
 def test_the_way_out_of_a_damaged_copy_is_one(hub: Hub, prefetch: list[str]) -> None:
     """What the message names is what the client keeps, and not a link to it."""
     whole = dict(hub.stored)
@@ -99,7 +108,7 @@ def test_why_an_upload_fails_is_said(hub: Hub, shards: Path) -> None:
     hub.fault = lambda method, _: 403 if method == "PUT" else None
     refused(
         ["push-shards", f"shards={shards}", "repo=me/corpus"],
-        "to the Hub. from HfHubHTTPError: 403 Forbidden: None.",
+        "to the Hub. from HfHubHTTPError: 403 Forbidden: planted.",
     )
 
 

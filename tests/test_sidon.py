@@ -21,6 +21,7 @@ from pipeline.targets import shard_targets
 from pipeline.teachers import Pieces, Teacher
 from shards.contract import OK, TARGET_RATE
 from shards.errors import UserError
+from shards.files import file_sha256
 from shards.index import load
 from shards.reader import decode_sample, read_sample
 from tests.helpers import codes_settings, restored, targets_settings
@@ -119,7 +120,7 @@ def test_a_rest_shorter_than_the_overlap_belongs_to_the_last_window(
 def test_what_calibration_cannot_see_stops_the_run_at_its_end(
     standin: Path, restored_work: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The 10 ms of the padding, in all targets but those that were calibrated on."""
+    """10 ms, in all targets but those that were calibrated on."""
     work = tmp_path / "work"
     shutil.copytree(restored_work[1], work, ignore=shutil.ignore_patterns("shards"))
     read = Pieces.read
@@ -190,6 +191,36 @@ def test_a_wrong_hash_is_refused_before_loading(standin: Path, tmp_path: Path, m
     monkeypatch.setattr(torch.jit, "load", lambda *_, **__: pytest.fail("loaded an unverified file"))
     with pytest.raises(UserError, match=r"decoder_cpu\.pt: sha256 is \w{64}, expected \w{64}.*weights\.json"):
         TorchScript(str(folder), folder / "weights.json", torch.device("cpu"))
+
+
+class OnFirstGpu(torch.nn.Module):
+    """As tracing on a GPU leaves it: what is made on the way is made there."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + torch.arange(x.shape[1], device=torch.device("cuda:0"))
+
+
+def with_another_decoder(folder: Path, data: bytes) -> TorchScript:
+    """The stand-in in `folder`, with `data` for a decoder."""
+    (folder / "decoder_cpu.pt").write_bytes(data)
+    files = {file.name: file_sha256(file) for file in folder.glob("*.pt")}
+    (folder / "weights.json").write_text(json.dumps({str(folder): {"revision": None, "files": files}}))
+    return TorchScript(str(folder), folder / "weights.json", torch.device("cpu"))
+
+
+def test_a_gpu_that_a_graph_names_is_the_one_in_use(standin: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "copy"
+    shutil.copytree(standin, folder)
+    torch.jit.freeze(torch.jit.script(OnFirstGpu().eval())).save(str(tmp_path / "pinned.pt"))
+    model = with_another_decoder(folder, (tmp_path / "pinned.pt").read_bytes())
+    assert model.decoder(torch.zeros(1, 3)).tolist() == [[0, 1, 2]]
+
+
+def test_a_file_that_pytorch_cannot_load_is_named(standin: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "copy"
+    shutil.copytree(standin, folder)
+    with pytest.raises(UserError, match=r"decoder_cpu\.pt: PyTorch \S+ cannot load it: "):
+        with_another_decoder(folder, b"version https://git-lfs.github.com/spec/v1")
 
 
 def test_an_unlisted_folder_shows_its_pin(standin: Path, tmp_path: Path) -> None:

@@ -81,6 +81,69 @@ def test_the_encoder_is_what_peft_makes_of_the_files(folder: Path) -> None:
     assert difference_db(plain, merged) > -40  # the adapter is no decoration
 
 
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
+def test_biases_that_were_trained_are_merged_or_missed_aloud(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """peft 0.21 writes them beside A and B; older ones trained them and did not."""
+    peft = pytest.importorskip("peft", reason="the reference saves and loads the adapter by peft")
+    shutil.copytree(folder, tmp_path / "copy")
+    config = Wav2Vec2BertConfig.from_pretrained(folder / "base", num_hidden_layers=2, layerdrop=0.0)
+    base = Wav2Vec2BertModel.from_pretrained(folder / "base", config=config)
+    reference = peft.PeftModel.from_pretrained(base, folder / "raw").eval()
+    load_encoder(*files(folder))
+    assert "says that biases were trained (lora_only)" in capsys.readouterr().out
+    for name, parameter in reference.named_parameters():
+        if "base_layer.bias" in name:
+            torch.nn.init.normal_(parameter, generator=torch.Generator().manual_seed(0))
+    reference.save_pretrained(tmp_path / "copy" / "raw")
+    features = torch.randn(1, 40, 160, generator=torch.Generator().manual_seed(0))
+    encoder = load_encoder(*files(tmp_path / "copy"))
+    assert "biases" not in capsys.readouterr().out
+    with torch.inference_mode():
+        expected = reference(features).last_hidden_state
+        assert difference_db(encoder(features).last_hidden_state, expected) < -110
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "message"),
+    [
+        ("base/config.json", {"position_embeddings_type": "absolute"}, "not the config of a w2v-BERT: .*absolute"),
+        ("base/config.json", {"position_embeddings_type": "rotary"}, "2 unexpected .*distance_embedding"),
+        ("base/config.json", {"hidden_act": "sigmoid_linear"}, "not the config of a w2v-BERT: .*sigmoid_linear"),
+        ("base/config.json", {"add_adapter": True}, r"missing \(adapter\."),
+        ("raw/adapter_config.json", {"r": 32}, r"ffn1\.output_dense has rank 64, .* says 32"),
+        ("raw/adapter_config.json", {"lora_alpha": None}, "not a plain LoRA adapter with r and lora_alpha"),
+        ("raw/adapter_config.json", {"alpha_pattern": {"ffn1.output_dense": 64}}, "not a plain LoRA .*alpha_pattern"),
+        ("raw/adapter_config.json", {"use_dora": True}, "not a plain LoRA .*use_dora"),
+        ("raw/adapter_config.json", None, "adapter_config.json is not JSON of keys and values"),
+        ("base/config.json", None, "config.json is not JSON of keys and values"),
+    ],
+)
+def test_configs_that_do_not_fit(
+    file: str, change: dict[str, Any] | None, message: str, folder: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(folder, tmp_path / "copy")
+    path = tmp_path / "copy" / file
+    path.write_text(json.dumps([1] if change is None else json.loads(path.read_text()) | change))
+    with pytest.raises(UserError, match=message):
+        load_encoder(*files(tmp_path / "copy"))
+
+
+def test_a_published_config_is_read(folder: Path, tmp_path: Path) -> None:
+    """What transformers 4.37 and peft 0.18 wrote, and later versions do not know or write otherwise."""
+    shutil.copytree(folder, tmp_path / "copy")
+    more = {
+        "base/config.json": {"torch_dtype": "float32", "num_negatives": 100, "_name_or_path": "x", "vocab_size": None},
+        "raw/adapter_config.json": {"rank_pattern": None, "alpha_pattern": {}, "use_qalora": False, "lora_bias": None},
+    }
+    for file, keys in more.items():
+        path = tmp_path / "copy" / file
+        path.write_text(json.dumps(json.loads(path.read_text()) | keys))
+    found, expected = (load_encoder(*files(f)).state_dict() for f in (tmp_path / "copy", folder))
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+
+
 def test_the_decoder_is_dacs_to_the_last_sample(tmp_path: Path) -> None:
     reference = upstream.write_decoder(tmp_path, 16, 64)
     decoder = load_decoder(tmp_path / "decoder_state_dict.pt")
@@ -205,6 +268,7 @@ def test_encoder_files_that_do_not_fit(file: str, change: Any, message: str, fol
         (lambda state: state.pop("model.1.block.0.alpha"), r"1 missing \(model\.1\.block\.0\.alpha\)"),
         (lambda state: state.update(extra=torch.ones(1)), r"1 unexpected \(extra\)"),
         (lambda state: state.pop("model.0.weight_v"), "no decoder of DAC"),
+        (lambda state: state.update(step=3), "not a state dict of plain tensors"),
     ],
 )
 def test_decoder_files_that_do_not_fit(change: Any, message: str, tmp_path: Path) -> None:
