@@ -53,6 +53,8 @@ async def speech(model: StepDecoder, ids: AsyncIterator[int]) -> AsyncIterator[b
     async for id_ in ids:
         if id_ == orpheus.END_OF_SPEECH:
             break
+        if id_ in orpheus.BEFORE_SPEECH:
+            continue
         whole = frames.push([id_])
         if len(whole):
             samples = await asyncio.to_thread(stream.push, whole)

@@ -101,6 +101,23 @@ def test_the_servers_loop_says_what_is_wrong_in_one_line(untrained: Path, tmp_pa
     assert [path.name for path in tmp_path.iterdir()] == ["a.wav"]
 
 
+def test_the_servers_loop_passes_over_what_the_model_says_before_it_speaks(codec: tuple[SNAC, Any]) -> None:
+    """After a prompt that ends with the listener's turn, it starts its answer (128261) and speech (128257) itself."""
+    spoken = orpheus.to_ids(random_tokens(1, 4, 6)[0])
+
+    async def served(ids: list[int]) -> bytes:
+        async def model() -> AsyncIterator[int]:
+            for id_ in ids:
+                yield id_
+
+        return b"".join([pcm async for pcm in speech(StepDecoder(*codec), model())])
+
+    expected = asyncio.run(served([*spoken, orpheus.END_OF_SPEECH]))
+    assert asyncio.run(served([128261, 128257, *spoken, orpheus.END_OF_SPEECH])) == expected
+    with pytest.raises(UserError, match="id 128262 at position 0"):
+        asyncio.run(served([128262, *spoken]))
+
+
 def test_the_servers_loop_says_what_a_cut_frame_loses(
     codec: tuple[SNAC, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -5,7 +5,8 @@
 
 The id is 128266 + 4096 · position + code; as text, `<custom_token_N>` with N = 10 + 4096 · position + code. Source: the
 decoder of canopyai/Orpheus-TTS (`turn_token_into_id`, `convert_to_audio`), and the ONNX users of its codes. Other ids
-(128257 starts speech, 128258 ends it) are not audio.
+are not audio. 128261 starts the answer, 128257 its speech: the package of Orpheus-TTS ends its prompt with them, its
+notebook leaves them to the model. 128258 ends speech.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from shards.contract import CODEBOOK_SIZE, TOKENS
 from shards.errors import UserError
 
 FIRST_AUDIO_ID = 128266  # <custom_token_10>
+BEFORE_SPEECH = (128261, 128257)
 END_OF_SPEECH = 128258
 POSITIONS = (0, 1, 4, 2, 3, 5, 6)  # where an Orpheus frame holds c, m0, m1, f0, f1, f2, f3
 OFFSETS = FIRST_AUDIO_ID + CODEBOOK_SIZE * np.arange(TOKENS)
