@@ -154,6 +154,7 @@ def test_the_card_says_what_it_is(run: Path, exported: Path, tmp_path: Path) -> 
         "| learning\\_rate | 0.001 |",
         "3 steps",
         "not stated",
+        "the decoder began as its decoder, so its licence applies to all three",
         "# this folder, or USER/NAME of this page",
     ):
         assert words in card

@@ -77,6 +77,8 @@ def test_the_cards_snippet_decodes(exported: Path) -> None:
     exec(snippet.replace(DECODER, str(exported / DECODER)), names)
     assert [level.shape[1] for level in names["codes"]] == [8 * n for n in TOKENS_PER_COARSE]
     assert names["wav_48k"].shape == (1, 1, 8 * COARSE_48K)
+    assert "samples are within ±1" in card
+    assert np.abs(names["wav_48k"]).max() <= 1
 
 
 def test_windows_with_the_context_that_the_card_names_are_the_whole(exported: Path) -> None:

@@ -44,9 +44,10 @@ Validation on groups (speakers) that training never saw{chosen}:
 
 ## Licence
 
-{license} Encoder and quantizer keep the licence of {snac};
-hubertsiuzdak/snac_24khz is published under MIT. The targets were made from recordings, and with `teacher` sidon by the
-model SIDON: their terms apply, too.
+{license} Encoder and quantizer are those of {snac}, and
+the decoder began as its decoder, so its licence applies to all three. hubertsiuzdak/snac_24khz is published under MIT,
+whose notice (`LICENSE` of github.com/hubertsiuzdak/snac) belongs to every copy. The targets were made from recordings,
+and with `teacher` sidon by the model SIDON: their terms apply, too.
 """
 WITH_SNAC = """\
 ```python
@@ -89,7 +90,7 @@ levels = {f"audio_codes.{level}": codes[level] for level in range(3)}  # [B, T],
 
 To decode long or streamed input in windows, decode each one with 3 coarse tokens (6 middle, 12 fine) of its neighbours
 on each side, or as many as there are. Then drop the neighbours' samples, 4096 per coarse token: the rest is what
-decoding the whole gives there. Tokens are 0 … 4095 and not checked; samples may exceed ±1.
+decoding the whole gives there. Tokens are 0 … 4095 and not checked; samples are within ±1.
 
 Input and output names are those of onnx-community/snac_24khz-ONNX. `encoder_model.onnx` takes `input_values` [B, 1, N]
 at 24 kHz, N a multiple of 2048. The differences to torch, also those of half precision, are in `parity.json`."""
