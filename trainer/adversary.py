@@ -13,7 +13,7 @@ from trainer.data import Batch
 from trainer.discriminators import Discriminators
 from trainer.settings import BETAS, TrainSettings
 
-PEAK = 0.8  # to which both signals are scaled, as DAC scales them
+PEAK = 0.8  # to which the target is scaled, and the decoded crop as much; DAC scales each to this peak of its own
 QUIET = 0.01  # a target below −40 dB is not raised as if it were loud
 
 

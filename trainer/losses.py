@@ -49,7 +49,7 @@ def stft_l1(wav_BN: Tensor, target_BN: Tensor, valid_B: Tensor, n_fft: int) -> T
 
 
 def log_stft_l1(wav_BN: Tensor, target_BN: Tensor, valid_B: Tensor, n_fft: int) -> Tensor:
-    """Mean | ln |X| − ln |Y| |, magnitudes not below LOG_FLOOR: equation 6 of Parallel WaveGAN (arXiv 1910.11480).
+    """Mean | ln |X| − ln |Y| |, magnitudes not below LOG_FLOOR: L_mag of Parallel WaveGAN (arXiv 1910.11480).
 
     Quiet bins weigh as much as loud ones, so the band above 12 kHz counts for what it is: half of the bins.
     """

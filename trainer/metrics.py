@@ -24,8 +24,8 @@ def log_spectral_distances(wav_N: Tensor, target_N: Tensor) -> dict[str, float]:
     """`lsd` over 0–24 kHz, `lsd_hf` from 12 kHz on, `lsd_lf` below. In log10 units; 0 for equal signals.
 
     As AP-BWE computes it (arXiv 2401.06387, github.com/yxlu-0102/AP-BWE): mean over frames of the root mean square
-    over bins of log10 max(|X|², 1e-8) − log10 max(|Y|², 1e-8); Hann 2048, hop 512. Two independent noises of one
-    envelope are 0.79 apart.
+    over bins of log10 max(|X|², 1e-8) − log10 max(|Y|², 1e-8); Hann 2048, hop 512. Only the ends differ, padded with
+    zeros here and mirrored there. Two independent noises of one envelope are 0.79 apart.
     """
     squared_FT = _squared_log_difference(wav_N, target_N)
     first_high = _first_bin(SPLIT_HZ)
@@ -44,7 +44,8 @@ def log_spectral_distance_in_band(wav_N: Tensor, target_N: Tensor, low_hz: float
 def stft_distance(wav_N: Tensor, target_N: Tensor) -> float:
     """Mean over n_fft 1024, 2048, 4096 of ‖|X| − |Y|‖ / ‖|Y|‖ + mean |ln |X| − ln |Y||; Hann, hop n_fft / 4.
 
-    Spectral convergence and log magnitude as in Parallel WaveGAN (arXiv 1910.11480), with its floor: |X|² ≥ 1e-7.
+    Spectral convergence and log magnitude as in Parallel WaveGAN (arXiv 1910.11480), with the floor of the program
+    github.com/kan-bayashi/ParallelWaveGAN: |X|² ≥ 1e-7.
     """
     distances = []
     for n_fft in STFT_N_FFTS:

@@ -58,10 +58,11 @@ def stoi(wav: Samples, reference: Samples) -> float:
 
 
 def dnsmos(wav: Samples) -> dict[str, float]:
-    """DNSMOS P.835 and P.808 (arXiv 2110.01763), 1 … 5, of the signal at 16 kHz; they need no reference.
+    """DNSMOS P.835 (arXiv 2110.01763) and P.808 (arXiv 2010.15258), 1 … 5, of the signal at 16 kHz.
 
-    Beyond full scale the signal is clipped, as in a WAV; one shorter than 9 s is repeated, as its authors do. The
-    low-pass of the resampling moves it by up to 0.1; ours is resampy's kaiser_best, librosa's when it was published.
+    They need no reference. Beyond full scale the signal is clipped, as in a WAV; one shorter than 9 s is repeated, as
+    its authors do. The low-pass of the resampling moves it by up to 0.1; ours is resampy's kaiser_best, librosa's when
+    it was published.
     """
     from speechmos import dnsmos as package
 
