@@ -202,9 +202,11 @@ def agreement(patient: Patient) -> Check:
     outputs = {native.precision: found}
     if native.precision != "fp32":
         used, native.precision = native.precision, "fp32"
-        taught = _beginnings(patient, patient.teacher("native"))
+        try:
+            taught = _beginnings(patient, patient.teacher("native"))
+        finally:
+            native.precision = used
         outputs["fp32"] = [each.target for each in taught if isinstance(each, Taught)]
-        native.precision = used
     apart = {kind: max(map(_apart_db, targets, expected)) for kind, targets in sorted(outputs.items(), reverse=True)}
     figure = ", ".join(f"{kind} {db:.0f} dB apart, limit {AGREEMENT_DB[kind]:.0f}" for kind, db in apart.items())
     advice = "the raw weights are not the pair's, or lack biases that were trained: use sidon_backend=torchscript"

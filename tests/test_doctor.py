@@ -194,22 +194,29 @@ def test_a_wrong_hash_or_a_missing_file_fails(
         assert checks["seams, torchscript"].startswith("FAIL not run")
 
 
-@pytest.mark.usefixtures("native")
-def test_forms_that_disagree_fail(models: Path, audio: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def spoil_native(
+    monkeypatch: pytest.MonkeyPatch, precision: str, change: Callable[[str, torch.Tensor], object]
+) -> None:
+    """`change` gets the precision in use and what was decoded."""
     init = NativeStandin.__init__
 
-    def other(self: NativeStandin, *given: object) -> None:
-        init(self, *given)  # type: ignore[arg-type]
+    def spoilt(self: NativeStandin, *given: Any) -> None:
+        init(self, *given)
         right = self.decode
 
-        def rougher(hidden_BTC: torch.Tensor, frames: list[int]) -> torch.Tensor:
+        def decode(hidden_BTC: torch.Tensor, frames: list[int]) -> torch.Tensor:
             wav = right(hidden_BTC, frames).clone()
-            wav[:, ::2] *= 1.02
+            change(self.precision, wav[:, ::2])
             return wav
 
-        self.decode = rougher
+        self.decode, self.precision = decode, precision
 
-    monkeypatch.setattr(NativeStandin, "__init__", other)
+    monkeypatch.setattr(NativeStandin, "__init__", spoilt)
+
+
+@pytest.mark.usefixtures("native")
+def test_forms_that_disagree_fail(models: Path, audio: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    spoil_native(monkeypatch, "fp32", lambda _, samples: samples.mul_(1.02))
     code, checks, _ = examined(models, audio)
     assert code == 1
     assert checks["both forms agree"].startswith("FAIL fp32 -40 dB")
@@ -221,25 +228,26 @@ def test_what_bfloat16_loses_hides_no_other_fault(
     of: str, verdict: str, models: Path, audio: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """An error of −49 dB, which bfloat16 alone may have, in that precision only or in float32 too."""
-    init = NativeStandin.__init__
-
-    def other(self: NativeStandin, *given: object) -> None:
-        init(self, *given)  # type: ignore[arg-type]
-        right = self.decode
-
-        def rounded(hidden_BTC: torch.Tensor, frames: list[int]) -> torch.Tensor:
-            wav = right(hidden_BTC, frames).clone()
-            wav[:, ::2] *= 1.007 if self.precision == "bf16" or of == "fp32" else 1
-            return wav
-
-        self.decode, self.precision = rounded, "bf16"
-
-    monkeypatch.setattr(NativeStandin, "__init__", other)
+    spoil_native(monkeypatch, "bf16", lambda used, samples: samples.mul_(1.007 if of in (used, "fp32") else 1))
     _, checks, output = examined(models, audio)
     assert re.match(
         rf"{verdict} fp32 -\d+ dB apart, limit -60, bf16 -49 dB apart, limit -40", checks["both forms agree"]
     )
     assert "audio seconds per second, bf16" in output
+
+
+@pytest.mark.usefixtures("native")
+def test_what_fails_in_float32_is_not_asked_of_it_again(
+    models: Path, audio: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run_out(used: str, _: torch.Tensor) -> None:
+        if used == "fp32":
+            raise RuntimeError("CUDA out of memory")
+
+    spoil_native(monkeypatch, "bf16", run_out)
+    _, checks, _ = examined(models, audio)
+    assert checks["both forms agree"].startswith("FAIL failed")
+    assert checks["delay, native"].startswith("pass")
 
 
 def test_raw_weights_that_nobody_pinned_fail(models: Path, audio: Path) -> None:
