@@ -29,8 +29,8 @@ ADAPTER_KEY = re.compile(
 LAYER_KEY = re.compile(r"encoder\.layers\.(\d+)\.")
 ONLY_IN_TRAINING = {"masked_spec_embed"}
 ATTENTION = "relative_key_sdpa"
-PLAIN_LORA: dict[str, Any] = {"peft_type": "LORA", "rank_pattern": {}, "alpha_pattern": {}} | dict.fromkeys(
-    ("use_rslora", "use_dora", "fan_in_fan_out", "lora_bias"), False
+PLAIN_LORA: dict[str, Any] = {"peft_type": "LORA", "alpha_pattern": {}} | dict.fromkeys(
+    ("use_rslora", "use_dora", "fan_in_fan_out"), False
 )
 
 
@@ -39,16 +39,21 @@ def load_encoder(config: Path, base: Path, adapter_config: Path, adapter: Path) 
     adapted = _adapted(adapter)
     layers = 1 + max(int(LAYER_KEY.match(name)[1]) for name in adapted)  # type: ignore[index]
     model = _empty_model(config, layers)
-    weights = _base_weights(base, {name: value.shape for name, value in model.state_dict().items()}, layers)
+    shapes = {name: value.shape for name, value in model.state_dict().items()}
+    weights = _base_weights(base, shapes, layers)
     rank, scaling, trained = _lora(adapter_config)
     for name, part in adapted.items():
         key, a_RI, b_OR = f"{name}.weight", part["lora_A.weight"], part["lora_B.weight"]
         if key not in weights or weights[key].shape != (b_OR.shape[0], a_RI.shape[1]):
             raise UserError(f"{adapter}: {name} does not fit the weights of {base}")
         if not len(a_RI) == rank == b_OR.shape[1]:
-            raise UserError(f"{adapter}: {name} has rank {len(a_RI)}, {adapter_config} says {rank}")
+            raise UserError(
+                f"{adapter}: {name} has ranks {len(a_RI)} and {b_OR.shape[1]}, {adapter_config} says {rank}"
+            )
         weights[key] = weights[key].float() + scaling * (b_OR.float() @ a_RI.float())
-        weights[f"{name}.bias"] = part.get("base_layer.bias", weights[f"{name}.bias"])
+        if "base_layer.bias" in part:
+            weights[f"{name}.bias"] = part["base_layer.bias"]
+    check_keys(adapter, shapes, {name: value.shape for name, value in weights.items()})
     if trained != "none" and not any("base_layer.bias" in part for part in adapted.values()):
         tqdm.write(
             f"warning: {adapter_config} says that biases were trained ({trained}), but {adapter} has none, so its "

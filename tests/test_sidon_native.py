@@ -112,7 +112,7 @@ def test_biases_that_were_trained_are_merged_or_missed_aloud(
         ("base/config.json", {"position_embeddings_type": "rotary"}, "2 unexpected .*distance_embedding"),
         ("base/config.json", {"hidden_act": "sigmoid_linear"}, "not the config of a w2v-BERT: .*sigmoid_linear"),
         ("base/config.json", {"add_adapter": True}, r"missing \(adapter\."),
-        ("raw/adapter_config.json", {"r": 32}, r"ffn1\.output_dense has rank 64, .* says 32"),
+        ("raw/adapter_config.json", {"r": 32}, r"ffn1\.output_dense has ranks 64 and 64, .* says 32"),
         ("raw/adapter_config.json", {"lora_alpha": None}, "not a plain LoRA adapter with r and lora_alpha"),
         ("raw/adapter_config.json", {"alpha_pattern": {"ffn1.output_dense": 64}}, "not a plain LoRA .*alpha_pattern"),
         ("raw/adapter_config.json", {"use_dora": True}, "not a plain LoRA .*use_dora"),
@@ -130,17 +130,25 @@ def test_configs_that_do_not_fit(
         load_encoder(*files(tmp_path / "copy"))
 
 
-def test_a_published_config_is_read(folder: Path, tmp_path: Path) -> None:
+def test_a_published_config_is_read(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """What transformers 4.37 and peft 0.18 wrote, and later versions do not know or write otherwise."""
     shutil.copytree(folder, tmp_path / "copy")
     more = {
         "base/config.json": {"torch_dtype": "float32", "num_negatives": 100, "_name_or_path": "x", "vocab_size": None},
-        "raw/adapter_config.json": {"rank_pattern": None, "alpha_pattern": {}, "use_qalora": False, "lora_bias": None},
+        "raw/adapter_config.json": {
+            "rank_pattern": None,
+            "alpha_pattern": {},
+            "use_qalora": False,
+            "lora_bias": None,
+            "bias": "none",
+        },
     }
     for file, keys in more.items():
         path = tmp_path / "copy" / file
         path.write_text(json.dumps(json.loads(path.read_text()) | keys))
-    found, expected = (load_encoder(*files(f)).state_dict() for f in (tmp_path / "copy", folder))
+    found = load_encoder(*files(tmp_path / "copy")).state_dict()
+    assert "biases" not in capsys.readouterr().out
+    expected = load_encoder(*files(folder)).state_dict()
     assert all(torch.equal(found[name], value) for name, value in expected.items())
 
 
@@ -226,6 +234,9 @@ def test_the_true_sizes_fit(tmp_path: Path) -> None:
     assert {tuple(encoder.state_dict()[key].shape) for key in keys} == {(1024, 4096)}
 
 
+ADAPTED = "base_model.model.encoder.layers.0.ffn1.output_dense"
+
+
 def spoil(path: Path, change: Any) -> None:
     tensors = load_file(path)
     change(tensors)
@@ -252,6 +263,16 @@ def drop(tensors: dict[str, Tensor], part: str) -> None:
             "raw/adapter_model.safetensors",
             lambda t: t.update({n: v[:, :9].clone() for n, v in t.items() if "lora_A" in n}),
             "does not fit",
+        ),
+        (
+            "raw/adapter_model.safetensors",
+            lambda t: t.update({n: v[:, :9].clone() for n, v in t.items() if "lora_B" in n}),
+            r"ffn1\.output_dense has ranks 64 and 9, .* says 64",
+        ),
+        (
+            "raw/adapter_model.safetensors",
+            lambda t: t.update({f"{ADAPTED}.base_layer.bias": torch.ones(7)}),
+            r"raw/adapter_model\.safetensors: .* 1 of another shape \(encoder\.layers\.0\.ffn1\.output_dense\.bias\)",
         ),
     ],
 )
