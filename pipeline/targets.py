@@ -69,7 +69,7 @@ def shard_targets(settings: TargetsSettings) -> None:
     with holding(settings):
         if settings.teacher != RECORDING:
             _check_first(settings, plan)
-        stage = TargetsStage(settings, known_to(settings))
+        stage = TargetsStage(settings, known_to(settings), plan)
         if stage.known.calibration:
             show(stage.known.calibration)
             check(stage.known.calibration, settings)
@@ -86,7 +86,7 @@ def _check_first(settings: TargetsSettings, plan: Plan) -> None:
     settings. The SIDON that made it is taken for that of this run.
     """
     for number in selected(len(plan.shards), settings)[:1]:
-        stage = TargetsStage(settings, Known({}, None))
+        stage = TargetsStage(settings, Known({}, None), plan)
         path = stage.table(number)
         footer = read_footer(path)
         found = fingerprint_of(path, told_by(path, footer)) if footer else {}
@@ -122,8 +122,10 @@ class TargetsStage(Stage):
 
     known: Known
 
-    def __init__(self, settings: TargetsSettings, known: Known | None = None) -> None:
+    def __init__(self, settings: TargetsSettings, known: Known | None = None, plan: Plan | None = None) -> None:
         super().__init__(settings)
+        if plan:  # of 90 million rows it takes a while
+            self.plan = plan
         self.known = known or self._find_out()
         if precision := self.known.provenance.get("sidon_precision"):  # the same wherever else shards are made
             self.settings = settings.model_copy(update={"sidon_precision": precision})

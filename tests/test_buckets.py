@@ -157,7 +157,9 @@ def test_what_a_shard_costs_to_write(door: Door) -> None:
     settings = codes_settings(folder, work, "segments_per_shard=2")
     door.asked.clear()
     shard_codes(settings)
+    planned = len([path for _, path in door.asked if path.endswith("/plan.parquet")])
     shard_targets(targets_settings(work))  # type: ignore[arg-type]
+    assert len([path for _, path in door.asked if path.endswith("/plan.parquet")]) == planned + 2, "HEAD and GET"
     shards = len(make_plan(settings).shards)
     asked = Counter((method, path.partition(".")[2]) for method, path in door.asked if re.search(r"/\d{6}\.", path))
     written = {pair: n / shards for pair, n in asked.items() if pair[0] != "GET"}
