@@ -51,7 +51,7 @@ def _location(value: Any) -> Location:
     if "://" not in place.text:
         raise ValueError("should name a bucket, as s3://bucket/folder does")
     _, _, *names = place.text.split("/")
-    if names[1:2] == [""] or not {".", ".."}.isdisjoint(names):
+    if "" in names[:2] or not {".", ".."}.isdisjoint(names):
         raise ValueError("names in a bucket are taken as they are written, // and . too: write s3://bucket/folder")
     return place
 

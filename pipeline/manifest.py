@@ -77,21 +77,22 @@ def read_manifest(path: Location) -> tuple[dict[str, list[Any]], Counter[str]]:
 
 
 def _joined(folder: str, name: str) -> str:
-    path = name if "://" in name else posixpath.join(folder, name)
-    if "://" in path:
-        return path if "://" in name else _inside(folder, name)
+    if "://" in name:
+        return name
+    if "://" in folder and not name.startswith("/"):
+        return _inside(folder, name)
+    path = posixpath.join(folder, name)
     if "/../" in path and "\0" not in path:
         path = posixpath.join(_without_dots(posixpath.dirname(path)), posixpath.basename(path))
     return posixpath.normpath(path)
 
 
 def _inside(url: str, name: str) -> str:
-    """A folder's file where . and .. would be names: in a bucket. What would lead out of it is left as it is."""
+    """A folder's file where . and .. would be names: in a bucket. What would lead out of it finds nothing."""
     if {".", ".."}.isdisjoint(name.split("/")):
         return f"{url}/{name}"
     scheme, _, bucket, *folders = url.split("/")
-    inside = posixpath.normpath("/".join([*folders, name]))
-    return f"{url}/{name}" if inside.startswith("../") else f"{scheme}//{bucket}/{inside}"
+    return f"{scheme}//{bucket}/{posixpath.normpath('/'.join([*folders, name]))}"
 
 
 @lru_cache(maxsize=1 << 16)

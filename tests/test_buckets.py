@@ -87,7 +87,7 @@ def test_an_object_with_the_name_of_a_folder(door: Door, tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize(
-    "text", ["s3:/corpus/work", "s3://corpus//work", "s3://corpus/./work", "s3://corpus/a/../work"]
+    "text", ["s3:/corpus/work", "s3:///corpus/work", "s3://corpus//work", "s3://corpus/./work", "s3://corpus/a/../work"]
 )
 def test_spellings_that_lead_elsewhere(text: str, tmp_path: Path) -> None:
     """To a folder called s3: on this machine, or to names that no other spelling finds."""
@@ -171,7 +171,8 @@ def test_what_a_shard_costs_to_write(door: Door) -> None:
 def test_paths_of_a_manifest_are_relative_to_its_folder(door: Door, tmp_path: Path) -> None:
     """As on a disk, where a bucket would take . and .. as names; and they lead to no other bucket."""
     takes(door, "dots", 2)
-    names = ["./speaker_0/0.wav", "../dots/speaker_1/1.wav", "../../other/2.wav"]
+    fill(door, {"dots/speaker_3//3.wav": wav(3)})
+    names = ["./speaker_0/0.wav", "../dots/speaker_1/1.wav", "speaker_3//3.wav", "../../other/2.wav"]
     fill(door, {"dots/list.jsonl": "\n".join(json.dumps({"path": name}) for name in names).encode()})
     shard_codes(codes_settings(Url("s3://corpus/dots/list.jsonl"), tmp_path, "max_failed_fraction=1"))
     assert {id: rows[0]["reason"] for id, rows in rows_of(tmp_path / "codes").items()} == {
