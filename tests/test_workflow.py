@@ -128,6 +128,11 @@ def test_the_keys_that_training_has_too_are_told_from_its_defaults() -> None:
     assert of_stages & TrainSettings.model_fields.keys() <= defaults.keys()
 
 
+def test_how_settings_go_together_is_said_without_the_step() -> None:
+    with pytest.raises(SettingsError, match=r"^execute=slice "):
+        load_settings(CodesSettings, "shard_codes.json", ["audio=a", "work=w", "execute=slice"], "codes.")
+
+
 def test_a_setting_that_steps_share_is_named_as_it_is_written() -> None:
     with pytest.raises(SettingsError, match=r"^work: every file in a repository of the hub is a commit"):
         load_settings(WorkflowSettings, "workflow.json", ["audio=a", "work=hf://datasets/a/b", "run=r"])
