@@ -197,7 +197,7 @@ def left_to_do(stage: Stage, numbers: Sequence[int]) -> list[int]:
 @contextmanager
 def holding(settings: ExecutionSettings) -> Iterator[None]:
     """The work folder, for this run alone, or for slices of one run, each of them once. Remote folders have no locks:
-    there, what two runs write at once is the same bytes under names of their own, until one of them is the last.
+    there, what two runs write at once is the same bytes, of which one is the last.
     """
     if isinstance(settings.work, Url):
         yield

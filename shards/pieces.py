@@ -95,7 +95,7 @@ def version(place: Stored) -> tuple[int, int | str]:
     return stat.st_size, stat.tag if isinstance(stat, Stat) else stat.st_mtime_ns
 
 
-def at_hand(place: Path | Url | Part, size: int | None = None) -> Stored:
+def at_hand(place: Path | Url | Part, size: int | None) -> Stored:
     """What is remote, fetched once; one above storage.WHOLE_BYTES is left where it is. It is asked for its size unless
     that is known; where it is another by now, all of it is fetched.
     """

@@ -22,6 +22,7 @@ ERRORS = {
     "expired": (400, "ExpiredToken"),
     "archived": (403, "InvalidObjectState"),
     "moved": (301, "PermanentRedirect"),
+    "elsewhere": (400, "AuthorizationHeaderMalformed"),
 }
 SLOW_SECONDS = 0.1
 

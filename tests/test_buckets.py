@@ -19,7 +19,7 @@ from pipeline.settings import VerifySettings
 from pipeline.sources import find
 from pipeline.targets import shard_targets
 from shards.errors import SettingsError, ShardError, UserError
-from shards.storage import Url
+from shards.storage import StorageError, Url
 from shards.writer import read_footer
 from tests.command_helpers import in_process, refused, rows_of
 from tests.helpers import codes_settings, codes_words, speechlike, targets_settings
@@ -135,6 +135,13 @@ def test_a_refusal_says_a_way_out(kind: str, said: str, method: str, door: Door,
     folder = takes(door, "refused")
     door.fault = lambda asked, path: kind if asked == method else None
     refused(codes_words(folder, tmp_path), said)
+
+
+def test_another_region_is_named(door: Door) -> None:
+    fill(door, {"region/a": b"abc"})
+    door.fault = lambda method, _: "elsewhere" if method == "GET" else None
+    with pytest.raises(StorageError, match=r"AuthorizationHeaderMalformed: .*; the bucket is in another region"):
+        Url("s3://corpus/region/a").read_bytes()
 
 
 def test_no_bucket_is_no_object(door: Door) -> None:
