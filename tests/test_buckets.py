@@ -84,6 +84,8 @@ def test_an_object_with_the_name_of_a_folder(door: Door, tmp_path: Path) -> None
     fill(door, {"marked/speaker_0/later.wav": wav(9)})
     with pytest.raises(UserError, match=r"1 recordings such as 'speaker_0/later\.wav' were added"):
         make_plan(settings)
+    with pytest.raises(UserError, match=r"0\.wav is neither a folder nor a manifest"):
+        find(folder / "speaker_0/0.wav", None)
 
 
 @pytest.mark.parametrize(

@@ -199,9 +199,9 @@ def test_an_answer_of_another_length_is_not_taken(hub: Hub, tmp_path: Path) -> N
         with pytest.raises(StorageError, match="0 bytes were asked for, and 100 came, as from a proxy"):
             url.read_bytes(start, stop)
     hub.fault = lambda _, path: "page" if "/resolve/" in path else None
-    for start, stop in ((0, 100), (0, 10)):
+    for stop in (100, 10, None):
         with pytest.raises(StorageError, match="0 bytes were asked for, and 19 came, as from a proxy"):
-            url.read_bytes(start, stop)
+            url.read_bytes(0, stop)
     hub.fault = lambda *_: "page"
     storage._commit.cache_clear()
     with pytest.raises(StorageError, match="the answer is not JSON, as from a proxy or a login page"):

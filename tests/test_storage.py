@@ -219,3 +219,12 @@ def test_tables(fetched: int, folder: Url, door: Door, monkeypatch: pytest.Monke
     assert read_footer(folder / "b.parquet") is None
     assert read_table(folder / "a.parquet").equals(table.replace_schema_metadata({"made": '{"by": "us"}'}))
     assert read_table(folder / "a.parquet", columns=["a"]).column_names == ["a"]
+
+
+@pytest.mark.parametrize("status", [401, 403, 408, 416, 429, 502, 503])
+def test_when_google_is_waited_for(status: int) -> None:
+    retry = pytest.importorskip("gcsfs.retry", reason="`just extras` installs it")
+    with pytest.raises(Exception, match=r"^$|planted") as caught:
+        retry.validate_response(status, b'{"error": {"message": "planted"}}', "corpus/a.bin")
+    assert storage._is_outage(caught.value) == (status in (408, 429, 502, 503))
+    assert (storage._answer(caught.value)[0] == 416) == (status == 416)
