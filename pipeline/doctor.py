@@ -298,6 +298,8 @@ def disk(patient: Patient) -> Check:
 
 def memory(patient: Patient) -> Check:
     found, settings = device_of(patient.settings.gpu), patient.settings
+    if not patient.restored:
+        raise NotMeasuredError("no target was made")
     if found.type == "cuda":
         window = np.zeros(int(settings.window_seconds * INPUT_RATE) // FRAME * FRAME + 2 * PADDING, np.float32)
         for sidon in patient.sidons.values():

@@ -262,13 +262,14 @@ def summarize(paths: Sequence[Location], max_failed_fraction: float, title: str)
         tqdm.write(f"  and {more} more {'reason' if more == 1 else 'reasons'}: `just inspect` shows them")
     lost = statuses[FAILED] + statuses[REJECTED]
     if lost > max_failed_fraction * total:
-        ways = [f"mend {what} and add {key}" for what, key, n in (
-            ("the recordings", "retry=failed", lost - found.unplanned),
+        ways = ["raise max_failed_fraction", *(f"mend {what} and add {key}" for what, key, n in (
+            ("the recordings", "retry=failed", statuses[FAILED] - found.unplanned),
             ("what could not even be planned", "extend=true to shard-codes", found.unplanned),
-        ) if n]  # fmt: skip
+        ) if n)]  # fmt: skip
+        once = " What was rejected is not tried again" if statuses[REJECTED] else ""
         raise UserError(
             f"{lost} of {total} segments failed or were rejected, above max_failed_fraction={max_failed_fraction:g}; "
-            f"the rows say why. What succeeded is kept: raise the limit, or {', or '.join(ways)}"
+            f"the rows say why. What succeeded is kept: {', or '.join(ways)}.{once}"
         )
     if total and not statuses[OK]:
         raise UserError(f"{title}: no segment is usable")

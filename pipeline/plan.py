@@ -124,7 +124,11 @@ def make_plan(settings: CodesSettings) -> Plan:
             return plan
         groups, numbers = _known(plan, path)
         _write(path, [plan], new_shards(new, settings, groups, numbers), metadata)
-        return Plan(path)
+        extended = Plan(path)
+        added = len(extended.shards) - len(plan.shards)
+        tqdm.write(f"new: {len(new)} of the plan's recordings, {added} of its shards")
+        tqdm.write(_splits_of(path))
+        return extended
 
 
 def _to_add(settings: CodesSettings, path: Location) -> pa.Table:

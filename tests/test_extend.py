@@ -44,11 +44,14 @@ def test_new_shards_follow_those_that_stand(extended: tuple[Path, Path]) -> None
     plan, index = Plan(work / PLAN_NAME), pq.read_table(work / "shards" / "index.parquet")
     rows = [plan.table(number) for number in range(len(plan.shards))]
     made = {name: found for name, found in stamps(work).items() if Path(name).stem.isdigit()}
-    assert in_process(codes_words(audio, work, "extend=true")).exit_code == 0
+    planning = in_process(codes_words(audio, work, "extend=true"))
+    assert planning.exit_code == 0
     assert in_process(targets_words(work)).exit_code == 0
 
     longer = Plan(work / PLAN_NAME)
     known = len(plan.shards)
+    assert f"new: 5 of the plan's recordings, {len(longer.shards) - known} of its shards" in planning.output
+    assert "planned: train: " in planning.output
     assert longer.shards[:known] == plan.shards
     assert longer.rows_sha256[:known] == plan.rows_sha256
     assert [longer.table(number).equals(rows[number]) for number in range(known)] == [True] * known

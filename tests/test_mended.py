@@ -325,7 +325,7 @@ def test_a_second_try_above_the_limit_leaves_no_wrong_index(audio: Path, work: P
     shutil.move(tmp_path / "b.wav", audio / "b.wav")
     refused(
         targets_words(work, "retry=failed", "max_failed_fraction=0.05"),
-        "What succeeded is kept: raise the limit, or mend",
+        "What succeeded is kept: raise max_failed_fraction, or mend",
     )
     assert not (work / "shards" / "index.parquet").exists()
     shard_targets(targets_settings(work, SOME))

@@ -83,6 +83,7 @@ def test_phase_1_moves_the_new_layers_only(work: Path, tmp_path: Path) -> None:
     ("changes", "given", "tenth"),
     [
         ({"phase1_steps": 21, "max_steps": 20}, "21 of 20 steps (phase1_steps=21, max_steps=20)", "phase1_steps=2"),
+        ({"phase1_steps": 9, "max_steps": 8}, "(phase1_steps=9, max_steps=8)", "phase1_steps=1, a tenth, and warmup"),
         ({"phase1_steps": 2000, "num_epochs": 2}, "(phase1_steps=2000, num_epochs=2)", "phase1_steps="),
         ({"phase1_epochs": 4, "num_epochs": 2}, "(phase1_epochs=4, num_epochs=2)", "phase1_epochs=0.2"),
     ],
@@ -95,7 +96,7 @@ def test_a_phase_1_longer_than_training_is_refused(
     assert output.startswith("error: phase 1 would take ")
     assert f"{given}, and only the new layers would learn: take {tenth}" in output
     assert len(output.splitlines()) == 1
-    assert [path.name for path in (tmp_path / "run").iterdir()] == [".lock"]
+    assert not (tmp_path / "run").exists()
 
 
 def test_discriminators_that_learn_alone_to_the_end_are_refused(work: Path, tmp_path: Path) -> None:

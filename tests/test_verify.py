@@ -344,6 +344,15 @@ def test_reasons_that_are_not_shown_are_counted(tmp_path: Path, capsys: pytest.C
         summarize([tmp_path / "a.parquet"], 0.75, "codes")
 
 
+def test_what_was_rejected_is_not_said_to_be_retried(tmp_path: Path) -> None:
+    schema = pa.schema([SIDECAR_SCHEMA.field(name) for name in COLUMNS])
+    rows = [("a", 5, OK, None), ("b", 5, REJECTED, "reason")]
+    pq.write_table(pa.table([*zip(*rows, strict=True)], schema), tmp_path / "a.parquet")
+    with pytest.raises(UserError) as error:
+        summarize([tmp_path / "a.parquet"], 0.25, "shards")
+    assert str(error.value).endswith("kept: raise max_failed_fraction. What was rejected is not tried again")
+
+
 def test_inspect_says_what_it_expects(work: Path, tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("text")
     (tmp_path / "cut.parquet").write_bytes((work / "plan.parquet").read_bytes()[:1000])

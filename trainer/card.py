@@ -38,7 +38,7 @@ Encoder and quantizer are those of {snac}, unchanged; the decoder has rates {rat
 
 ## Figures
 
-Validation on groups (speakers) that training never saw{chosen}:
+Validation on groups (speakers, or recordings where each is a group) that training never saw{chosen}:
 
 {validation}
 

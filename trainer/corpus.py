@@ -60,7 +60,10 @@ def open_corpus(settings: TrainSettings, snac_sha256: dict[str, str]) -> Corpus:
             )
     with_voices = tuple(index for index in validation if len(index))
     if not with_voices:
-        raise UserError(f"{', '.join(map(str, settings.folders))} has no usable segment in the split validation")
+        raise UserError(
+            f"{', '.join(map(str, settings.folders))} has no usable segment in the split validation: the `reason`s of "
+            "its rows say why (`just inspect`); more groups, by extend=true, may be in it"
+        )
     orders = tuple(Order(index.counts, settings.seed, settings.window_shards) for index in training)
     stream = Stream(orders, _weights(settings, training), stages(settings), settings.seed)
     return Corpus(training, with_voices, stream, _in_both(settings.folders))

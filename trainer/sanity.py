@@ -20,13 +20,13 @@ def check_that_the_decoder_learns(settings: TrainSettings, phase1_steps: int, to
         )
     if phase1_steps <= total_steps:
         return
-    given, tenth = f"phase1_steps={phase1_steps}", f"phase1_steps={total_steps // 10}"
+    given, tenth = f"phase1_steps={phase1_steps}", f"phase1_steps={max(total_steps // 10, 1)}"
     if settings.phase1_epochs is not None:
         given = f"phase1_epochs={settings.phase1_epochs:g}"
         tenth = f"phase1_epochs={settings.phase1_epochs * total_steps / phase1_steps / 10:.2g}"
     raise SettingsError(
         f"phase 1 would take {phase1_steps} of {total_steps} steps ({given}, {length}), and only the new layers "
-        f"would learn: take {tenth}, a tenth, or max_steps= above {phase1_steps}"
+        f"would learn: take {tenth}, a tenth, and warmup_steps= as short, or max_steps= above {phase1_steps}"
     )
 
 
