@@ -34,8 +34,8 @@ def _at_home(value: Any) -> Any:
     """
     if value == "":
         raise ValueError("is empty; the folder where the command runs is .")
-    if isinstance(value, str) and re.match(rf"({'|'.join(SCHEMES)}):/(?!/)", value):
-        raise ValueError("would be a folder on this machine: a URL is written s3://bucket/folder")
+    if isinstance(value, str) and re.match(rf"({'|'.join(SCHEMES)}):/(?!/[^/])", value):
+        raise ValueError("names no bucket: a URL is written s3://bucket/folder")
     return Path(value).expanduser() if isinstance(value, str) and value.startswith("~/") else value
 
 
@@ -48,10 +48,8 @@ def _location(value: Any) -> Location:
     place = locate(value)
     if isinstance(place, Path):  # it is written down, and read from other folders
         return Path(os.path.normpath(place.absolute()))
-    if "://" not in place.text:
-        raise ValueError("should name a bucket, as s3://bucket/folder does")
     _, _, *names = place.text.split("/")
-    if "" in names[:2] or not {".", ".."}.isdisjoint(names):
+    if names[1:2] == [""] or not {".", ".."}.isdisjoint(names):
         raise ValueError("names in a bucket are taken as they are written, // and . too: write s3://bucket/folder")
     return place
 

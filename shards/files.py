@@ -176,15 +176,12 @@ def _clear_away(lock: IO[bytes], path: Path, made: Sequence[Path]) -> None:
     """Of the folders made for a lock, those where nothing else came to stand. It goes first, while it is held: so who
     has opened it meanwhile sees that it went.
     """
-    folder, *parents = made
     with suppress(OSError):
-        if _is_named(lock, path) and [*folder.iterdir()] == [path]:
+        if _is_named(lock, path) and [*path.parent.iterdir()] == [path]:
             path.unlink()
             lock.close()  # NFS and FUSE keep under another name what is deleted while it is open
-            folder.rmdir()
-    for parent in parents:
-        with suppress(OSError):
-            parent.rmdir()
+            for folder in made:
+                folder.rmdir()
 
 
 def _take(lock: IO[bytes], how: int) -> None:

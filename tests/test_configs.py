@@ -197,7 +197,7 @@ def test_an_unset_variable_is_not_taken_for_the_folder_where_the_command_runs(wo
 @pytest.mark.parametrize(
     ("word", "said"),
     [
-        ("shards=s3://", "shards: should name a bucket, as s3://bucket/folder does (given: 's3://')"),
+        ("shards=s3://", "shards: names no bucket: a URL is written s3://bucket/folder (given: 's3://')"),
         ("n_ffts=1024,2048", "n_ffts: should be a list in brackets (given: '1024,2048')"),
         ("n_ffts=[]", "n_ffts: should have at least 1 item (given: [])"),
         ("n_ffts=[8]", "n_ffts.0: should be greater than or equal to 16 (given: 8)"),

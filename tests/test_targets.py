@@ -35,9 +35,7 @@ def rows(work: Path) -> list[dict[str, Any]]:
 
 def test_what_could_not_be_planned_is_for_the_stage_that_plans(audio: Path, tmp_path: Path) -> None:
     (audio / "anna" / "a.wav").write_text("no audio")
-    with pytest.raises(
-        UserError, match="raise max_failed_fraction, or mend what could not even be planned and"
-    ):
+    with pytest.raises(UserError, match="raise max_failed_fraction, or mend what could not even be planned and"):
         shard_codes(codes_settings(audio, tmp_path / "work", "max_failed_fraction=0"))
 
 
