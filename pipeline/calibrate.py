@@ -24,6 +24,7 @@ from pipeline.teachers import Teacher
 from shards.contract import COARSE_48K, OK, PLAN_NAME, TARGET_RATE, Row
 from shards.errors import UserError
 from shards.files import write_whole
+from shards.progress import progress_bar
 
 FILE = "calibration.json"
 VERSION = 2  # of what is measured
@@ -111,7 +112,7 @@ def _stretch(row: Row) -> Row:
 def measure(teacher: Teacher, rows: list[Row]) -> Iterator[Row]:
     """What is found of each stretch that SIDON restored and that holds speech."""
     taught = teacher.segments([[row] for row in rows])
-    for found in tqdm(taught, total=len(rows), desc="calibrating", unit="recording", disable=None):
+    for found in progress_bar(taught, total=len(rows), desc="calibrating", unit="recording"):
         if isinstance(found, AudioError) or found.source is None or speech_share(found.source) < MIN_SPEECH:
             continue
         restored = found.target if found.restored is None else found.restored

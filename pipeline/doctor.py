@@ -36,6 +36,7 @@ from pipeline.targets import flac_bytes
 from pipeline.teachers import Taught, Teacher, whole_recording
 from shards.contract import COARSE_24K, COARSE_48K, CODEC_RATE, TARGET_RATE
 from shards.errors import UserError, last_line
+from shards.progress import progress_bar
 
 AGREEMENT_DB = {"fp32": -60.0, "bf16": -40.0}  # of the two forms, by the precision of the raw weights
 ROUNDED = 0.01  # of tokens that a GPU may choose otherwise; of the stand-in's, float64 changes 0.06 %, TF32 39 %
@@ -101,7 +102,7 @@ def examine(settings: DoctorSettings, recordings: Sequence[Path], folder: Path) 
         *((f"{name}, {form}", partial(check, patient, form)) for form in forms for name, check in OF_FORM.items()),
         *((name, partial(check, patient)) for name, check in OF_MACHINE.items()),
     ]
-    checks = {name: _run(step) for name, step in tqdm(steps, desc="examining", unit="check", disable=None)}
+    checks = {name: _run(step) for name, step in progress_bar(steps, desc="examining", unit="check")}
     for name, check in checks.items():
         tqdm.write(f"{'pass' if check.passed else 'FAIL'}  {name:<32} {check.figure}")
         if not check.passed:

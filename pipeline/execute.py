@@ -32,25 +32,14 @@ from pipeline.statuses import COLUMNS, Statuses
 from shards.contract import FAILED, OK, REJECTED
 from shards.errors import UserError, first_line, last_line
 from shards.files import exclusive
+from shards.progress import progress_bar
 from shards.storage import READERS, Location, Url
 from shards.writer import AHEAD, finish, read_table
 
 REASONS_SHOWN = 5
 MAX_IN_A_ROW = 3  # shards that could not be made, one after the other: something is wrong with more than one shard
-SECONDS_BETWEEN_LINES = 30  # of progress where it goes to a file
 LEFT_BEHIND = timedelta(days=1)
 FATAL = (UserError, OSError, MemoryError)
-
-
-class _Lines:
-    """Shows each state of a bar as a line of its own: a container's log shows none that has not ended."""
-
-    def write(self, text: str) -> None:
-        if state := text.strip():
-            print(state, file=sys.stderr, flush=True)
-
-    def flush(self) -> None:
-        pass
 
 
 class Progress:
@@ -59,10 +48,7 @@ class Progress:
     def __init__(self, doing: str, plan: Plan, mine: Sequence[int], waiting: Sequence[int]) -> None:
         total, left = (sum(plan.seconds[number] for number in numbers) for numbers in (mine, waiting))
         shown = "{desc}: {percentage:3.0f}%|{bar}| {n:.0f}/{total:.0f} s of audio, {rate_fmt}, {remaining} left"
-        options: dict[str, Any] = {"initial": total - left, "unit": " s", "bar_format": shown}
-        if not sys.stderr.isatty():
-            options |= {"file": _Lines(), "mininterval": SECONDS_BETWEEN_LINES}
-        self._bar = tqdm(total=total, desc=doing, **options)
+        self._bar = progress_bar(total=total, desc=doing, initial=total - left, unit=" s", bar_format=shown)
         self._plan, self._advanced = plan, defaultdict[int, float](float)
         self._problems: dict[int, str] = {}
         self._in_a_row = 0

@@ -9,12 +9,12 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
-from tqdm import tqdm
 
 from codec.audio import AudioError, probe
 from pipeline.sources import stored
 from shards.files import reason_of_one
 from shards.pieces import skimmed
+from shards.progress import progress_bar
 from shards.storage import READERS, locate
 
 # A manifest's end may lie this far after the file's: people round, voices are found in frames of up to 62 ms, and who
@@ -41,7 +41,7 @@ def _with_headers(table: pa.Table, rows: npt.NDArray[np.intp]) -> pa.Table:
     places = list(zip(*(wanted[name].to_pylist() for name in ("path", "offset", "file_bytes")), strict=True))
     files = list(dict.fromkeys(places))
     with ThreadPoolExecutor(READERS) as pool:
-        found = tqdm(pool.map(_header, files), total=len(files), desc="reading headers", unit="file", disable=None)
+        found = progress_bar(pool.map(_header, files), total=len(files), desc="reading headers", unit="file")
         headers = dict(zip(files, found, strict=True))
     for name, values in zip(HEADER, zip(*map(headers.__getitem__, places), strict=True), strict=True):
         field = table.schema.field(name)

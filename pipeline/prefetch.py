@@ -7,6 +7,7 @@ from tqdm import tqdm
 from codec.weights import UnreachableError, read_pins, resolve
 from pipeline.settings import PrefetchSettings
 from shards.errors import UserError
+from shards.progress import progress_bar
 
 
 def prefetch(settings: PrefetchSettings) -> None:
@@ -15,7 +16,7 @@ def prefetch(settings: PrefetchSettings) -> None:
     pins = {name: pin for name, pin in read_pins(settings.weights).items() if pin.get("backend", chosen) == chosen}
     wanted = [(name, file) for name, pin in pins.items() for file in pin["files"]]
     failures = 0
-    for name, file in tqdm(wanted, desc="fetching", unit="file", disable=None):
+    for name, file in progress_bar(wanted, desc="fetching", unit="file"):
         try:
             weights = resolve(name, (file,), settings.weights)
         except UnreachableError:

@@ -23,6 +23,7 @@ from shards.damage import unlisted
 from shards.errors import ShardError, UserError, in_markdown
 from shards.files import file_sha256
 from shards.index import check_index, shard_list
+from shards.progress import progress_bar
 from shards.writer import read_metadata, read_table
 
 COMMIT_FILES, COMMIT_BYTES = 100, 5 << 30
@@ -126,7 +127,7 @@ def _same(found: Any, upload: Upload) -> bool:
 
 def _upload(api: Any, repo: str, missing: list[Upload]) -> None:
     total = sum(upload.size for upload in missing)
-    with tqdm(total=total, desc="uploading", unit="B", unit_scale=True, disable=None) as bar:
+    with progress_bar(total=total, desc="uploading", unit="B", unit_scale=True) as bar:
         for batch in _batches(missing):
             _check(batch)
             names = f"{batch[0].name} … {batch[-1].name}"

@@ -20,6 +20,7 @@ from shards.errors import ShardError, printable
 from shards.files import exclusive
 from shards.index import check_index, compact, listed, shard_list
 from shards.pieces import Fetched
+from shards.progress import progress_bar
 from shards.storage import Location, Url
 from shards.writer import read_metadata
 
@@ -64,7 +65,7 @@ def _verify(settings: VerifySettings) -> None:
 
     with ThreadPoolExecutor(_threads(settings)) as pool:
         each = pool.map(of_shard, shards)
-        bar = tqdm(each, desc="verifying", total=len(shards), unit="shard", disable=None)
+        bar = progress_bar(each, desc="verifying", total=len(shards), unit="shard")
         for place, (of_one, is_damage) in zip(shards, bar, strict=True):
             said = _said(of_one)
             found, left = (found + said, left) if is_damage else (found, left + said)

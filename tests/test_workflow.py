@@ -100,6 +100,16 @@ def test_workflow_gives_each_command_what_all_share_and_its_own(
     assert "resume=auto" in called[-1]
 
 
+def test_a_training_too_short_is_refused_before_anything_is_made(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    places = [f"audio={tmp_path / 'a'}", f"work={tmp_path / 'work'}", f"run={tmp_path / 'run'}", "gpu=cpu"]
+    with pytest.raises(SystemExit):
+        workflow(load_settings(WorkflowSettings, "workflow.json", [*places, "train.max_steps=500"]))
+    assert capfd.readouterr().err.startswith("error: phase 1 would take 2000 of 500 steps (phase1_steps=2000, max_")
+    assert not any(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize(
     ("key", "places"),
     [

@@ -18,6 +18,7 @@ from codec.snac import device_of, encode_whole
 from shards.contract import COARSE_48K, TARGET_RATE, coarse_tokens, load_codes
 from shards.errors import ShardError, UserError
 from shards.files import replacing
+from shards.progress import progress_bar
 from trainer import kernels
 from trainer.checkpoint import load_codec
 from trainer.inference import StepDecoder, draws_noise
@@ -132,7 +133,7 @@ def write_wav(path: Path, blocks: Iterator[Samples], length: int) -> None:
     with replacing(path) as temporary:
         with (
             wave.open(str(temporary), "wb") as wav,
-            tqdm(total=length / TARGET_RATE, desc="decoding", unit=" s", disable=None) as bar,
+            progress_bar(total=length / TARGET_RATE, desc="decoding", unit=" s") as bar,
         ):
             wav.setparams((1, 2, TARGET_RATE, length, "NONE", "not compressed"))
             for block in blocks:

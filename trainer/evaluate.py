@@ -12,7 +12,6 @@ from typing import Any
 import click
 import pyarrow as pa
 import soundfile
-from tqdm import tqdm
 
 from codec.audio import AudioError, Samples
 from codec.snac import device_of
@@ -20,6 +19,7 @@ from shards.contract import FAILED, OK, TARGET_RATE
 from shards.errors import SettingsError, UserError, printable
 from shards.files import new_folder, write_whole
 from shards.order import permutation
+from shards.progress import progress_bar
 from shards.writer import write_table
 from trainer.checkpoint import load_codec
 from trainer.clips import Clip, Clips, Entry, RecordingClips, ShardClips
@@ -114,7 +114,7 @@ def _rows(
     """The rows of clips.parquet, clip by clip; the audio of the first clips of the seeded choice is kept."""
     kept = set(_choose(clips, min(settings.keep_audio, len(chosen)), settings.seed))
     jobs = _jobs(settings, clips, chosen, systems, kept, folder)
-    with tqdm(total=len(chosen), desc="judging", unit=" clips", disable=None) as bar:
+    with progress_bar(total=len(chosen), desc="judging", unit=" clips") as bar:
         for rows in ordered(_judge, jobs, settings.num_workers):
             yield from rows
             bar.update()

@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from shards.errors import UserError, printable
 from shards.files import write_whole
+from shards.progress import progress_bar
 
 if TYPE_CHECKING:
     from trainer.boards import Boards
@@ -46,9 +47,7 @@ class RunLog:
         handler = LogFile(run / "training.log", delay=True)
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
         self._logger.addHandler(handler)
-        self.bar = tqdm(
-            total=total_steps, initial=first_step, desc="training", unit="step", disable=None if writes else True
-        )
+        self.bar = progress_bar(total=total_steps, initial=first_step, desc="training", unit="step", disable=not writes)
 
     def say(self, text: str) -> None:
         if self._writes:
@@ -71,13 +70,14 @@ class RunLog:
 
     def progress(self, values: Mapping[str, float]) -> None:
         """One more step, and its values on the bar."""
-        self.bar.update()
         loss = "".join(f"{name} {values[name]:.4f}, " for name in ("loss", "discriminator") if name in values)
         self.bar.set_postfix_str(
             f"phase {values['phase']}, {loss}grad {values.get('grad_norm', 0):.3g}, "
             f"{values['audio_seconds_per_second']:.1f} audio s/s, wait {values['data_wait_share']:.0%}, "
-            f"{values['memory_gib']:.1f} GiB"
+            f"{values['memory_gib']:.1f} GiB",
+            refresh=False,
         )
+        self.bar.update()
 
     def close(self) -> None:
         self.bar.close()

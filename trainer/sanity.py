@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
 
 from shards.errors import SettingsError
-from trainer.settings import TrainSettings
+
+if TYPE_CHECKING:
+    from trainer.settings import TrainSettings
 
 PHASES_AGREE_DB = 0.0  # SI-SDR: there, the amplitude that is best for a squared error is 3 dB below the target's
 

@@ -117,6 +117,14 @@ class TrainSettings(Settings):
         return self
 
     @model_validator(mode="after")
+    def _the_decoder_learns(self) -> TrainSettings:
+        from trainer.sanity import check_that_the_decoder_learns  # it takes these settings
+
+        if self.max_steps is not None and self.phase1_epochs is None:  # else only the shards tell
+            check_that_the_decoder_learns(self, self.phase1_steps, self.max_steps)
+        return self
+
+    @model_validator(mode="after")
     def _crops_fit(self) -> TrainSettings:
         from shards.contract import COARSE_48K, coarse_tokens  # what it imports would slow down --help
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import click
-from tqdm import tqdm
 
 from shards.errors import UserError
 from shards.files import write_whole
+from shards.progress import progress_bar
 from shards.storage import locate
 from trainer.evaluate import AUDIO
 from trainer.report import page
@@ -29,7 +29,7 @@ def report(settings: ReportSettings) -> None:
     curves = evaluation.curves(settings.run)
     heard = [
         listening(evaluation.folder / AUDIO, key, evaluation.systems, settings.seconds)
-        for key in tqdm(evaluation.kept[: settings.clips], desc="audio and pictures", unit=" clips", disable=None)
+        for key in progress_bar(evaluation.kept[: settings.clips], desc="audio and pictures", unit=" clips")
     ]
     write_whole(out, page.render(evaluation, heard, curves, targets))
     size = out.stat().st_size / MEGABYTE

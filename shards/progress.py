@@ -1,0 +1,29 @@
+"""Progress of whatever takes long: a bar on a terminal; in a file, such as the log of a job, a line each minute."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from tqdm import tqdm
+
+SECONDS_BETWEEN_LINES = 60
+
+
+def progress_bar(*args: Any, **options: Any) -> Any:
+    """tqdm's, with its arguments. In a file it says nothing of what is done within the first minute."""
+    if not sys.stderr.isatty():
+        seconds = SECONDS_BETWEEN_LINES
+        options |= {"file": _Lines(), "mininterval": seconds, "maxinterval": seconds, "delay": seconds}
+    return tqdm(*args, **options)
+
+
+class _Lines:
+    """Shows each state of a bar as a line of its own: a job's log shows none that has not ended."""
+
+    def write(self, text: str) -> None:
+        if state := text.strip():
+            print(state, file=sys.stderr, flush=True)
+
+    def flush(self) -> None:
+        pass

@@ -1,0 +1,49 @@
+"""A bar on a terminal, whole lines in a file."""
+
+from __future__ import annotations
+
+import pytest
+from tqdm import tqdm
+
+from shards import progress
+from shards.progress import progress_bar
+
+
+def work(steps: int) -> None:
+    with progress_bar(total=steps, desc="doing", unit="step") as bar:
+        for step in range(steps):
+            bar.set_postfix_str(f"loss {step}", refresh=False)
+            bar.update()
+
+
+def test_in_a_file_each_state_is_a_line(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(progress, "SECONDS_BETWEEN_LINES", 0)
+    work(3)
+    text = capsys.readouterr().err
+    lines = text.splitlines()
+    assert text.endswith("\n")
+    assert "\r" not in text
+    assert all(line.startswith("doing: ") for line in lines)
+    assert [line for line in lines if "2/3" in line and "loss 1" in line]
+    assert lines[-1].startswith("doing: 100%")
+
+
+def test_in_a_file_the_first_minute_is_silent(capsys: pytest.CaptureFixture[str]) -> None:
+    assert progress.SECONDS_BETWEEN_LINES == 60
+    assert list(progress_bar(range(1000), desc="doing")) == list(range(1000))
+    work(3)
+    with progress_bar(total=2) as bar:
+        tqdm.write("said amid it")
+        bar.update()
+    told = capsys.readouterr()
+    assert (told.out, told.err) == ("said amid it\n", "")
+
+
+def test_a_terminal_has_one_line_that_moves(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    work(3)
+    text = capsys.readouterr().err
+    assert text.count("\n") == 1
+    assert text.count("\r") > 1
