@@ -34,6 +34,7 @@ from shards.errors import UserError, first_line, last_line
 from shards.files import exclusive
 from shards.progress import progress_bar
 from shards.storage import READERS, Location, Url
+from shards.words import number_of
 from shards.writer import AHEAD, finish, read_table
 
 REASONS_SHOWN = 5
@@ -240,7 +241,8 @@ def summarize(paths: Sequence[Location], max_failed_fraction: float, title: str)
             found.add(table)
     statuses = found.counts()
     total = sum(statuses.values())
-    tqdm.write(f"{title}: {total} segments, {', '.join(f'{n} {name}' for name, n in statuses.most_common())}")
+    each = ", ".join(f"{n:,} {name}" for name, n in statuses.most_common())
+    tqdm.write(f"{title}: {number_of(total, 'segment')}, {each}")
     reasons = list(found.reasons())
     for line in reasons[:REASONS_SHOWN]:
         tqdm.write(f"  {line}")

@@ -17,6 +17,7 @@ from shards.contract import FAILED, INDEX_NAME, OK, PLAN_NAME, REJECTED, SIDECAR
 from shards.errors import ShardError, UserError, printable
 from shards.index import wrong_place
 from shards.reader import decode_sample, sample_at
+from shards.words import lasting, number_of
 from shards.writer import check_columns, read_metadata, read_table
 
 
@@ -52,12 +53,13 @@ def _unfinished(work: Path, rows: int) -> None:
     planned = read_table(path, columns=["status"]).num_rows
     if index.exists():
         if planned > (made := read_table(index, columns=["status"]).num_rows):
-            click.echo(f"{path}: {planned} segments, {planned - made} of them not in the index yet")
+            click.echo(f"{path}: {number_of(planned, 'segment')}, {planned - made:,} of them not in the index yet")
         return
     shards = [f"{split}/{shard:06d}.parquet" for split, shard in Plan(path).shards]
     stages = [[work / stage / name for name in shards] for stage in ("shards", "codes")]
     targets, codes = (sum(table.exists() for table in tables) for tables in stages)
-    click.echo(f"{path}: {planned} segments in {len(shards)} shards; codes of {codes}, targets of {targets}")
+    whole = f"{number_of(planned, 'segment')} in {number_of(len(shards), 'shard')}"
+    click.echo(f"{path}: {whole}; codes of {codes}, targets of {targets}")
     statuses, failed = Statuses(), list[dict[str, Any]]()
     for either in zip(*stages, strict=True):
         if made := next((table for table in either if table.exists()), None):
@@ -73,7 +75,7 @@ def _unfinished(work: Path, rows: int) -> None:
 def _table(path: Path, rows: int) -> None:
     try:
         metadata, table = read_metadata(path), read_table(path)
-        click.echo(f"{path}: {table.num_rows} rows")
+        click.echo(f"{path}: {number_of(table.num_rows, 'row')}")
         for key, value in metadata.items():
             text = printable(str(value))
             click.echo(f"  {key}: {text if len(text) < 400 else f'{len(value)} entries'}")
@@ -99,7 +101,7 @@ def _usable(table: pa.Table) -> None:
     usable = table.filter(pc.field("status") == OK)
     if "n_samples" in table.column_names and usable.num_rows:
         seconds = pc.sum(usable["n_samples"]).as_py() / TARGET_RATE
-        click.echo(f"  usable: {usable.num_rows} segments, {seconds / 3600:.3f} h")
+        click.echo(f"  usable: {number_of(usable.num_rows, 'segment')}, {lasting(seconds)}")
 
 
 def _rows(rows: list[dict[str, Any]]) -> None:
@@ -127,7 +129,8 @@ def _tar(path: Path, rows: int) -> None:
             names = tar.getnames()
     except (tarfile.TarError, OverflowError) as error:
         raise ShardError(f"{path}: not a whole tar: {error}") from error
-    click.echo(f"{path}: {path.stat().st_size} bytes, {len(names)} members, {samples.num_rows} samples")
+    members, usable = number_of(len(names), "member"), number_of(samples.num_rows, "sample")
+    click.echo(f"{path}: {path.stat().st_size:,} bytes, {members}, {usable}")
     with path.open("rb") as file:
         for row in samples.slice(0, rows).to_pylist():
             sample = decode_sample(sample_at(file, row, path))

@@ -26,6 +26,7 @@ from shards.contract import FAILED, OK, PLAN_NAME, PLAN_SCHEMA, SPLITS, TARGET_R
 from shards.errors import ShardError, UserError, printable
 from shards.files import exclusive, replacing
 from shards.storage import Location, Url
+from shards.words import lasting, number_of
 from shards.writer import check_columns, differences, encode_metadata, naming, parquet_source, read_table, told_by
 
 PLANNED_BY = ("audio", "segment_length", "min_seconds", "segments_per_shard", "validation_fraction", "seed")
@@ -201,10 +202,9 @@ def _splits_of(path: Location) -> str:
     found = rows.group_by(["split", "group"]).aggregate([("n_samples", "sum")]).to_pylist()
     parts = []
     for split in SPLITS:
-        groups = [row for row in found if row["split"] == split]
-        hours = sum(row["n_samples_sum"] for row in groups) / TARGET_RATE / 3600
-        such = f", such as {groups[0]['group']!r}" if groups else ""
-        parts.append(f"{split}: {len(groups)} groups{such}, {hours:.2f} h")
+        seconds = {row["group"]: row["n_samples_sum"] / TARGET_RATE for row in found if row["split"] == split}
+        such = f", such as {min(seconds)!r}" if seconds else ""
+        parts.append(f"{split}: {number_of(len(seconds), 'group')}{such}, {lasting(sum(seconds.values()))}")
     return f"planned: {'; '.join(parts)}. A group should be a speaker: group_pattern= says which"
 
 

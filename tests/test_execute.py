@@ -169,18 +169,20 @@ def killing(find: Callable[[], int | None], times: int) -> Iterator[list[int]]:
         thread.join()
 
 
-def test_in_a_log_progress_is_lines(small: Callable[..., Stage], capfd: pytest.CaptureFixture[str]) -> None:
+def test_in_a_log_a_problem_stands_between_lines_of_progress(
+    small: Callable[..., Stage], capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("shards.progress.SECONDS_BETWEEN_LINES", 0)
     stage = small(Slow)
     progress = progress_of(stage)
     progress.finish(0, "planted")
     progress.close()
-    began, *problem, ended = capfd.readouterr().err.split("\n")[:-1]
-    assert [began[:13], *problem, ended[:9]] == [
-        "testing:   0%",
-        f"{progress.name(0)} could not be made:",
-        "planted",
-        "testing: ",
-    ]
+    lines = capfd.readouterr().err.splitlines()
+    problem = lines.index(f"{progress.name(0)} could not be made:")
+    assert lines[problem + 1] == "planted"
+    shown = [line for number, line in enumerate(lines) if number not in (problem, problem + 1)]
+    assert shown[0].startswith("testing:   0%")
+    assert all(line.startswith("testing: ") for line in shown)
 
 
 def test_a_killed_process_loses_nothing(small: Callable[..., Stage]) -> None:

@@ -7,6 +7,7 @@ import io
 import json
 import re
 import shutil
+from html import unescape
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from shards.contract import TARGET_RATE
 from shards.errors import UserError
 from tests.helpers import TINY_SNAC, speechlike
 from tests.training_helpers import call, small_training
-from trainer.report.charts import Axis, histograms, training_curves
+from trainer.report.charts import WIDTH, Axis, histograms, training_curves
 from trainer.report.listening import listening, matching_gains, spectrogram
 from trainer.signals import rms_db
 
@@ -167,6 +168,18 @@ def test_clips_that_are_cut_say_so(page: str) -> None:
         assert lengths == {round(clip["seconds"] * TARGET_RATE)}
 
 
+def test_clips_are_named_by_their_recordings(page: str, evil_page: str, work: Path) -> None:
+    index = pq.read_table(work / "shards" / "index.parquet", filters=[("split", "=", "validation")])
+    rows = {row["key"]: row for row in index.to_pylist()}
+    for clip in data_of(page)["clips"]:
+        row = rows[clip["key"]]
+        start = f", from {row['start_seconds']:.1f} s" if row["start_seconds"] else ""
+        assert f">{row['recording']}{start}</h3>" in page
+        assert f'<p class="note">{clip["key"]} · {row["group"]} · ' in page
+    titles = re.findall(r"<h3 id=.*?>(.*?)</h3>", evil_page)
+    assert sorted(map(unescape, titles)) == sorted(f"{key}.wav" for key in EVIL_KEYS)
+
+
 def test_curves_targets_and_provenance_are_there(page: str) -> None:
     for text in ("<h3>run</h3>", "<figcaption>lsd_hf</figcaption>", "<figcaption>level_db</figcaption>", "validation"):
         assert text in page
@@ -240,6 +253,9 @@ def test_curves_keep_what_was_logged(tmp_path: Path) -> None:
     assert (train.name, validation.name) == ("train", "validation")
     assert train.path.count("L") == 399, "a thousand steps in 400 points"
     assert chart.note == "last: train 0.001; validation 0.5"
+    assert validation.path.count("L") == 1, "a single point is a dash that is seen"
+    left, right = (float(corner.split(",")[0]) for corner in validation.path.removeprefix("M").split("L"))
+    assert (left + right, right - left) == (2 * WIDTH, 4)
 
 
 def test_a_histogram_counts_and_summarises() -> None:

@@ -155,10 +155,12 @@ def test_status_after_the_end(finished: Path) -> None:
     first, second, *rest = output.splitlines()
     assert first.startswith(f"{finished}: done, last logged 0:")
     last = [line for line in metrics(finished) if line["kind"] == "train"][-1]
-    assert second.startswith(f"step 6 of 6, phase 2: discriminator {last['discriminator']:.4g}, ")
+    assert second.startswith(f"training at step 6 of 6, phase 2: discriminator {last['discriminator']:.4g}, ")
     assert f"loss {last['loss']:.4g}" in second
     assert any(line.startswith("validation at step 6: loss ") for line in rest)
-    assert any(line.startswith("best.pt: step ") and "lsd_hf" in line for line in rest)
+    best = checkpoint.best_step(finished)
+    told = [line for line in rest if line.startswith(f"best.pt: step {best}")]
+    assert [": loss " in line for line in told] == [best != 6], "what is told of step 6 already is not told again"
     assert any(line == "step_000000006.pt: step 6" for line in rest)
     assert not any("left" in line for line in rest)
 
@@ -174,7 +176,7 @@ def test_status_of_a_run_under_way_or_cut_off(tmp_path: Path) -> None:
         (run / "metrics.jsonl").write_text(json.dumps(line) + '\n{"kind": "train", "step": 41, "lo')
         first, second, third = report(run)
     assert first.startswith(f"{run}: running, last logged")
-    assert second == "step 40 of 100, phase 1: loss 0.5, seconds_per_step 2"
+    assert second == "training at step 40 of 100, phase 1: loss 0.5, seconds_per_step 2"
     assert third == "at this speed 0:02:00 of training are left"
     checkpoints = run / "checkpoints"
     assert next(report(run)).startswith(f"{run}: not running here, the same command begins anew, ")

@@ -20,6 +20,7 @@ from shards.errors import SettingsError, UserError, printable
 from shards.files import new_folder, write_whole
 from shards.order import permutation
 from shards.progress import progress_bar
+from shards.words import number_of
 from shards.writer import write_table
 from trainer.checkpoint import load_codec
 from trainer.clips import Clip, Clips, Entry, RecordingClips, ShardClips
@@ -193,8 +194,8 @@ def _print(settings: EvalSettings, table: pa.Table, summary: pa.Table, provenanc
     groups = len({row["group"] for row in rows if row["status"] == OK})
     teacher = printable(provenance["teacher"])
     click.echo(
-        f"{len(used)} clips of {voice_text(groups)}, {sum(used.values()):.1f} s: {provenance['title']}; codes by "
-        f"{provenance['snac']}, targets by {teacher}"
+        f"{number_of(len(used), 'clip')} of {voice_text(groups)}, {sum(used.values()):.1f} s: {provenance['title']}; "
+        f"codes by {provenance['snac']}, targets by {teacher}"
     )
     for row in rows:
         if row["status"] != OK:

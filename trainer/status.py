@@ -37,11 +37,11 @@ def report(run: Path) -> Iterator[str]:
     if training:
         last, total = training[-1], _read(run / "progress.json").get("total_steps")
         of_all = f" of {total}" if total else ""
-        yield f"step {last['step']}{of_all}, phase {last['phase']}: {_values(last)}"
+        yield f"training at step {last['step']}{of_all}, phase {last['phase']}: {_values(last)}"
         yield from _time_left(last, total)
     for line in validations[-1:]:
         yield f"validation at step {line['step']}: {_values(line)}"
-    yield from _checkpoints(run)
+    yield from _checkpoints(run, validations[-1]["step"] if validations else None)
     log = run / "training.log"
     if log.exists():
         yield from (f"  {line}" for line in log.read_text().splitlines()[-LOG_LINES:])
@@ -106,13 +106,15 @@ def _time_left(last: dict[str, Any], total: int | None) -> Iterator[str]:
         yield f"at this speed {timedelta(seconds=round((total - last['step']) * seconds))} of training are left"
 
 
-def _checkpoints(run: Path) -> Iterator[str]:
+def _checkpoints(run: Path, shown: int | None) -> Iterator[str]:
+    """Each with its scores, but for those of the validation that is `shown`."""
     for path in sorted((run / "checkpoints").glob("*.pt")):
         state = _read(path.with_suffix(".json"))
         if not path.exists():  # given up by the training just now
             continue
-        scores = f": {_values(state['validation'])}" if "validation" in state else ""
-        yield f"{path.name}: step {state.get('step')}{scores}"
+        step = state.get("step")
+        scores = f": {_values(state['validation'])}" if "validation" in state and step != shown else ""
+        yield f"{path.name}: step {step}{scores}"
 
 
 def _values(line: dict[str, Any]) -> str:

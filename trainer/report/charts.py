@@ -15,6 +15,7 @@ import numpy.typing as npt
 WIDTH, HEIGHT = 320, 150  # of the plotting area, in SVG units
 POINTS = 400  # of a curve, at most; each is the mean of its neighbours
 BINS = 48  # of a histogram, at most
+DASH = 4.0  # SVG units
 NOT_CURVES = {"kind", "step", "phase", "audio_seconds_per_second", "data_wait_share"}
 
 Floats = npt.NDArray[np.float64]
@@ -113,4 +114,7 @@ class Axis:
 
 
 def _path(x: Floats, y: Floats) -> str:
+    """A single point is a dash: a line from it to itself would not be seen."""
+    if len(x) == 1:
+        x, y = np.concatenate([x - DASH / 2, x + DASH / 2]), np.repeat(y, 2)
     return "M" + "L".join(f"{a:.1f},{b:.1f}" for a, b in zip(x, y, strict=True))

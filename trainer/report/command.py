@@ -8,6 +8,7 @@ from shards.errors import UserError
 from shards.files import write_whole
 from shards.progress import progress_bar
 from shards.storage import locate
+from shards.words import number_of
 from trainer.evaluate import AUDIO
 from trainer.report import page
 from trainer.report.listening import listening
@@ -33,4 +34,4 @@ def report(settings: ReportSettings) -> None:
     ]
     write_whole(out, page.render(evaluation, heard, curves, targets))
     size = out.stat().st_size / MEGABYTE
-    click.echo(f"{out}: {len(heard)} clips, {size:.1f} MB; opens in a browser, without a network")
+    click.echo(f"{out}: {number_of(len(heard), 'clip')}, {size:.1f} MB; opens in a browser, without a network")

@@ -49,6 +49,7 @@ def render(
     )
     style, scripts = ("\n".join((FOLDER / name).read_text() for name in names) for names in (STYLES, SCRIPTS))
     groups, seconds = (_first_rows(evaluation, column) for column in ("group", "seconds"))
+    recordings, starts = (_first_rows(evaluation, column) for column in ("recording", "start_seconds"))
     script = f'(() => {{\n"use strict";\n{scripts}}})();\n'
     return environment.get_template("page.html.jinja").render(
         about=evaluation.about,
@@ -57,6 +58,8 @@ def render(
         seconds=sum(seconds.values()),
         clip_count=len(seconds),
         groups=groups,
+        recordings=recordings,
+        starts=starts,
         voices=voice_text(len(set(groups.values()))),
         why_no_intervals=why_no_intervals(len(set(groups.values()))),
         systems=evaluation.systems,
