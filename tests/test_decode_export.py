@@ -102,8 +102,9 @@ def test_the_stock_package_loads_and_decodes_it(run: Path, exported: Path, tmp_p
 def test_an_export_holds_what_the_stock_package_expects(exported: Path) -> None:
     assert {path.name for path in exported.iterdir()} == {
         "config.json", "pytorch_model.bin", "provenance.json", "README.md",
-        "model.safetensors", "decoder_only.safetensors",
+        "model.safetensors", "decoder_only.safetensors", "LICENSE.snac",
     }  # fmt: skip
+    assert (exported / "LICENSE.snac").read_text().startswith("MIT License\n\nCopyright (c) 2023, Descript\n")
     config = json.loads((exported / "config.json").read_text())
     stock = json.loads((Path(TINY_SNAC) / "config.json").read_text())
     assert config == {**stock, "decoder_rates": RATES_48K}

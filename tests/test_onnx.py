@@ -141,6 +141,7 @@ def test_parity_and_half_precisions_error_are_written_down(exported: Path) -> No
     assert found["encoder_tokens_that_differ"] == 0
     assert "stand-in" in found["codes_by"]
     assert json.loads((exported / "provenance.json").read_text())["snac"] == found["codes_by"]
+    assert "Hubert Siuzdak" in (exported / "LICENSE.snac").read_text()
 
 
 def test_an_error_is_judged_from_the_lowest_frequency_on() -> None:

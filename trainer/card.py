@@ -1,16 +1,20 @@
-"""The model card of an export: what it is, how to use it, data, recipe, figures, licences."""
+"""The model card of an export: what it is, how to use it, data, recipe, figures, licences; and SNAC's notice."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from importlib.metadata import files
+from pathlib import Path
 from typing import Any
 
 from codec.weights import PINS, read_pins
 from shards.errors import in_markdown
+from shards.files import write_whole
 from trainer.checkpoint import PROVENANCE, Codec48k
 from trainer.decoder import RATES_48K
 
+SNAC_LICENSE = "LICENSE.snac"
 CARD = """\
 ---
 {library}
@@ -46,7 +50,7 @@ Validation on groups (speakers, or recordings where each is a group) that traini
 
 {license} Encoder and quantizer are those of {snac}, and
 the decoder began as its decoder, so its licence applies to all three. hubertsiuzdak/snac_24khz is published under MIT,
-whose notice (`LICENSE` of github.com/hubertsiuzdak/snac) belongs to every copy. The targets were made from recordings,
+whose notice, `LICENSE.snac`, belongs to every copy. The targets were made from recordings,
 and with `teacher` sidon by the model SIDON: their terms apply, too.
 """
 WITH_SNAC = """\
@@ -106,6 +110,12 @@ def snac_card(codec: Codec48k, name: str, fold: bool, license_name: str | None) 
 
 def onnx_card(codec: Codec48k, license_name: str | None) -> str:
     return _card(codec, "library_name: onnx", WITH_ONNX, license_name)
+
+
+def write_snac_license(folder: Path) -> None:
+    """The notice of the installed package."""
+    notice = next(path for path in files("snac") or () if path.name == "LICENSE")
+    write_whole(folder / SNAC_LICENSE, notice.read_text())
 
 
 def _card(codec: Codec48k, library: str, usage: str, license_name: str | None) -> str:

@@ -5,6 +5,7 @@ model.safetensors                the same weights without pickle
 decoder_only.safetensors         what turns tokens into audio: the decoder, codebooks and their projections, under
                                  the stock names; with `fold`, weight norm is folded into the kernels
 README.md, provenance.json       the model card, and where weights, codes and targets came from
+LICENSE.snac                     the notice of SNAC, whose weights are in every export
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from torch import Tensor
 from torch.nn.utils import parametrize
 
 from shards.files import new_folder, write_whole
-from trainer.card import snac_card
+from trainer.card import snac_card, write_snac_license
 from trainer.checkpoint import PROVENANCE, Codec48k, load_codec, save
 from trainer.decoder import RATES_48K
 from trainer.settings import ExportSettings
@@ -34,6 +35,7 @@ def export(settings: ExportSettings) -> None:
         codec = load_codec(settings.model, settings.pretrained_model)
         write_export(codec, folder, settings.fold)
         write_whole(folder / "README.md", snac_card(codec, settings.out.name, settings.fold, settings.license))
+        write_snac_license(folder)
     click.echo(f"{settings.out}: SNAC.from_pretrained loads it; codes by {codec.snac_name}")
 
 

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from shards.contract import COARSE_24K, CODEBOOK_SIZE, TARGET_RATE, TOKENS, TOKENS_PER_COARSE
 from shards.errors import UserError
 from shards.files import new_folder, replacing, write_whole
-from trainer.card import onnx_card
+from trainer.card import onnx_card, write_snac_license
 from trainer.checkpoint import PROVENANCE, Codec48k, load_codec
 from trainer.inference import folded
 from trainer.settings import ExportOnnxSettings
@@ -80,6 +80,7 @@ def export_onnx(settings: ExportOnnxSettings) -> None:
         for name, record in records.items():
             write_whole(folder / name, json.dumps(record, indent=2, sort_keys=True) + "\n")
         write_whole(folder / "README.md", onnx_card(codec, settings.license))
+        write_snac_license(folder)
     click.echo(
         f"{settings.out}: {DECODER} differs from torch by {found['decoder_largest_difference']:.1e}, "
         f"{DECODER_FP16} has {found['decoder_fp16_snr_db']:.1f} dB "

@@ -21,6 +21,7 @@ import click
 
 from shards.errors import UserError
 from shards.files import new_folder, write_whole
+from trainer.card import write_snac_license
 from trainer.checkpoint import PROVENANCE, Codec48k, load_codec
 from trainer.export_onnx import require_onnx, write_decoder
 from trainer.settings import WebSettings
@@ -52,6 +53,7 @@ def write_page(codec: Codec48k, folder: Path, package: Path | None) -> None:
     write_asset(folder / "ort_glue.js", runtime[GLUE])
     write_asset(folder / "ort_wasm.js", runtime[WASM])
     write_whole(folder / "about.js", f"window.about = {as_script(f'Codes by {codec.snac_name}.')};\n")
+    write_snac_license(folder)
     write_whole(folder / PROVENANCE, json.dumps(codec.provenance, indent=2, sort_keys=True))
 
 
