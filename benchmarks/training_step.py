@@ -66,10 +66,15 @@ def plain(snac: SNAC, batch: Batch, settings: TrainSettings, device: torch.devic
     return step
 
 
-def ours(snac: SNAC, batch: Batch, device: torch.device, *changes: str) -> Callable[[], None]:
-    settings = load_settings(TrainSettings, "decoder_48khz.json", changes)
+def ours(
+    snac: SNAC, batch: Batch, device: torch.device, *words: str, change: Callable[[nn.Module], None] | None = None
+) -> Callable[[], None]:
+    """A step with these settings, of a decoder that `change` has changed."""
+    settings = load_settings(TrainSettings, "decoder_48khz.json", words)
     learner = Learner(CodesToLatent(snac), warm_start(snac, "zero", 0), settings, Process(0, 1, device), print)
     learner.enter_phase(2)
+    if change:
+        change(learner.model)
 
     def step() -> None:
         learner.step(batch, 0, len(batch), 1.0)

@@ -1,0 +1,196 @@
+"""A residual unit's Snake, depthwise convolution and second Snake as one pass over memory, forward and backward.
+
+A candidate for `trainer/`, for which `python -m benchmarks.fused_unit` has to show first that it pays. Triton
+(Tillet et al., 2019). Forward reads x and writes y, the convolution's output, and z, what the 1 × 1 convolution takes;
+backward reads x, y and dz and writes dx. Every sum is taken in a fixed order: no atomics.
+
+Each program takes a stretch of one channel of one crop, with HALO samples of its neighbours at both ends: Snake is
+taken once for each sample, and the seven taps are shifts within the stretch, through shared memory.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+TAPS = tl.constexpr(7)
+SUMS = tl.constexpr(10)  # of each stretch in backward: seven taps, the bias and both alphas
+HALO = tl.constexpr(32)  # samples at both ends of a stretch, at least three times the largest dilation
+STRETCH = 1024  # samples, with both halos; a power of two
+INVERSE_PI = tl.constexpr(0.3183098861837907)
+
+
+@triton.jit
+def _sine(r):  # type: ignore[no-untyped-def]
+    """sin(πr) for |r| ≤ ½, to 2e-7: a least-squares polynomial on Chebyshev's nodes."""
+    q = r * r
+    p = 0.07721838355064392 * q - 0.598044216632843
+    p = p * q + 2.5500311851501465
+    p = p * q - 5.1677069664001465
+    return r * (p * q + 3.141592502593994)
+
+
+@triton.jit
+def _cosine(r):  # type: ignore[no-untyped-def]
+    """cos(πr) for |r| ≤ ½, likewise."""
+    q = r * r
+    p = -0.024396324530243874 * q + 0.23493731021881104
+    p = p * q - 1.335211992263794
+    p = p * q + 4.058709144592285
+    p = p * q - 4.934802055358887
+    return p * q + 1.0
+
+
+@triton.jit
+def _turns(x, alpha):  # type: ignore[no-untyped-def]
+    """αx/π without its whole part: Snake and its slope repeat with it."""
+    u = x * (alpha * INVERSE_PI)
+    return u - tl.floor(u + 0.5)
+
+
+@triton.jit
+def _snake(x, alpha):  # type: ignore[no-untyped-def]
+    """x + sin²(αx)/(α + 1e-9), as in the stock package."""
+    sine = _sine(_turns(x, alpha))
+    return x + sine * sine / (alpha + 1e-9)
+
+
+@triton.jit
+def _slopes(x, alpha):  # type: ignore[no-untyped-def]
+    """Of Snake, with respect to x and to α."""
+    r = _turns(x, alpha)
+    sine, inverse = _sine(r), 1.0 / (alpha + 1e-9)
+    double = 2 * sine * _cosine(r)  # sin(2αx)
+    return 1 + alpha * inverse * double, inverse * (x * double - sine * sine * inverse)
+
+
+@triton.jit
+def _stretch(length, real, channels, per_frame, stretch: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Of this program: where its row begins, its samples, which of them there are, which it has to write, and 1 where
+    the convolution sees a sample, 0 beyond the recording's ends.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    place = tl.arange(0, stretch)
+    t = tl.program_id(1) * (stretch - 2 * HALO) - HALO + place
+    inside = (t >= 0) & (t < length)
+    own = inside & (place >= HALO) & (place < stretch - HALO)
+    seen = tl.load(real + row // channels * (length // per_frame) + t // per_frame, mask=inside, other=0)
+    return row * length, t, inside, own, seen.to(tl.float32)
+
+
+@triton.jit
+def _shifted(values, samples: tl.constexpr, stretch: tl.constexpr):  # type: ignore[no-untyped-def]
+    """What stands `samples` later, and anything in the halos."""
+    return tl.gather(values, (tl.arange(0, stretch) + samples) & (stretch - 1), 0)
+
+
+@triton.jit
+def forward_kernel(  # type: ignore[no-untyped-def]
+    x, real, kernel, bias, alpha_in, alpha_out, y, z, channels, length, per_frame,
+    dilation: tl.constexpr, stretch: tl.constexpr,
+):  # fmt: skip
+    c = tl.program_id(0) % channels
+    first, t, inside, own, seen = _stretch(length, real, channels, per_frame, stretch)
+    taken = tl.load(x + first + t, mask=inside, other=0).to(tl.float32)
+    taken = _snake(taken, tl.load(alpha_in + c)) * seen
+    found = tl.zeros([stretch], tl.float32) + tl.load(bias + c)
+    for tap in tl.static_range(TAPS):
+        found += tl.load(kernel + c * TAPS + tap) * _shifted(taken, (tap - TAPS // 2) * dilation, stretch)
+    tl.store(y + first + t, found, mask=own)
+    tl.store(z + first + t, _snake(found, tl.load(alpha_out + c)), mask=own)
+
+
+@triton.jit
+def backward_kernel(  # type: ignore[no-untyped-def]
+    x, y, dz, real, kernel, alpha_in, alpha_out, dx, sums, channels, length, per_frame,
+    dilation: tl.constexpr, stretch: tl.constexpr,
+):  # fmt: skip
+    """`sums` (crops · channels, stretches, SUMS) are for the caller to add up."""
+    c = tl.program_id(0) % channels
+    first, t, inside, own, seen = _stretch(length, real, channels, per_frame, stretch)
+    sums += (tl.program_id(0).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)) * SUMS
+    given = tl.load(dz + first + t, mask=inside, other=0).to(tl.float32)
+    slope, of_alpha = _slopes(tl.load(y + first + t, mask=inside, other=0).to(tl.float32), tl.load(alpha_out + c))
+    dy = given * slope
+    tl.store(sums + TAPS, tl.sum(tl.where(own, dy, 0)))
+    tl.store(sums + TAPS + 2, tl.sum(tl.where(own, given * of_alpha, 0)))
+
+    input, alpha = tl.load(x + first + t, mask=inside, other=0).to(tl.float32), tl.load(alpha_in + c)
+    taken = tl.where(own, _snake(input, alpha) * seen, 0)
+    found = tl.zeros([stretch], tl.float32)
+    for tap in tl.static_range(TAPS):
+        there = _shifted(dy, (TAPS // 2 - tap) * dilation, stretch)  # of where this tap carries a sample
+        found += tl.load(kernel + c * TAPS + tap) * there
+        tl.store(sums + tap, tl.sum(there * taken))
+    found *= seen
+    slope, of_alpha = _slopes(input, alpha)
+    tl.store(sums + TAPS + 1, tl.sum(tl.where(own, found * of_alpha, 0)))
+    tl.store(dx + first + t, found * slope, mask=own)
+
+
+@torch.library.custom_op("snac48::snake_depthwise_snake", mutates_args={})
+def snake_depthwise_snake(
+    x_BCN: Tensor, real_BL: Tensor, kernel_CK: Tensor, bias_C: Tensor, alpha_in_C: Tensor, alpha_out_C: Tensor,
+    dilation: int,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """y_BCN and z_BCN, in the type of x_BCN; arithmetic is in float32. All inputs are contiguous."""
+    y_BCN, z_BCN = torch.empty_like(x_BCN), torch.empty_like(x_BCN)
+    _, channels, length = x_BCN.shape
+    forward_kernel[_grid(x_BCN)](
+        x_BCN, real_BL, kernel_CK, bias_C, alpha_in_C, alpha_out_C, y_BCN, z_BCN,
+        channels, length, length // real_BL.shape[1], dilation, STRETCH,
+    )  # fmt: skip
+    return y_BCN, z_BCN
+
+
+@torch.library.custom_op("snac48::snake_depthwise_snake_backward", mutates_args={})
+def snake_depthwise_snake_backward(
+    x_BCN: Tensor, y_BCN: Tensor, dz_BCN: Tensor, real_BL: Tensor, kernel_CK: Tensor, alpha_in_C: Tensor,
+    alpha_out_C: Tensor, dilation: int,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """dx_BCN, and for each channel the gradients of its taps, its bias and both its alphas."""
+    dx_BCN = torch.empty_like(x_BCN)
+    crops, channels, length = x_BCN.shape
+    rows, stretches = _grid(x_BCN)
+    sums = x_BCN.new_empty(rows, stretches, SUMS.value, dtype=torch.float32)
+    backward_kernel[(rows, stretches)](
+        x_BCN, y_BCN, dz_BCN, real_BL, kernel_CK, alpha_in_C, alpha_out_C, dx_BCN, sums,
+        channels, length, length // real_BL.shape[1], dilation, STRETCH,
+    )  # fmt: skip
+    return dx_BCN, sums.view(crops, channels, stretches, SUMS.value).sum(dim=(0, 2))
+
+
+def _grid(x_BCN: Tensor) -> tuple[int, int]:
+    crops, channels, length = x_BCN.shape
+    return crops * channels, triton.cdiv(length, STRETCH - 2 * HALO.value)
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    x_BCN, real_BL, kernel_CK, _, alpha_in_C, alpha_out_C, ctx.dilation = inputs
+    ctx.save_for_backward(x_BCN, output[0], real_BL, kernel_CK, alpha_in_C, alpha_out_C)
+
+
+def _backward(ctx: Any, _: Tensor, dz_BCN: Tensor) -> tuple[Tensor | None, ...]:
+    x_BCN, y_BCN, real_BL, kernel_CK, alpha_in_C, alpha_out_C = ctx.saved_tensors
+    dx_BCN, sums_CS = snake_depthwise_snake_backward(
+        x_BCN, y_BCN, dz_BCN.contiguous(), real_BL, kernel_CK, alpha_in_C, alpha_out_C, ctx.dilation
+    )
+    dkernel_CK, (dbias_C, din_C, dout_C) = sums_CS[:, : TAPS.value], sums_CS[:, TAPS.value :].unbind(1)
+    return dx_BCN, None, dkernel_CK, dbias_C, din_C, dout_C, None
+
+
+def _like_forward(x_BCN: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(x_BCN), torch.empty_like(x_BCN)
+
+
+def _like_backward(x_BCN: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(x_BCN), x_BCN.new_empty(x_BCN.shape[1], SUMS.value, dtype=torch.float32)
+
+
+snake_depthwise_snake.register_fake(_like_forward)
+snake_depthwise_snake_backward.register_fake(_like_backward)
+snake_depthwise_snake.register_autograd(_backward, setup_context=_keep)
