@@ -13,8 +13,8 @@ SECONDS_BETWEEN_LINES = 60
 def progress_bar(*args: Any, **options: Any) -> Any:
     """tqdm's, with its arguments. In a file it says nothing of what is done within the first minute."""
     if not sys.stderr.isatty():
-        seconds = SECONDS_BETWEEN_LINES
-        options |= {"file": _Lines(), "mininterval": seconds, "maxinterval": seconds, "delay": seconds}
+        intervals = dict.fromkeys(("mininterval", "maxinterval", "delay"), SECONDS_BETWEEN_LINES)
+        options |= {"file": _Lines(), "position": 0, **intervals}  # else one within another moves the cursor
     return tqdm(*args, **options)
 
 

@@ -33,10 +33,21 @@ def test_in_a_file_the_first_minute_is_silent(capsys: pytest.CaptureFixture[str]
     assert list(progress_bar(range(1000), desc="doing")) == list(range(1000))
     work(3)
     with progress_bar(total=2) as bar:
+        assert bar.maxinterval == 60, "tqdm's monitor asks for a line after so long"
         tqdm.write("said amid it")
         bar.update()
     told = capsys.readouterr()
     assert (told.out, told.err) == ("said amid it\n", "")
+
+
+def test_in_a_file_a_bar_within_another_moves_no_cursor(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(progress, "SECONDS_BETWEEN_LINES", 0)
+    for _ in progress_bar(range(2), desc="outer"):
+        assert list(progress_bar(range(2), desc="inner")) == [0, 1]
+    lines = capsys.readouterr().err.splitlines()
+    assert {line.split(":")[0] for line in lines} == {"outer", "inner"}
 
 
 def test_a_terminal_has_one_line_that_moves(
