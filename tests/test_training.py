@@ -20,6 +20,7 @@ from snac import SNAC
 
 from pipeline.codes import shard_codes
 from pipeline.targets import shard_targets
+from shards import progress
 from shards.contract import COARSE_48K, TARGET_RATE, coarse_tokens
 from shards.errors import SettingsError, UserError
 from shards.index import compact, shard_list
@@ -111,7 +112,7 @@ def test_discriminators_that_learn_alone_to_the_end_are_refused(work: Path, tmp_
 
 def test_a_run_that_goes_on_may_end_in_phase_1(work: Path, tmp_path: Path) -> None:
     small_training(work, tmp_path / "run", phase1_steps=2, max_steps=2)
-    assert small_training(work, tmp_path / "run", phase1_steps=2, max_steps=None, num_epochs=0.01)["step"] == 2
+    assert small_training(work, tmp_path / "run", phase1_steps=2, max_steps=1)["step"] == 2
 
 
 @pytest.mark.parametrize(("max_steps", "warned"), [(2, False), (3, True), (5, True), (6, False)])
@@ -294,8 +295,11 @@ def test_a_bad_target_stops_before_the_step_and_is_named(
 
 def test_why_training_ended_stands_in_its_log(work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("trainer.learner.weighted", lambda terms, _: terms["l1"] * math.nan)
+    monkeypatch.setattr(progress, "SECONDS_BETWEEN_LINES", 0)
     code, output = call("train", *train_words(work, tmp_path))
     assert code == 1
+    told = [line.split(": ")[0] for line in output.splitlines()]
+    assert [name for name in told if name in ("training", "error")] == ["training", "training", "error"]
     last = (tmp_path / "training.log").read_text().splitlines()[-1]
     assert "ERROR step 0: " in last
     (error,) = [line.removeprefix("error: ") for line in output.splitlines() if line.startswith("error: ")]

@@ -65,6 +65,8 @@ def train(settings: TrainSettings) -> None:
             except Exception as error:
                 training.log.ended_by(error)
                 raise
+            finally:
+                training.log.bar.close()  # before the command says what ended training
     if not finished:
         sys.exit(TERMINATED)
 

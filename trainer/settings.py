@@ -120,7 +120,8 @@ class TrainSettings(Settings):
     def _the_decoder_learns(self) -> TrainSettings:
         from trainer.sanity import check_that_the_decoder_learns  # it takes these settings
 
-        if self.max_steps is not None and self.phase1_epochs is None:  # else only the shards tell
+        goes_on = any((self.run / "checkpoints").glob("step_*.pt"))  # and may end sooner than was planned
+        if self.max_steps is not None and self.phase1_epochs is None and not goes_on:  # of epochs only the shards tell
             check_that_the_decoder_learns(self, self.phase1_steps, self.max_steps)
         return self
 
