@@ -137,11 +137,10 @@ def exclusive(folder: Path, name: str = ".lock", *, shared: bool = False, waitin
     made = [place for place in (folder, *folder.parents) if not place.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        lock = (folder / name).open("a+b")
     except (FileExistsError, NotADirectoryError):
         raise UserError(f"{folder}: a file stands where a folder is needed; choose another folder") from None
-    try:
-        lock = (folder / name).open("a+b")
-    except FileNotFoundError:  # the folder was one that another process made, and went
+    except FileNotFoundError:  # the folder, or its parent, was one that another process made, and went
         raise too_late from None
     how = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
     with lock:

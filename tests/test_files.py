@@ -266,6 +266,23 @@ def test_who_opened_a_lock_that_goes_with_its_folder_does_not_hold_it(
     assert not list(tmp_path.iterdir())
 
 
+def test_a_parent_that_another_clears_away_meanwhile_is_no_fault_of_the_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mkdir = os.mkdir
+
+    def and_it_goes(path: Path, *mode: int) -> None:
+        mkdir(path, *mode)
+        path.rmdir()
+
+    monkeypatch.setattr(os, "mkdir", and_it_goes)
+    with (
+        pytest.raises(UserError, match="another process has just written here; try again"),
+        exclusive(tmp_path / "a" / "b"),
+    ):
+        pytest.fail("too early")
+
+
 def test_what_failed_goes_before_its_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Once that is gone, another process may make the folder, and nothing of it goes."""
     left: list[list[str]] = []
