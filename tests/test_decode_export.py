@@ -34,6 +34,7 @@ from trainer.decoder import RATES_48K
 from trainer.inference import StepDecoder
 from trainer.streaming import EXACT
 
+NO_NOTICE = "the package snac is installed without its LICENSE, which exports have to hold: take PyPI's"
 STOCK_ONLY = """
 import sys
 import torch
@@ -115,6 +116,15 @@ def test_an_export_holds_what_the_stock_package_expects(exported: Path) -> None:
     assert "stand-in" in provenance["snac"]
     assert provenance["data"]["teacher"] == "recording"
     assert str(Path(TINY_SNAC).parent) not in (exported / "README.md").read_text()
+
+
+def test_without_the_notice_of_snac_nothing_is_exported(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("importlib.metadata.Distribution.files", None)
+    code, output = call("export", f"model={run}", f"out={tmp_path / 'out'}")
+    assert (code, output) == (1, f"error: {NO_NOTICE}\n")
+    assert not any(tmp_path.iterdir())
 
 
 def test_the_safetensors_hold_the_same_weights(exported: Path) -> None:

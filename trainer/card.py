@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from importlib.metadata import files
+from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
 
 from codec.weights import PINS, read_pins
-from shards.errors import in_markdown
+from shards.errors import UserError, in_markdown
 from shards.files import write_whole
 from trainer.checkpoint import PROVENANCE, Codec48k
 from trainer.decoder import RATES_48K
@@ -113,8 +113,11 @@ def onnx_card(codec: Codec48k, license_name: str | None) -> str:
 
 
 def write_snac_license(folder: Path) -> None:
-    """The notice of the installed package."""
-    notice = next(path for path in files("snac") or () if path.name == "LICENSE")
+    """The notice of the installed package. Raises UserError where it was installed without it."""
+    found = (path for snac in distributions(name="snac") for path in snac.files or () if path.name == "LICENSE")
+    notice = next(found, None)
+    if notice is None:
+        raise UserError("the package snac is installed without its LICENSE, which exports have to hold: take PyPI's")
     write_whole(folder / SNAC_LICENSE, notice.read_text())
 
 

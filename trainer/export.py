@@ -32,10 +32,10 @@ DECODING = ("decoder.", "quantizer.")  # what names of weights begin with that d
 def export(settings: ExportSettings) -> None:
     """Raises UserError when `out` exists: an export never overwrites."""
     with new_folder(settings.out) as folder:
+        write_snac_license(folder)
         codec = load_codec(settings.model, settings.pretrained_model)
         write_export(codec, folder, settings.fold)
         write_whole(folder / "README.md", snac_card(codec, settings.out.name, settings.fold, settings.license))
-        write_snac_license(folder)
     click.echo(f"{settings.out}: SNAC.from_pretrained loads it; codes by {codec.snac_name}")
 
 

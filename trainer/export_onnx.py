@@ -71,6 +71,7 @@ def export_onnx(settings: ExportOnnxSettings) -> None:
     """Raises UserError when `out` exists, when an optional package is missing, or when ONNX and torch disagree."""
     require_onnx()
     with new_folder(settings.out) as folder:
+        write_snac_license(folder)
         codec = load_codec(settings.model, settings.pretrained_model)
         write_decoder(codec, folder / DECODER)
         write_half(folder / DECODER, folder / DECODER_FP16)
@@ -80,7 +81,6 @@ def export_onnx(settings: ExportOnnxSettings) -> None:
         for name, record in records.items():
             write_whole(folder / name, json.dumps(record, indent=2, sort_keys=True) + "\n")
         write_whole(folder / "README.md", onnx_card(codec, settings.license))
-        write_snac_license(folder)
     click.echo(
         f"{settings.out}: {DECODER} differs from torch by {found['decoder_largest_difference']:.1e}, "
         f"{DECODER_FP16} has {found['decoder_fp16_snr_db']:.1f} dB "

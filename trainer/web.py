@@ -42,6 +42,7 @@ def web(settings: WebSettings) -> None:
 
 
 def write_page(codec: Codec48k, folder: Path, package: Path | None) -> None:
+    write_snac_license(folder)
     with TemporaryDirectory() as temporary:
         model = Path(temporary) / "decoder.onnx"
         runtime = fetch_runtime(package, Path(temporary))
@@ -53,7 +54,6 @@ def write_page(codec: Codec48k, folder: Path, package: Path | None) -> None:
     write_asset(folder / "ort_glue.js", runtime[GLUE])
     write_asset(folder / "ort_wasm.js", runtime[WASM])
     write_whole(folder / "about.js", f"window.about = {as_script(f'Codes by {codec.snac_name}.')};\n")
-    write_snac_license(folder)
     write_whole(folder / PROVENANCE, json.dumps(codec.provenance, indent=2, sort_keys=True))
 
 
