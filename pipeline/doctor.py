@@ -8,7 +8,9 @@ from __future__ import annotations
 import math
 import resource
 import shutil
+import sys
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -35,7 +37,7 @@ from pipeline.sidon import FRAME, INPUT_RATE, PADDING, Sidon, load_sidon
 from pipeline.targets import flac_bytes
 from pipeline.teachers import Taught, Teacher, whole_recording
 from shards.contract import COARSE_24K, COARSE_48K, CODEC_RATE, TARGET_RATE
-from shards.errors import UserError, last_line
+from shards.errors import UserError, first_line, last_line
 from shards.progress import progress_bar
 
 AGREEMENT_DB = {"fp32": -60.0, "bf16": -40.0}  # of the two forms, by the precision of the raw weights
@@ -120,8 +122,13 @@ def _run(step: Callable[[], Check]) -> Check:
         return Check(False, NOT_RUN, f"needs what failed above ({missing})")
     except (UserError, AudioError) as error:
         return Check(False, "not usable", " ".join(str(error).split()))
+    except torch.AcceleratorError as error:
+        return Check(False, "failed", f"the GPU failed: try again ({first_line(error)})")
     except RuntimeError as error:  # what PyTorch raises where a model is not what it should be
-        advice = "set batch_seconds lower" if ran_out(error) else "another model or PyTorch than expected"
+        advice = "set batch_seconds lower"
+        if not ran_out(error):
+            tqdm.write(traceback.format_exc(), file=sys.stderr)
+            advice = "another model or PyTorch than expected, or a bug"
         return Check(False, "failed", f"{advice} ({last_line(str(error))})")
 
 
