@@ -259,6 +259,8 @@ def _reason(error: Exception) -> str:
     _, code, said = _answer(error)
     if isinstance(error, RecursionError):  # botocore's, when a redirect does not say to which region
         code, said = "307", "redirected"
+    elif str(error).startswith("Forbidden: "):  # gcsfs's, which tells no status
+        code, said = "403", str(error)
     said = f"{code}: {said}" if code else str(error)
     reason = " ".join(said.split()) or type(error).__name__
     if isinstance(error, json.JSONDecodeError):

@@ -228,3 +228,4 @@ def test_when_google_is_waited_for(status: int) -> None:
         retry.validate_response(status, b'{"error": {"message": "planted"}}', "corpus/a.bin")
     assert storage._is_outage(caught.value) == (status in (408, 429, 502, 503))
     assert (storage._answer(caught.value)[0] == 416) == (status == 416)
+    assert (storage.DENIED in storage._reason(caught.value)) == (status == 403)
