@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 from tqdm import tqdm
 
 from shards import progress
 from shards.progress import progress_bar
+from trainer.log import RunLog
 
 
 def work(steps: int) -> None:
@@ -48,6 +51,22 @@ def test_in_a_file_a_bar_within_another_moves_no_cursor(
         assert list(progress_bar(range(2), desc="inner")) == [0, 1]
     lines = capsys.readouterr().err.splitlines()
     assert {line.split(":")[0] for line in lines} == {"outer", "inner"}
+
+
+def test_a_training_shows_its_steps_with_their_values_in_one_process(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(progress, "SECONDS_BETWEEN_LINES", 0)
+    values = {"phase": 1, "loss": 0.5, "audio_seconds_per_second": 3, "data_wait_share": 0, "memory_gib": 1}
+    for writes in (False, True):
+        log = RunLog(tmp_path, 0, 2, writes)
+        log.progress(values)
+        assert bool(capsys.readouterr().err) == writes
+        log.progress({**values, "loss": 0.25})
+        log.close()
+    for line in capsys.readouterr().err.splitlines():
+        assert "| 2/2 " in line
+        assert "loss 0.2500" in line
 
 
 def test_a_terminal_has_one_line_that_moves(
