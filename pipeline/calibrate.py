@@ -222,6 +222,6 @@ def _check_spread(name: str, result: Row, limit: float, unit: str, setting: str)
     if high - low > limit:
         raise UserError(
             f"calibration: recordings disagree: {name} is {low:.1f} … {high:.1f} {unit} (10 … 90 % of "
-            f"{result['recordings']} recordings), so no constant can correct it: look at them with `just inspect`, "
-            f"leave out what is not speech, or accept it with {setting}={high - low:.0f}"
+            f"{result['recordings']} recordings), so no constant can correct it: leave out what is not "
+            f"speech, or accept it with {setting}={high - low:.0f}"
         )

@@ -135,14 +135,17 @@ def test_output_that_is_not_finite_fails(models: Path, audio: Path, monkeypatch:
     assert checks["SIDON, torchscript: runs"].startswith("FAIL")
 
 
-IN_A_SCRIPT = "The following operation failed in the TorchScript interpreter.\n"
+IN_SCRIPT = "The following operation failed in the TorchScript interpreter.\n"
 
 
 @pytest.mark.parametrize(
     ("error", "advice"),
     [
-        (RuntimeError(f"{IN_A_SCRIPT}mat1 and mat2"), "another model or PyTorch than expected, or a bug (mat1 and mat2)"),
-        (RuntimeError(f"{IN_A_SCRIPT}CUDA out of memory"), "set batch_seconds lower (CUDA out of memory)"),
+        (
+            RuntimeError(f"{IN_SCRIPT}mat1 and mat2"),
+            "another model or PyTorch than expected, or a bug (mat1 and mat2)",
+        ),
+        (RuntimeError(f"{IN_SCRIPT}CUDA out of memory"), "set batch_seconds lower (CUDA out of memory)"),
         (torch.AcceleratorError("CUDA error: misaligned\nmore"), "the GPU failed: try again (CUDA error: misaligned)"),
     ],
 )
