@@ -86,6 +86,11 @@ class Settings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, validate_default=True)
 
+    @classmethod
+    def hint(cls, key: str, value: Any) -> str:
+        """What is said of a key that there is not, after that."""
+        return ""
+
     def write(self, path: Location) -> None:
         """The resolved settings, beside what they produced."""
         write_whole(path, self.model_dump_json(indent=2) + "\n")
@@ -164,7 +169,7 @@ def _key(loc: tuple[int | str, ...]) -> str:
     return ".".join(part for n, part in enumerate(map(str, loc)) if n == 0 or part.isidentifier() or part.isdigit())
 
 
-def _explain(error: ValidationError, model: type[BaseModel], step: str) -> str:
+def _explain(error: ValidationError, model: type[Settings], step: str) -> str:
     """In one line: what is wrong with which keys, and which there are where one is unknown or missing; or with how they
     go together.
     """
@@ -178,7 +183,7 @@ def _explain(error: ValidationError, model: type[BaseModel], step: str) -> str:
     return told + (f". Known keys: {', '.join(model.model_fields)}" if kinds & {"extra_forbidden", "missing"} else "")
 
 
-def _told(key: str, problems: list[Any], model: type[BaseModel]) -> str:
+def _told(key: str, problems: list[Any], model: type[Settings]) -> str:
     """Of a union's alternatives that which says most, else those that take such a value at all."""
     meant = [problem for problem in problems if not problem["type"].endswith("_type")] or problems
     explained = [problem for problem in meant if problem["type"] in OURS] or meant
@@ -189,9 +194,9 @@ def _told(key: str, problems: list[Any], model: type[BaseModel]) -> str:
     return f"{key}: {text}{given}" if key else text
 
 
-def _text(key: str, problem: Any, model: type[BaseModel]) -> str:
+def _text(key: str, problem: Any, model: type[Settings]) -> str:
     if problem["type"] == "extra_forbidden":
-        return "unknown key"
+        return f"unknown key{model.hint(key, problem['input'])}"
     if problem["type"] == "string_pattern_mismatch" and key in model.model_fields:
         return f"should be {model.model_fields[key].description}"
     text, _, _ = problem["msg"].removeprefix("Value error, ").removeprefix("Input ").partition(", unable to parse")

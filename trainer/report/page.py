@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from shards.errors import UserError
+from shards.words import number_of
 from trainer.report.charts import Chart
 from trainer.report.listening import CEILING_DB, FLOOR_DB, HEIGHT, WIDTH, Listening
 from trainer.report.reading import Evaluation, Targets
@@ -56,7 +57,7 @@ def render(
         settings=evaluation.about["settings"],
         failed=evaluation.failed,
         seconds=sum(seconds.values()),
-        clip_count=len(seconds),
+        clips=number_of(len(seconds), "clip"),
         groups=groups,
         recordings=recordings,
         starts=starts,
