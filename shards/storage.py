@@ -23,12 +23,12 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import datetime
-from functools import cache
 from pathlib import Path, PurePosixPath
 from typing import IO, Any, TypeGuard, TypeVar
 
 import fsspec
 
+from shards import hub
 from shards.errors import UserError
 from shards.stretch import Stretch
 
@@ -292,34 +292,11 @@ def _filesystem(url: str) -> Any:
     if protocol not in SCHEMES:  # a manifest's rows must not make this machine call whomever they name
         raise StorageError(f"{url}: {protocol}:// is none of {', '.join(SCHEMES)}")
     try:
-        return _hub() if protocol == "hf" else fsspec.filesystem(protocol)
+        return hub.filesystem() if protocol == "hf" else fsspec.filesystem(protocol)
     except ImportError as error:
         raise StorageError(f"{url}: {error}: `just extras` installs what s3:// and gs:// need") from error
     except Exception as error:
         raise StorageError(f"{url}: {protocol}:// cannot be opened: {error}") from error
-
-
-@cache
-def _hub() -> Any:
-    """One for all threads: each thread's own would hold a copy of all that was listed, 90 MB for 100,000 files.
-
-    Its client would wait for a listing without end; here it waits no longer than for a file.
-    """
-    from huggingface_hub import constants, set_client_factory
-    from huggingface_hub.utils._http import default_client_factory
-
-    def limit(request: Any) -> None:
-        limits = request.extensions["timeout"]
-        if request.method == "GET" and limits["read"] is None:
-            request.extensions["timeout"] = dict.fromkeys(limits, constants.HF_HUB_DOWNLOAD_TIMEOUT)
-
-    def client() -> Any:
-        client = default_client_factory()
-        client.event_hooks["request"].append(limit)
-        return client
-
-    set_client_factory(client)
-    return fsspec.filesystem("hf", skip_instance_cache=True)
 
 
 def _path(files: Any, url: Url) -> str:
@@ -332,25 +309,4 @@ def _path(files: Any, url: Url) -> str:
     if not url.text.startswith("hf://"):
         files.invalidate_cache()
         return path
-    return path if path.startswith("buckets/") else _at_commit(files, path)
-
-
-def _at_commit(files: Any, path: str) -> str:
-    """In a repository of the hub: as it stood when this process first looked, whatever is pushed since."""
-    try:
-        found = files.resolve_path(path)
-    except FileNotFoundError as error:
-        if type(error.__cause__).__name__ == "RevisionNotFoundError":
-            raise PermissionError("no such branch, tag or commit there (in its name, write / as %2F)") from error
-        raise PermissionError("no such repository, or not for you to read: `hf auth login` signs you in") from error
-    commit = _commit(found.repo_type, found.repo_id, found.revision)
-    return str(type(found)(found.repo_type, found.repo_id, commit, found.path_in_repo).unresolve())
-
-
-@cache
-def _commit(repo_type: str, repo: str, revision: str) -> str:
-    from huggingface_hub import HfApi
-
-    sha = HfApi().repo_info(repo, repo_type=repo_type, revision=revision).sha
-    assert sha is not None
-    return sha
+    return path if path.startswith("buckets/") else hub.at_commit(files, path)

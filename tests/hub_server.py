@@ -236,15 +236,15 @@ def serving(cache: Path) -> Iterator[Hub]:
     """The hub of this process, which keeps what it fetches in `cache`."""
     from huggingface_hub import constants
 
-    from shards import storage
+    from shards import hub as of_the_hub
 
     hub = Hub()
     threading.Thread(target=hub.serve_forever, args=(0.01,), daemon=True).start()
     url = f"http://127.0.0.1:{hub.server_port}"
 
     def forget() -> None:
-        storage._hub.cache_clear()
-        storage._commit.cache_clear()
+        of_the_hub.filesystem.cache_clear()
+        of_the_hub._commit.cache_clear()
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(constants, "ENDPOINT", url)

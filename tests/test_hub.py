@@ -14,6 +14,7 @@ from snac import SNAC
 
 from codec import weights
 from pipeline.codes import shard_codes
+from shards import hub as of_the_hub
 from shards import storage
 from shards.contract import INDEX_NAME, SPLITS, SUMS_NAME
 from shards.index import load
@@ -203,7 +204,7 @@ def test_an_answer_of_another_length_is_not_taken(hub: Hub, tmp_path: Path) -> N
         with pytest.raises(StorageError, match="0 bytes were asked for, and 19 came, as from a proxy"):
             url.read_bytes(0, stop)
     hub.fault = lambda *_: "page"
-    storage._commit.cache_clear()
+    of_the_hub._commit.cache_clear()
     with pytest.raises(StorageError, match="the answer is not JSON, as from a proxy or a login page"):
         url.read_bytes()
 
@@ -226,6 +227,6 @@ def test_a_process_reads_the_hub_as_it_first_found_it(hub: Hub, tmp_path: Path) 
     assert url.read_bytes() == b"before"
     repository.commits.append({"a.txt": b"pushed meanwhile"})
     assert (url.read_bytes(), url.stat().st_size) == (b"before", 6)
-    storage._commit.cache_clear()  # as in another process
+    of_the_hub._commit.cache_clear()  # as in another process
     assert (url.read_bytes(), url.stat().st_size) == (b"pushed meanwhile", 16)
     assert Url(f"hf://datasets/me/voices@{0:040d}/a.txt").read_bytes() == b"before"
