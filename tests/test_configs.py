@@ -198,6 +198,11 @@ def test_an_unset_variable_is_not_taken_for_the_folder_where_the_command_runs(wo
     ("word", "said"),
     [
         ("shards=s3://", "shards: names no bucket: a URL is written s3://bucket/folder (given: 's3://')"),
+        (
+            "shards=s3://bucket//a",
+            "shards: names in a bucket are taken as they are written, // and . too: write s3://bucket/folder (given: "
+            "'s3://bucket//a')",
+        ),
         ("n_ffts=1024,2048", "n_ffts: should be a list in brackets (given: '1024,2048')"),
         ("n_ffts=[]", "n_ffts: should have at least 1 item (given: [])"),
         ("n_ffts=[8]", "n_ffts.0: should be greater than or equal to 16 (given: 8)"),

@@ -190,6 +190,17 @@ def test_status_of_a_run_under_way_or_cut_off(tmp_path: Path) -> None:
     assert "is not the folder of a training" in output
 
 
+def test_status_tells_the_scores_of_a_validation_once(tmp_path: Path) -> None:
+    lines = ({"kind": "validation", "step": step, "loss": step / 4} for step in (1, 2, 3))
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    for name, step in (("best", 3), ("best_000000002", 2)):
+        checkpoint.save_described(
+            tmp_path / "checkpoints" / f"{name}.pt", {"step": step, "validation": {"loss": step / 4}}
+        )
+    _, *told = report(tmp_path)
+    assert told == ["validation at step 3: loss 0.75", "best.pt: step 3", "best_000000002.pt: step 2: loss 0.5"]
+
+
 def test_status_leaves_out_what_training_gives_up_meanwhile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = checkpoint.step_path(tmp_path, 1)
     checkpoint.save_described(path, {"step": 1})
