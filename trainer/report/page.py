@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 from shards.errors import UserError
-from shards.words import number_of
 from trainer.report.charts import Chart
 from trainer.report.listening import CEILING_DB, FLOOR_DB, HEIGHT, WIDTH, Listening
 from trainer.report.reading import Evaluation, Targets
@@ -57,7 +56,7 @@ def render(
         settings=evaluation.about["settings"],
         failed=evaluation.failed,
         seconds=sum(seconds.values()),
-        clips=number_of(len(seconds), "clip"),
+        clip_count=len(seconds),
         groups=groups,
         recordings=recordings,
         starts=starts,
