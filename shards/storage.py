@@ -54,6 +54,7 @@ WAYS_OUT = {  # by what S3 calls an error; by its status, where HEAD is asked, w
     **dict.fromkeys(("301", "307", "PermanentRedirect", "TemporaryRedirect"), ELSEWHERE),
     "AuthorizationHeaderMalformed": ELSEWHERE,
 }
+OURS = "snac48."  # how the name begins of a folder in TMPDIR, which a killed process leaves
 READERS = 16  # threads that look into many files, and mostly wait for disks or storage
 FULL = {errno.ENOSPC, errno.EDQUOT}
 OF_WRITING = {*FULL, errno.EFBIG, errno.EROFS, errno.EIO}
@@ -183,7 +184,7 @@ class Url:
     @contextmanager
     def replacing(self) -> Iterator[Path]:
         """Yields a local file; on success it is uploaded. The storage shows an object whole, or the one before."""
-        with tempfile.TemporaryDirectory() as folder:
+        with tempfile.TemporaryDirectory(prefix=OURS) as folder:
             local = Path(folder) / self.name
             with naming_written(local):
                 yield local
