@@ -70,7 +70,7 @@ class RunLog:
                 self._boards.metrics(kind, step, values)
 
     def flush(self) -> None:
-        """To the disk: a power cut would take lines of steps that a checkpoint has done, and that are not done again."""
+        """To the disk: of steps that a checkpoint has done, a power cut would take lines that are not written again."""
         with suppress(FileNotFoundError), self._metrics.open("rb") as file:
             os.fsync(file.fileno())
 
