@@ -115,7 +115,7 @@ def nearby(place: Location) -> Iterator[Path]:
     if isinstance(place, Path):
         yield place
         return
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory(prefix=storage.OURS) as folder:
         local = Path(folder) / place.name
         place.fetch(local)
         yield local

@@ -15,7 +15,9 @@ import errno
 import io
 import itertools
 import json
+import logging
 import math
+import os
 import tempfile
 import threading
 import time
@@ -49,11 +51,12 @@ EXPIRED = "have the credentials expired?"
 DENIED = "do the credentials allow it? Where they allow no listing, what is not there is refused as well"
 ELSEWHERE = "the bucket is in another region or behind another address: AWS_DEFAULT_REGION, AWS_ENDPOINT_URL (https?)"
 WAYS_OUT = {  # by what S3 calls an error; by its status, where HEAD is asked, which tells no more
-    **dict.fromkeys(("400", "ExpiredToken"), EXPIRED),
+    **dict.fromkeys(("400", "401", "ExpiredToken"), EXPIRED),
     **dict.fromkeys(("403", "AccessDenied"), DENIED),
     **dict.fromkeys(("301", "307", "PermanentRedirect", "TemporaryRedirect"), ELSEWHERE),
     "AuthorizationHeaderMalformed": ELSEWHERE,
 }
+OURS = "snac48."  # how the name begins of a folder in TMPDIR, which a killed process leaves
 READERS = 16  # threads that look into many files, and mostly wait for disks or storage
 FULL = {errno.ENOSPC, errno.EDQUOT}
 OF_WRITING = {*FULL, errno.EFBIG, errno.EROFS, errno.EIO}
@@ -176,14 +179,17 @@ class Url:
         """The whole object into the file `path`, which appears when it is complete."""
         from shards.files import replacing
 
-        with replacing(path) as temporary:
-            self._patiently(lambda files, name: files.get_file(name, str(temporary)))
-            self._check_size(temporary.stat().st_size, self.stat().st_size, f"fetched to {path}")
+        def whole(files: Any, name: str) -> None:
+            with replacing(path) as temporary:  # another for each attempt: gcsfs deletes one that it could not fill
+                files.get_file(name, str(temporary))
+                self._check_size(temporary.stat().st_size, self.stat().st_size, f"fetched to {path}")
+
+        self._patiently(whole)
 
     @contextmanager
     def replacing(self) -> Iterator[Path]:
         """Yields a local file; on success it is uploaded. The storage shows an object whole, or the one before."""
-        with tempfile.TemporaryDirectory() as folder:
+        with tempfile.TemporaryDirectory(prefix=OURS) as folder:
             local = Path(folder) / self.name
             with naming_written(local):
                 yield local
@@ -206,18 +212,21 @@ class Url:
                     what = "bucket" if _answer(error)[1] == "NoSuchBucket" else "object"
                     raise FileNotFoundError(errno.ENOENT, f"no such {what}", self.text) from error
                 except Exception as error:  # each filesystem raises its own kinds
-                    if is_full(error):
+                    if is_full(error) or isinstance(error, UserError):
                         raise
                     if _answer(error)[1] == "InvalidObjectState":
                         raise PermissionError(errno.EACCES, "archived (restore it first)", self.text) from error
                     failing_since = min(failing_since, time.monotonic())
                     seconds = time.monotonic() - failing_since
                     reason = _reason(error)
-                    hopeless = isinstance(error, PermissionError | NotImplementedError | ValueError | RecursionError)
+                    kinds = PermissionError | NotImplementedError | ValueError | RecursionError
+                    hopeless = isinstance(error, kinds) or _answer(error)[0] in (401, 403)
                     patience = PATIENCE_SECONDS if _is_outage(error) else 0
                     if hopeless or (attempt >= ATTEMPTS and seconds >= patience):
                         raise StorageError(f"{self}: {reason} ({attempt} attempts in {seconds:.0f} s)") from error
-                if attempt == ATTEMPTS and _one_says_so.acquire(blocking=False):
+                # earlier where a client makes slow attempts of its own
+                is_said = attempt == ATTEMPTS or (patience > 0 and attempt == 2 and seconds > LONGEST_WAIT_SECONDS)
+                if is_said and _one_says_so.acquire(blocking=False):
                     waiting.callback(_one_says_so.release)
                     minutes = PATIENCE_SECONDS / 60
                     print(f"{self}: {reason}: trying for {minutes:.0f} minutes; Ctrl-C ends it", flush=True)
@@ -250,8 +259,9 @@ def _answer(error: Exception) -> tuple[int | None, str, str]:
     if isinstance(answer, dict):  # botocore's
         told = answer.get("Error", {})
         return answer.get("ResponseMetadata", {}).get("HTTPStatusCode"), told.get("Code", ""), told.get("Message", "")
-    status = getattr(answer, "status_code", getattr(error, "code", None))
-    return (status if isinstance(status, int) else None), "", ""
+    is_denied = str(error).startswith("Forbidden: ")  # gcsfs's, which tells no number
+    status = 403 if is_denied else getattr(answer, "status_code", getattr(error, "code", None))
+    return (status if isinstance(status, int) else None), str(status) if status in (401, 403) else "", str(error)
 
 
 def _reason(error: Exception) -> str:
@@ -259,8 +269,6 @@ def _reason(error: Exception) -> str:
     _, code, said = _answer(error)
     if isinstance(error, RecursionError):  # botocore's, when a redirect does not say to which region
         code, said = "307", "redirected"
-    elif str(error).startswith("Forbidden: "):  # gcsfs's, which tells no status
-        code, said = "403", str(error)
     said = f"{code}: {said}" if code else str(error)
     reason = " ".join(said.split()) or type(error).__name__
     if isinstance(error, json.JSONDecodeError):
@@ -291,6 +299,9 @@ def _filesystem(url: str) -> Any:
     protocol = url.partition("://")[0]
     if protocol not in SCHEMES:  # a manifest's rows must not make this machine call whomever they name
         raise StorageError(f"{url}: {protocol}:// is none of {', '.join(SCHEMES)}")
+    if protocol == "gs":  # whose client would ask by gRPC what kind of bucket it is, warn where it may not, and print
+        os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")  # a traceback for each failure
+        logging.getLogger("gcsfs").setLevel(logging.CRITICAL)
     try:
         return hub.filesystem() if protocol == "hf" else fsspec.filesystem(protocol)
     except ImportError as error:

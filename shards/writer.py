@@ -67,7 +67,7 @@ def fingerprint_of(path: Location | Fetched, told: Mapping[str, Any]) -> dict[st
     """What a table says that it was made from; nothing where it does not say. Raises ShardError for what is no such."""
     found = told.get("fingerprint", {})
     if not isinstance(found, dict):
-        raise ShardError(f"{path}: its fingerprint is {found!r}; make it again by its stage")
+        raise ShardError(f"{path}: its fingerprint is {found!r}; delete it and run its stage again")
     return found
 
 
@@ -103,8 +103,8 @@ def naming(path: Location | Fetched) -> Iterator[None]:
             error.filename = error.filename or str(path)  # which it says only of what cannot be opened
             raise
         is_missing = isinstance(error, FileNotFoundError)  # pyarrow's has no number
-        what = "missing" if is_missing else f"damaged, or no file of ours ({first_line(error)})"
-        raise ShardError(f"{path}: {what}; make it again by its stage") from error
+        damaged = f"damaged, or no file of ours ({first_line(error)}): if it is ours, delete it and run its stage again"
+        raise ShardError(f"{path}: {'missing: run its stage again' if is_missing else damaged}") from error
 
 
 def differences(found: Mapping[str, Any], expected: Mapping[str, Any]) -> str:

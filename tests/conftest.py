@@ -13,6 +13,7 @@ import pytest
 import soundfile
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT"] = "false"  # as shards.storage has it; read where gcsfs is imported
 
 import torch
 from snac import SNAC

@@ -19,6 +19,8 @@ from shards.errors import ShardError
 from shards.files import file_sha256
 from shards.index import compact, load, read_sums, shard_list, write_sums
 from shards.writer import read_metadata, write_table
+from tests.command_helpers import in_process, refused
+from tests.helpers import codes_words, targets_words
 from tests.shard_helpers import all_problems, flip
 
 
@@ -252,3 +254,17 @@ def test_folder_names_that_look_like_columns_add_none(work: Path, tmp_path: Path
     shards = Path(shutil.copytree(work / "shards", tmp_path / "speaker=1" / "shards"))
     assert all_problems(shards) == []
     assert load(shards, "train").table.equals(load(work / "shards", "train").table)
+
+
+@pytest.mark.parametrize("name", ["plan.parquet", "codes/train/000000.parquet", "shards/train/000000.parquet"])
+def test_a_table_that_a_power_cut_emptied_is_said_and_made_again(
+    name: str, recordings: Path, work: Path, tmp_path: Path
+) -> None:
+    mine = Path(shutil.copytree(work, tmp_path / "work"))
+    words = targets_words(mine) if name.startswith("shards") else codes_words(recordings, mine)
+    whole = (mine / name).read_bytes()
+    (mine / name).write_bytes(b"")
+    refused(words, f"{mine / name}: damaged, or no file of ours (Parquet file size is 0 bytes): if it is ours, delete")
+    (mine / name).unlink()
+    assert in_process(words).exit_code == 0
+    assert (mine / name).read_bytes() == whole

@@ -146,6 +146,21 @@ def test_a_full_disk_keeps_the_last_good_checkpoint(
     assert_same_state(small_training(work, run), small_training(work, tmp_path / "whole"))
 
 
+def test_what_was_logged_reaches_the_disk_before_a_checkpoint(
+    work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else a power cut would take lines of steps that are not done again."""
+    fsync, flushed = os.fsync, list[str]()
+
+    def watched(descriptor: int) -> None:
+        flushed.append(Path(f"/proc/self/fd/{descriptor}").readlink().name)
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", watched)
+    small_training(work, tmp_path, max_steps=2)
+    assert "metrics.jsonl" in flushed[: flushed.index("step_000000002.pt.tmp")]
+
+
 @pytest.mark.parametrize("mounted", ["run", "above"])
 def test_nothing_is_saved_where_the_disk_of_the_run_was(
     mounted: str, work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

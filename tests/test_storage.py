@@ -14,7 +14,7 @@ import pytest
 
 from shards import storage, writer
 from shards.files import replacing
-from shards.pieces import Part, skimmed
+from shards.pieces import Part, nearby, skimmed
 from shards.storage import StorageError, Url, locate
 from shards.writer import read_footer, read_metadata, read_table, write_table
 from tests.s3_server import Door
@@ -229,3 +229,25 @@ def test_when_google_is_waited_for(status: int) -> None:
     assert storage._is_outage(caught.value) == (status in (408, 429, 502, 503))
     assert (storage._answer(caught.value)[0] == 416) == (status == 416)
     assert (storage.DENIED in storage._reason(caught.value)) == (status == 403)
+
+
+@pytest.mark.parametrize("kind", ["error", "cut"])
+@pytest.mark.parametrize(("method", "step"), [("POST", "?uploads"), ("PUT", "partNumber=2"), ("POST", "?uploadId=")])
+def test_an_object_in_parts_is_whole(
+    kind: str, method: str, step: str, folder: Url, door: Door, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where its upload is not begun, a part fails, or the answer that all are joined."""
+    part = 5 << 20  # the least that the protocol takes
+    monkeypatch.setattr("s3fs.core.calculate_chunksize", lambda size, chunksize: part)
+    faults = [kind]
+    door.fault = lambda asked, path: faults.pop() if asked == method and step in path and faults else None
+    data = random.Random(0).randbytes(2 * part + 1)
+    assert put(folder / "a.bin", data).read_bytes() == data
+    assert not faults
+
+
+def test_what_a_killed_process_leaves_here_has_our_name(folder: Url) -> None:
+    put(folder / "a.bin")
+    with replacing(folder / "b.bin") as temporary, nearby(folder / "a.bin") as local:
+        temporary.touch()
+        assert {path.parent.name[:7] for path in (temporary, local)} == {"snac48."}

@@ -300,6 +300,7 @@ class Trainer:
         self.saved_at = time.monotonic()
         if self.process.is_first:
             state = {**self._state(), **self.learner.state_dict()}
+            self.log.flush()
             self._write(checkpoint.step_path(self.settings.run, self.step), state)
             checkpoint.prune(self.settings.run, self.settings.keep_last)
 
