@@ -23,7 +23,9 @@ def assign_splits(
     for group, split in given:
         if wanted.setdefault(group, split) != split and not (group in (known or {}) and split is None):
             found = f"{wanted[group] or 'no split'} and {split or 'no split'}"
-            raise UserError(f"group {group!r} stands in more than one split ({found}): it must stay in one. {ONE_VOICE}")
+            raise UserError(
+                f"group {group!r} stands in more than one split ({found}): it must stay in one. {ONE_VOICE}"
+            )
     splits = {group: split or _by_hash(group, fraction, seed) for group, split in wanted.items()}
     free = sorted((group for group, split in wanted.items() if not split), key=lambda group: hashed(group, seed))
     for split, candidates in (("validation", free), ("train", free[::-1])):
