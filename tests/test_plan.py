@@ -64,7 +64,7 @@ def test_splits_stay_as_recordings_are_added_and_follow_fraction_and_seed() -> N
 
 def test_splits_that_cannot_be() -> None:
     with pytest.raises(
-        UserError, match=r"no group is left for \w+: found 1 group, such as 'anna'.*speaker, set group_pattern="
+        UserError, match=r"no group is left for \w+: found 1 group, such as 'anna'.*one speaker, set group_"
     ):
         assign_splits([("anna", None), ("anna", None)], 0.25, 0)
     with pytest.raises(UserError, match="no group is left for validation: found 2"):
