@@ -13,9 +13,9 @@ SECONDS_BETWEEN_LINES = 60
 def progress_bar(*args: Any, **options: Any) -> Any:
     """tqdm's, with its arguments. In a file it says nothing of what is done within the first minute."""
     if not sys.stderr.isatty():
-        intervals = dict.fromkeys(("mininterval", "delay"), SECONDS_BETWEEN_LINES)
-        each = {"miniters": 1}  # else tqdm's watching thread shows a state once more
-        options |= {"file": _Lines(), "position": 0, **each, **intervals}  # else one within another moves the cursor
+        intervals = dict.fromkeys(("mininterval", "maxinterval", "delay"), SECONDS_BETWEEN_LINES)
+        options |= {"file": _Lines(), "position": 0, **intervals}  # else one within another moves the cursor
+        options["miniters"] = 1  # else tqdm's monitor shows a state once more
     return tqdm(*args, **options)
 
 
