@@ -106,7 +106,7 @@ def _from_hub(name: str, files: tuple[str, ...], entry: dict[str, Any] | None, p
     except Exception as error:  # the hub's client raises its own, requests' and the system's errors
         reason = error.__cause__ or error if isinstance(error, LocalEntryNotFoundError) else error
         raise UnreachableError(
-            f"{name} cannot be fetched ({type(reason).__name__}: {' '.join(str(reason).split())}): run `just prefetch` "
-            "where the hub can be reached, signed in if it asks for that (`hf auth login`), or name a local directory "
-            "that holds the files"
+            f"{name} cannot be fetched ({type(reason).__name__}: {' '.join(str(reason).split())}): see that the hub "
+            "can be reached, and be signed in if it asks for that (`hf auth login`). Without a network, name a local "
+            "directory that holds the files, or take the HF_HOME of a machine on which `just prefetch` was run"
         ) from error

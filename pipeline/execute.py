@@ -126,6 +126,8 @@ def run(stage: Stage) -> bool:
     try:
         if waiting:
             _executor(settings)(stage, waiting, progress)
+    except KeyboardInterrupt as error:
+        raise UserError("stopped by Ctrl-C: finished shards stay, the same command makes the others") from error
     finally:
         progress.close()
     progress.check()
@@ -254,10 +256,10 @@ def summarize(paths: Sequence[Location], max_failed_fraction: float, title: str)
             ("the recordings", "retry=failed", statuses[FAILED] - found.unplanned),
             ("what could not even be planned", "extend=true to shard-codes", found.unplanned),
         ) if n)]  # fmt: skip
-        once = " What was rejected is not tried again" if statuses[REJECTED] else ""
+        stays = " What was rejected stays so: docs/scale.md says how to try other limits" if statuses[REJECTED] else ""
         raise UserError(
             f"{lost} of {total} segments failed or were rejected, above max_failed_fraction={max_failed_fraction:g}; "
-            f"the rows say why. What succeeded is kept: {', or '.join(ways)}.{once}"
+            f"the rows say why. What succeeded is kept: {', or '.join(ways)}.{stays}"
         )
     if total and not statuses[OK]:
         raise UserError(f"{title}: no segment is usable")

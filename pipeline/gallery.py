@@ -42,7 +42,7 @@ MEASURES = {
     "lag_samples": "lag, samples at 48 kHz",
     "level_difference_db": "level difference, dB",
     "correlation": "envelope correlation",
-    "source_bandwidth_hz": "bandwidth of sources, Hz",
+    "source_bandwidth_hz": "bandwidth of recordings, Hz",
     "target_bandwidth_hz": "bandwidth of targets, Hz",
     "duration": "duration, s",
 }
@@ -59,8 +59,10 @@ def draw(shards: Path, picture: Path) -> None:
     matplotlib.use("Agg")
     table = read_table(shards / INDEX_NAME)
     rows = {status: table.filter(pc.field("status") == status) for status in (OK, REJECTED)}
-    figure = plt.figure(figsize=(15, 12), layout="constrained")
-    above, below = figure.subfigures(2, 1, squeeze=False, height_ratios=(2, 3))[:, 0]
+    if not rows[REJECTED]:
+        del rows[REJECTED]
+    figure = plt.figure(figsize=(15, 5 + 3.5 * len(rows)), layout="constrained")
+    above, below = figure.subfigures(2, 1, squeeze=False, height_ratios=(5, 3.5 * len(rows)))[:, 0]
     _distributions(above, rows)
     _sheet(below, shards, {status: _spread(found) for status, found in rows.items()})
     with replacing(picture) as temporary:
@@ -108,9 +110,11 @@ def _sheet(figure: SubFigure, shards: Path, chosen: dict[str, list[Row]]) -> Non
         for axis in (*above[len(rows) :], *below[len(rows) :]):
             axis.axis("off")
         for source_axis, target_axis, row, pair in zip(above, below, rows, _pairs(shards, rows), strict=False):
-            _panel(source_axis, pair[0], f"{status}: {row['key']}, {row['teacher']}")
+            begins = f", from {row['start_seconds']:.1f} s" if row["start_seconds"] else ""
+            _panel(source_axis, pair[0], f"{status}: {row['recording']}{begins}; target: {row['teacher']}")
             _panel(target_axis, pair[1], row["reason"] or "")
-        above[0].set_ylabel("source, kHz")
+            target_axis.set_xlabel("s", fontsize=7)
+        above[0].set_ylabel("recording, kHz")
         below[0].set_ylabel("target, kHz")
 
 

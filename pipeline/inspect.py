@@ -40,7 +40,9 @@ def inspect(settings: InspectSettings) -> None:
     elif path.suffix == ".tar" and path.is_file():
         _tar(path, settings.rows)
     else:
-        raise UserError(f"{settings.path}: expected a .parquet or .tar of ours, or a folder with {INDEX_NAME}")
+        raise UserError(
+            f"{settings.path}: expected a .parquet or .tar of ours, or a folder with {PLAN_NAME} or {INDEX_NAME}"
+        )
 
 
 def _unfinished(work: Path, rows: int) -> None:
@@ -77,8 +79,7 @@ def _table(path: Path, rows: int) -> None:
         metadata, table = read_metadata(path), read_table(path)
         click.echo(f"{path}: {number_of(table.num_rows, 'row')}")
         for key, value in metadata.items():
-            text = printable(str(value))
-            click.echo(f"  {key}: {text if len(text) < 400 else f'{len(value)} entries'}")
+            _entry("  ", key, value)
         if {*COLUMNS} <= {*table.column_names}:
             statuses = Statuses()
             statuses.add(table)
@@ -87,8 +88,18 @@ def _table(path: Path, rows: int) -> None:
             in_turn = (FAILED, REJECTED, TOO_SHORT, OK)
             table = pa.concat_tables([table.filter(pc.field("status") == status) for status in in_turn])
         _rows(table.slice(0, rows).to_pylist())
-    except (pa.ArrowException, TypeError, ValueError, OverflowError) as error:
+    except (pa.ArrowException, TypeError, ValueError, OverflowError, RecursionError) as error:
         raise ShardError(f"{path}: not a table of ours: {error}") from error
+
+
+def _entry(indent: str, key: str, value: Any) -> None:
+    if isinstance(value, dict):
+        click.echo(f"{indent}{printable(key)}:")
+        for name, inner in value.items():
+            _entry(f"{indent}  ", name, inner)
+    elif value is not None:
+        text = printable(str(value))
+        click.echo(f"{indent}{printable(key)}: {text if len(text) < 400 else f'{len(value)} entries'}")
 
 
 def _statuses(statuses: Statuses) -> None:

@@ -107,7 +107,7 @@ def make_plan(settings: CodesSettings) -> Plan:
         metadata = {"settings": asked, "listed_sha256": listed}
         if not path.exists():
             _write(path, [], new_shards(measure(_found(settings)), settings, {}, {}), metadata)
-            tqdm.write(_splits_of(path))
+            tqdm.write(_splits_of(path, settings.group_pattern))
             return Plan(path)
         plan = Plan(path)
         changed = differences(plan.settings, asked)
@@ -128,7 +128,7 @@ def make_plan(settings: CodesSettings) -> Plan:
         extended = Plan(path)
         added = len(extended.shards) - len(plan.shards)
         tqdm.write(f"new: {len(new)} of the plan's recordings, {added} of its shards")
-        tqdm.write(_splits_of(path))
+        tqdm.write(_splits_of(path, settings.group_pattern))
         return extended
 
 
@@ -196,7 +196,7 @@ def _check_unchanged(found: pa.Table, planned: pa.Table, audio: Location, path: 
             )
 
 
-def _splits_of(path: Location) -> str:
+def _splits_of(path: Location, group_pattern: str | None) -> str:
     """Which groups a plan puts into which split, in a line."""
     rows = read_table(path, columns=["split", "group", "n_samples"], filters=pc.field("status") == OK)
     found = rows.group_by(["split", "group"]).aggregate([("n_samples", "sum")]).to_pylist()
@@ -205,7 +205,8 @@ def _splits_of(path: Location) -> str:
         seconds = {row["group"]: row["n_samples_sum"] / TARGET_RATE for row in found if row["split"] == split}
         such = f", such as {min(seconds)!r}" if seconds else ""
         parts.append(f"{split}: {number_of(len(seconds), 'group')}{such}, {lasting(sum(seconds.values()))}")
-    return f"planned: {'; '.join(parts)}. A group should be a speaker: group_pattern= says which"
+    hint = "" if group_pattern else ". A group should be a speaker: group_pattern= says which"
+    return f"planned: {'; '.join(parts)}{hint}"
 
 
 def _known(plan: Plan, path: Location) -> tuple[dict[str, str], dict[str, int]]:

@@ -6,6 +6,9 @@ import hashlib
 from collections.abc import Iterable, Mapping
 
 from shards.errors import UserError
+from shards.words import number_of
+
+ONE_VOICE = "To split the recordings of one speaker, set group_pattern='(.*)' and leave out the speaker in a manifest"
 
 
 def assign_splits(
@@ -20,16 +23,17 @@ def assign_splits(
     for group, split in given:
         if wanted.setdefault(group, split) != split and not (group in (known or {}) and split is None):
             found = f"{wanted[group] or 'no split'} and {split or 'no split'}"
-            raise UserError(f"group {group!r} stands in more than one split ({found}): it must stay in one")
+            raise UserError(
+                f"group {group!r} stands in more than one split ({found}): it must stay in one. {ONE_VOICE}"
+            )
     splits = {group: split or _by_hash(group, fraction, seed) for group, split in wanted.items()}
     free = sorted((group for group, split in wanted.items() if not split), key=lambda group: hashed(group, seed))
     for split, candidates in (("validation", free), ("train", free[::-1])):
         if split not in splits.values():
             if len(splits) < 2 or not candidates:
-                raise UserError(
-                    f"no group is left for {split}: found {len(splits)} group(s) such as {next(iter(splits))!r}. Put "
-                    "speakers into folders, name them in a manifest, or set group_pattern='(.*)' to split by recording"
-                )
+                found = f"{number_of(len(splits), 'group')}, such as {next(iter(splits))!r}"
+                ways = "Put speakers into folders or name them in a manifest"
+                raise UserError(f"no group is left for {split}: found {found}. {ways}. {ONE_VOICE}")
             splits[candidates[0]] = split
     return splits
 

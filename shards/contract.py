@@ -155,7 +155,9 @@ def flatten_codes(codes_T7: npt.NDArray[np.int16]) -> npt.NDArray[np.int16]:
 def unflatten_codes(flat: npt.NDArray[np.integer[Any]]) -> npt.NDArray[np.int16]:
     """The inverse of `flatten_codes`. Raises ShardError for a wrong dtype, shape, length or token."""
     if flat.dtype != np.int16 or flat.ndim != 1:
-        raise ShardError(f"codes are {flat.dtype} of shape {flat.shape}, expected a flat int16 array")
+        raise ShardError(
+            f"codes are {flat.dtype} of shape {flat.shape}, expected a row of int16: T coarse, 2T middle, 4T fine"
+        )
     if flat.size == 0 or flat.size % TOKENS:
         raise ShardError(f"{flat.size} tokens are not T + 2T + 4T: expected a multiple of {TOKENS}")
     if flat.min() < 0 or flat.max() >= CODEBOOK_SIZE:

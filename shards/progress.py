@@ -15,6 +15,7 @@ def progress_bar(*args: Any, **options: Any) -> Any:
     if not sys.stderr.isatty():
         intervals = dict.fromkeys(("mininterval", "maxinterval", "delay"), SECONDS_BETWEEN_LINES)
         options |= {"file": _Lines(), "position": 0, **intervals}  # else one within another moves the cursor
+        options["miniters"] = 1  # else tqdm's monitor shows a state once more
     return tqdm(*args, **options)
 
 

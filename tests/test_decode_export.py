@@ -291,6 +291,7 @@ def test_a_wav_has_exactly_the_recordings_length(run: Path, tmp_path: Path, rate
     soundfile.write(tmp_path / "in.wav", np.stack([audio, audio], axis=1) if rate < 12_000 else audio, rate)
     code, output = call("decode", f"model={run}", f"input={tmp_path / 'in.wav'}", "window_seconds=1")
     assert code == 0
+    assert "; decoder of step 3, codes by stand-in or custom weights" in output
     assert "stand-in" in output
     info = soundfile.info(tmp_path / "in.48k.wav")
     assert (info.frames, info.samplerate, info.channels) == (-(-frames * 48_000 // rate), 48_000, 1)

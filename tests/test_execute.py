@@ -305,3 +305,8 @@ def test_a_full_disk_memory_and_the_keyboard_are_no_bad_shards(small: Callable[.
     (stage.folder / "how").write_text("keyboard")
     with pytest.raises(KeyboardInterrupt):
         here(stage, [0], progress_of(stage))
+
+
+def test_ctrl_c_says_what_stays(small: Callable[..., Stage]) -> None:
+    with pytest.raises(UserError, match=r"stopped by Ctrl-C: finished shards stay, the same command makes the others"):
+        execute.run(small(Fatal, "keyboard"))

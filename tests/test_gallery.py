@@ -23,8 +23,23 @@ from tests.sidon_standin import build
 
 def test_a_picture_of_real_shards(work: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     inspect(InspectSettings(path=work, picture=tmp_path / "a.png", rows=0))
-    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+    height, width, _ = matplotlib.image.imread(tmp_path / "a.png").shape
+    assert height < 0.6 * width  # no room for rejected segments, as there are none
     assert str(tmp_path / "a.png") in capsys.readouterr().out
+
+
+def test_a_picture_names_recordings(work: Path) -> None:
+    rows = pq.read_table(work / "shards" / "index.parquet").to_pylist()
+    row = next(row for row in rows if row["status"] == "ok" and row["start_seconds"])
+    matplotlib.use("Agg")
+    figure = plt.figure()
+    gallery._sheet(figure.subfigures(1, 1, squeeze=False)[0, 0], work / "shards", {"ok": [row]})
+    drawn = [axis for axis in figure.get_axes() if axis.axison]
+    title = f"ok: {row['recording']}, from {row['start_seconds']:.1f} s; target: recording"
+    assert [axis.get_title().replace("\n", " ") for axis in drawn] == [title, ""]
+    assert [axis.get_ylabel() for axis in drawn] == ["recording, kHz", "target, kHz"]
+    assert drawn[1].get_xlabel() == "s"
+    plt.close(figure)
 
 
 def test_one_segment_has_a_bar() -> None:

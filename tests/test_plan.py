@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections import defaultdict
 from pathlib import Path
@@ -62,11 +63,13 @@ def test_splits_stay_as_recordings_are_added_and_follow_fraction_and_seed() -> N
 
 
 def test_splits_that_cannot_be() -> None:
-    with pytest.raises(UserError, match=r"no group is left for \w+: found 1 group\(s\) such as 'anna'"):
+    with pytest.raises(
+        UserError, match=r"no group is left for \w+: found 1 group, such as 'anna'.*one speaker, set group_"
+    ):
         assign_splits([("anna", None), ("anna", None)], 0.25, 0)
     with pytest.raises(UserError, match="no group is left for validation: found 2"):
         assign_splits([("anna", "train"), ("ben", "train")], 0.25, 0)
-    with pytest.raises(UserError, match="group 'anna' stands in more than one split"):
+    with pytest.raises(UserError, match=r"'anna' stands in more than one split.*speaker, set group_pattern='\(\.\*\)'"):
         assign_splits([("anna", "train"), ("anna", "validation")], 0.25, 0)
     given: list[tuple[str, str | None]] = [("anna", "validation"), ("ben", None), ("carl", None)]
     assert assign_splits(given, 1 - 1e-9, 0)["anna"] == "validation"
@@ -81,6 +84,31 @@ def test_where_a_split_is_empty_for_want_of_usable_recordings_it_is_said(recordi
         UserError, match=r"no group is left for train.*1 of 2 recordings cannot be used, such as one: start 5"
     ):
         make_plan(codes_settings(manifest, tmp_path / "work"))
+
+
+def test_one_voice_of_a_manifest_is_split_without_its_speaker(recordings: Path, tmp_path: Path) -> None:
+    takes = sorted(recordings.glob("speaker_0/*.wav"))
+    splits = ["train"] * (len(takes) - 1) + ["validation"]
+    manifest = tmp_path / "m.csv"
+    lines = [f"{path},{split}" for path, split in zip(takes, splits, strict=True)]
+    manifest.write_text("\n".join(["path,split,speaker", *(f"{line},anna" for line in lines)]))
+    settings = codes_settings(manifest, tmp_path / "work", "group_pattern=(.*)")
+    with pytest.raises(UserError, match="leave out the speaker"):
+        make_plan(settings)
+    manifest.write_text("\n".join(["path,split", *lines]))
+    make_plan(settings)
+    found = {row["path"]: row["split"] for row in pq.read_table(tmp_path / "work" / PLAN_NAME).to_pylist()}
+    assert found == dict(zip(map(str, takes), splits, strict=True))
+
+
+def test_who_says_what_a_group_is_is_not_told_to(
+    recordings: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_plan(codes_settings(recordings, tmp_path / "folders"))
+    make_plan(codes_settings(recordings, tmp_path / "each", "group_pattern=(.*)"))
+    folders, each = re.findall("planned: .*", capsys.readouterr().out)
+    assert folders.endswith(" A group should be a speaker: group_pattern= says which")
+    assert "group_pattern" not in each
 
 
 def test_no_group_is_in_both_splits_and_rows_are_numbered(recordings: Path, tmp_path: Path) -> None:

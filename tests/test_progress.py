@@ -77,3 +77,15 @@ def test_a_terminal_has_one_line_that_moves(
     text = capsys.readouterr().err
     assert text.count("\n") == 1
     assert text.count("\r") > 1
+
+
+def test_in_a_file_no_state_is_shown_twice(capsys: pytest.CaptureFixture[str]) -> None:
+    """The thread with which tqdm watches its bars shows each once more that lets several updates pass unseen."""
+    clock = iter(range(0, 10_000, 20))
+    with progress_bar(total=100, desc="doing") as bar:
+        bar.start_t = bar.last_print_t = 0
+        bar._time = lambda: next(clock)
+        for _ in range(100):
+            bar.update()
+            assert bar.miniters <= 1
+    assert len(capsys.readouterr().err.splitlines()) > 10

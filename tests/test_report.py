@@ -180,6 +180,16 @@ def test_clips_are_named_by_their_recordings(page: str, evil_page: str, work: Pa
     assert sorted(map(unescape, titles)) == sorted(f"{key}.wav" for key in EVIL_KEYS)
 
 
+def test_a_clip_that_is_its_own_group_is_named_once(tmp_path: Path) -> None:
+    for number in range(2):
+        (tmp_path / "audio").mkdir(exist_ok=True)
+        soundfile.write(tmp_path / "audio" / f"{number}.wav", speechlike(0.5, 48_000, number), 48_000)
+    words = [f"audio={tmp_path / 'audio'}", f"systems.other={tmp_path / 'audio'}", r"group_pattern=(.*\.wav)"]
+    found = re.findall(r'<p class="note">(.*?)</p>', evaluate_and_report(words, tmp_path).read_text())
+    assert found.count("0.5 s") == 2
+    assert not any(".wav" in note for note in found)
+
+
 def test_curves_targets_and_provenance_are_there(page: str) -> None:
     for text in ("<h3>run</h3>", "<figcaption>lsd_hf</figcaption>", "<figcaption>level_db</figcaption>", "validation"):
         assert text in page

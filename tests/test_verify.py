@@ -183,7 +183,10 @@ def test_what_is_damaged_can_be_made_again(work: Path, tmp_path: Path) -> None:
         ("plan.parquet", ["29 rows", "segment_length", "statuses: {'ok': 24, 'too_short': 5}", "usable: 24 segments"]),
         ("codes/train/000000.parquet", ["8 rows", "snac_sha256", "key=000000-00000", "codes=["]),
         ("shards/train/000000.parquet", ["8 rows", "tar_sha256", "key=000000-00000", "level_db="]),
-        ("shards/index.parquet", ["29 rows", "fingerprint", "split=train", "reason=its end is shorter than"]),
+        (
+            "shards/index.parquet",
+            ["29 rows", "\n    teacher: recording\n", "split=train", "reason=its end is shorter than"],
+        ),
         ("shards/train/000000.tar", ["18 members, 6 samples", "000000-00000: codes (10, 7), target (28672,)"]),
         ("shards", ["index.parquet: 29 rows"]),
         (".", ["shards/index.parquet: 29 rows"]),
@@ -196,6 +199,7 @@ def test_inspect_prints_each_kind_of_file(
     out = capsys.readouterr().out
     for text in expected:
         assert text in out
+    assert "None" not in out
     printed = len(re.findall(r"^  (?:\d{6}-\d{5}: |key=|split=)", out, flags=re.MULTILINE))
     assert printed == (6 if file.endswith(".tar") else 8)
 
@@ -350,7 +354,9 @@ def test_what_was_rejected_is_not_said_to_be_retried(tmp_path: Path) -> None:
     pq.write_table(pa.table([*zip(*rows, strict=True)], schema), tmp_path / "a.parquet")
     with pytest.raises(UserError) as error:
         summarize([tmp_path / "a.parquet"], 0.25, "shards")
-    assert str(error.value).endswith("kept: raise max_failed_fraction. What was rejected is not tried again")
+    assert str(error.value).endswith(
+        "kept: raise max_failed_fraction. What was rejected stays so: docs/scale.md says how to try other limits"
+    )
 
 
 def test_inspect_says_what_it_expects(work: Path, tmp_path: Path) -> None:
@@ -361,7 +367,7 @@ def test_inspect_says_what_it_expects(work: Path, tmp_path: Path) -> None:
     (tmp_path / "other.tar").write_bytes((work / "shards" / "train" / "000000.tar").read_bytes())
     (tmp_path / "other.parquet").write_bytes((work / "plan.parquet").read_bytes())
     for name, message in [
-        ("notes.txt", r"expected a \.parquet or \.tar of ours, or a folder with index\.parquet"),
+        ("notes.txt", r"expected a \.parquet or \.tar of ours, or a folder with plan\.parquet or index\.parquet"),
         ("absent.parquet", "expected a"),
         (".", "expected a"),
         ("folder.tar", "expected a"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 import time
@@ -163,6 +164,9 @@ def test_status_after_the_end(finished: Path) -> None:
     assert [": loss " in line for line in told] == [best != 6], "what is told of step 6 already is not told again"
     assert any(line == "step_000000006.pt: step 6" for line in rest)
     assert not any("left" in line for line in rest)
+    assert not any(": validation loss" in line for line in rest), "what the last validation was is told already"
+    done = next(line for line in rest if "INFO done" in line)
+    assert re.search(rf"done: 6 steps, best validation loss \d+\.\d+ in {checkpoint.folder(finished)}/best\.pt$", done)
 
 
 def test_status_of_a_run_under_way_or_cut_off(tmp_path: Path) -> None:

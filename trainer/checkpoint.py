@@ -157,6 +157,11 @@ class Codec48k:
     def snac_name(self) -> str:
         return printable(str(self.provenance["snac"]))
 
+    @property
+    def described(self) -> str:
+        step = printable(str(self.provenance.get("step", "unknown")))
+        return f"decoder of step {step}, codes by {self.snac_name}"
+
 
 def load_codec(model: Path, pretrained_model: str | None = None) -> Codec48k:
     """A run (its best checkpoint), a checkpoint or an exported directory; of the weights, their running mean (EMA).

@@ -70,7 +70,7 @@ def decode(settings: DecodeSettings) -> None:
     if draws_noise(codec.decoder):
         tqdm.write("the decoder's noise blocks were left out: they would make each decode differ")
     tqdm.write(
-        f"{out}: {length} samples at {TARGET_RATE} Hz ({length / TARGET_RATE:.2f} s); codes by {codec.snac_name}; "
+        f"{out}: {length} samples at {TARGET_RATE} Hz ({length / TARGET_RATE:.2f} s); {codec.described}; "
         f"decoded step by step, weight norm folded, {kernels.description(device)}"
     )
 

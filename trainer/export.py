@@ -36,7 +36,7 @@ def export(settings: ExportSettings) -> None:
         codec = load_codec(settings.model, settings.pretrained_model)
         write_export(codec, folder, settings.fold)
         write_whole(folder / "README.md", snac_card(codec, settings.out.name, settings.fold, settings.license))
-    click.echo(f"{settings.out}: SNAC.from_pretrained loads it; codes by {codec.snac_name}")
+    click.echo(f"{settings.out}: SNAC.from_pretrained loads it; {codec.described}")
 
 
 def write_export(codec: Codec48k, folder: Path, fold: bool) -> None:

@@ -84,7 +84,7 @@ def export_onnx(settings: ExportOnnxSettings) -> None:
     click.echo(
         f"{settings.out}: {DECODER} differs from torch by {found['decoder_largest_difference']:.1e}, "
         f"{DECODER_FP16} has {found['decoder_fp16_snr_db']:.1f} dB "
-        f"({found['decoder_fp16_snr_db_from_12_khz']:.1f} from 12 kHz); codes by {codec.snac_name}"
+        f"({found['decoder_fp16_snr_db_from_12_khz']:.1f} from 12 kHz); {codec.described}"
     )
 
 

@@ -346,7 +346,8 @@ class Trainer:
         if not left:
             name = self.settings.best_metric
             best = -self.best if name in HIGHER_IS_BETTER else self.best
-            self._say(f"done: {self.step} steps, best validation {name} {best:.5f}, best.pt in {self.settings.run}")
+            path = checkpoint.folder(self.settings.run) / checkpoint.BEST
+            self._say(f"done: {self.step} steps, best validation {name} {best:.5f} in {path}")
             if self.process.is_first and self.step and checkpoint.best_step(self.settings.run) == 0:
                 self._say(
                     f"warning: best.pt is what training began with: no validation had a better {name}; listen to "

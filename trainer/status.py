@@ -17,7 +17,7 @@ from shards.errors import UserError
 from trainer.settings import StatusSettings
 
 TAIL_BYTES = 1 << 20  # of metrics.jsonl: some thousand lines
-LOG_LINES = 3
+LOG_LINES = 3  # of training.log, without validations: these are told from metrics.jsonl
 QUIET = {"kind", "step", "phase"}  # not shown among the values of a line
 
 
@@ -44,7 +44,8 @@ def report(run: Path) -> Iterator[str]:
     yield from _checkpoints(run, validations[-1]["step"] if validations else None)
     log = run / "training.log"
     if log.exists():
-        yield from (f"  {line}" for line in log.read_text().splitlines()[-LOG_LINES:])
+        said = [line for line in log.read_text().splitlines() if ": validation " not in line]
+        yield from (f"  {line}" for line in said[-LOG_LINES:])
 
 
 def _state(run: Path) -> str:

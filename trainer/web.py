@@ -38,7 +38,7 @@ def web(settings: WebSettings) -> None:
     with new_folder(settings.out) as folder:
         codec = load_codec(settings.model, settings.pretrained_model)
         write_page(codec, folder, settings.package)
-    click.echo(f"{settings.out}/index.html: open it, or serve the folder; codes by {codec.snac_name}")
+    click.echo(f"{settings.out}/index.html: open it, or serve the folder; {codec.described}")
 
 
 def write_page(codec: Codec48k, folder: Path, package: Path | None) -> None:
