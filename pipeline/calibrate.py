@@ -16,6 +16,7 @@ import torch
 from tqdm import tqdm
 
 from codec.audio import AudioError, Samples
+from configs.progress import progress_bar
 from pipeline.execute import holding
 from pipeline.fidelity import compare, speech_share
 from pipeline.plan import Plan
@@ -24,7 +25,6 @@ from pipeline.teachers import Teacher
 from shards.contract import COARSE_48K, OK, PLAN_NAME, TARGET_RATE, Row
 from shards.errors import UserError
 from shards.files import write_whole
-from shards.progress import progress_bar
 
 FILE = "calibration.json"
 VERSION = 2  # of what is measured

@@ -30,6 +30,7 @@ from codec.snac import coarse_length, device_of, encode, load_snac, windows
 from codec.weights import SNAC_FILES, resolve
 from configs.granted import granted_memory
 from configs.loader import load_settings
+from configs.progress import progress_bar
 from pipeline.calibrate import measure, summary
 from pipeline.seams import differences_db, points
 from pipeline.settings import DoctorSettings, TargetsSettings
@@ -38,7 +39,6 @@ from pipeline.targets import flac_bytes
 from pipeline.teachers import Taught, Teacher, whole_recording
 from shards.contract import COARSE_24K, COARSE_48K, CODEC_RATE, TARGET_RATE
 from shards.errors import UserError, first_line, last_line
-from shards.progress import progress_bar
 
 AGREEMENT_DB = {"fp32": -60.0, "bf16": -40.0}  # of the two forms, by the precision of the raw weights
 ROUNDED = 0.01  # of tokens that a GPU may choose otherwise; of the stand-in's, float64 changes 0.06 %, TF32 39 %

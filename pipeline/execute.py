@@ -25,6 +25,8 @@ import torch
 from tqdm import tqdm
 
 from codec.memory import ran_out
+from configs.progress import progress_bar
+from configs.words import number_of
 from pipeline.plan import Plan
 from pipeline.settings import ExecutionSettings
 from pipeline.stage import Stage
@@ -32,9 +34,7 @@ from pipeline.statuses import COLUMNS, Statuses
 from shards.contract import FAILED, OK, REJECTED
 from shards.errors import UserError, first_line, last_line
 from shards.files import exclusive
-from shards.progress import progress_bar
 from shards.storage import READERS, Location, Url
-from shards.words import number_of
 from shards.writer import AHEAD, finish, read_table
 
 REASONS_SHOWN = 5

@@ -10,6 +10,7 @@ import click
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from configs.words import lasting, number_of
 from pipeline.plan import Plan
 from pipeline.settings import InspectSettings
 from pipeline.statuses import COLUMNS, Statuses
@@ -17,7 +18,6 @@ from shards.contract import FAILED, INDEX_NAME, OK, PLAN_NAME, REJECTED, SIDECAR
 from shards.errors import ShardError, UserError, printable
 from shards.index import wrong_place
 from shards.reader import decode_sample, sample_at
-from shards.words import lasting, number_of
 from shards.writer import check_columns, read_metadata, read_table
 
 

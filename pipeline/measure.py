@@ -11,10 +11,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from codec.audio import AudioError, probe
+from configs.progress import progress_bar
 from pipeline.sources import stored
 from shards.files import reason_of_one
 from shards.pieces import skimmed
-from shards.progress import progress_bar
 from shards.storage import READERS, locate
 
 # A manifest's end may lie this far after the file's: people round, voices are found in frames of up to 62 ms, and who

@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 from pydantic import BaseModel, NonNegativeInt
 from tqdm import tqdm
 
+from configs.words import lasting, number_of
 from pipeline.dealing import Shard, new_shards
 from pipeline.measure import END_TOLERANCE_SECONDS, measure
 from pipeline.settings import CodesSettings
@@ -26,7 +27,6 @@ from shards.contract import FAILED, OK, PLAN_NAME, PLAN_SCHEMA, SPLITS, TARGET_R
 from shards.errors import ShardError, UserError, printable
 from shards.files import exclusive, replacing
 from shards.storage import Location, Url
-from shards.words import lasting, number_of
 from shards.writer import check_columns, differences, encode_metadata, naming, parquet_source, read_table, told_by
 
 PLANNED_BY = ("audio", "segment_length", "min_seconds", "segments_per_shard", "validation_fraction", "seed")

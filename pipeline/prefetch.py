@@ -5,9 +5,9 @@ from __future__ import annotations
 from tqdm import tqdm
 
 from codec.weights import UnreachableError, read_pins, resolve
+from configs.progress import progress_bar
 from pipeline.settings import PrefetchSettings
 from shards.errors import UserError
-from shards.progress import progress_bar
 
 
 def prefetch(settings: PrefetchSettings) -> None:

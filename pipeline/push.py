@@ -16,6 +16,7 @@ import pyarrow.compute as pc
 from tqdm import tqdm
 
 from codec.hub import check_kept, make_repository, refused
+from configs.progress import progress_bar
 from pipeline.settings import PushShardsSettings
 from pipeline.statuses import COLUMNS, Statuses
 from shards.contract import INDEX_NAME, META_FIELDS, OK, SPLITS, SUMS_NAME, TARGET_RATE
@@ -23,7 +24,6 @@ from shards.damage import unlisted
 from shards.errors import ShardError, UserError, in_markdown
 from shards.files import file_sha256
 from shards.index import check_index, shard_list
-from shards.progress import progress_bar
 from shards.writer import read_metadata, read_table
 
 COMMIT_FILES, COMMIT_BYTES = 100, 5 << 30

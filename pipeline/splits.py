@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Mapping
 
+from configs.words import number_of
 from shards.errors import UserError
-from shards.words import number_of
 
 ONE_VOICE = "To split the recordings of one speaker, set group_pattern='(.*)' and leave out the speaker in a manifest"
 

@@ -12,6 +12,7 @@ from tempfile import TemporaryDirectory
 from tqdm import tqdm
 
 from configs.granted import granted_cores
+from configs.progress import progress_bar
 from pipeline.settings import VerifySettings
 from shards.cache import ShardCache
 from shards.contract import INDEX_NAME, PLAN_NAME, SUMS_NAME, tar_path
@@ -20,7 +21,6 @@ from shards.errors import ShardError, printable
 from shards.files import exclusive
 from shards.index import check_index, compact, listed, shard_list
 from shards.pieces import Fetched
-from shards.progress import progress_bar
 from shards.storage import Location, Url
 from shards.writer import read_metadata
 

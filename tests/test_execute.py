@@ -172,7 +172,7 @@ def killing(find: Callable[[], int | None], times: int) -> Iterator[list[int]]:
 def test_in_a_log_a_problem_stands_between_lines_of_progress(
     small: Callable[..., Stage], capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("shards.progress.SECONDS_BETWEEN_LINES", 0)
+    monkeypatch.setattr("configs.progress.SECONDS_BETWEEN_LINES", 0)
     stage = small(Slow)
     progress = progress_of(stage)
     progress.finish(0, "planted")

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from tqdm import tqdm
 
-from shards import progress
-from shards.progress import progress_bar
+from configs import progress
+from configs.progress import progress_bar
 from trainer.log import RunLog
 
 

@@ -18,9 +18,9 @@ import soundfile
 import torch
 from snac import SNAC
 
+from configs import progress
 from pipeline.codes import shard_codes
 from pipeline.targets import shard_targets
-from shards import progress
 from shards.contract import COARSE_48K, TARGET_RATE, coarse_tokens
 from shards.errors import SettingsError, UserError
 from shards.index import compact, shard_list

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from shards.words import lasting, number_of
+from configs.words import lasting, number_of
 
 
 @pytest.mark.parametrize(

@@ -15,10 +15,10 @@ from tqdm import tqdm
 
 from codec.audio import DECODED, AudioError, Recording, Samples, probe
 from codec.snac import device_of, encode_whole
+from configs.progress import progress_bar
 from shards.contract import COARSE_48K, TARGET_RATE, coarse_tokens, load_codes
 from shards.errors import ShardError, UserError
 from shards.files import replacing
-from shards.progress import progress_bar
 from trainer import kernels
 from trainer.checkpoint import load_codec
 from trainer.inference import StepDecoder, draws_noise

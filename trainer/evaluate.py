@@ -15,12 +15,12 @@ import soundfile
 
 from codec.audio import AudioError, Samples
 from codec.snac import device_of
+from configs.progress import progress_bar
+from configs.words import number_of
 from shards.contract import FAILED, OK, TARGET_RATE
 from shards.errors import SettingsError, UserError, printable
 from shards.files import new_folder, write_whole
 from shards.order import permutation
-from shards.progress import progress_bar
-from shards.words import number_of
 from shards.writer import write_table
 from trainer.checkpoint import load_codec
 from trainer.clips import Clip, Clips, Entry, RecordingClips, ShardClips

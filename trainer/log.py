@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
+from configs.progress import progress_bar
 from shards.errors import UserError, printable
 from shards.files import write_whole
-from shards.progress import progress_bar
 
 if TYPE_CHECKING:
     from trainer.boards import Boards

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import click
 
+from configs.progress import progress_bar
+from configs.words import number_of
 from shards.errors import UserError
 from shards.files import write_whole
-from shards.progress import progress_bar
 from shards.storage import locate
-from shards.words import number_of
 from trainer.evaluate import AUDIO
 from trainer.report import page
 from trainer.report.listening import listening
