@@ -5,7 +5,9 @@ A candidate for `trainer/`, for which `python -m benchmarks.fused_unit` has to s
 backward reads x, y and dz and writes dx. Every sum is taken in a fixed order: no atomics.
 
 Each program takes a stretch of one channel of one crop, with HALO samples of its neighbours at both ends: Snake is
-taken once for each sample, and the seven taps are shifts within the stretch, through shared memory.
+taken once for each sample, and the seven taps are shifts within the stretch, through shared memory. There, neighbouring
+threads must meet in neighbouring banks. So none may hold samples side by side, as Triton would have it where it knows
+that rows are aligned: `length` tells it nothing.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 TAPS = tl.constexpr(7)
+ROWS = tl.constexpr(8)  # a power of two
 SUMS = tl.constexpr(10)  # of each stretch in backward: seven taps, the bias and both alphas
 HALO = tl.constexpr(32)  # samples at both ends of a stretch, at least three times the largest dilation
 STRETCH = 1024  # samples, with both halos; a power of two
@@ -69,87 +72,94 @@ def _slopes(x, alpha):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _stretch(length, real, channels, per_frame, stretch: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Of this program: where its row begins, its samples, which of them there are, which it has to write, and 1 where
-    the convolution sees a sample, 0 beyond the recording's ends.
+def _stretch(length, ends, channels, stretch: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Of this program: where its row begins, its samples, which of them there are, which the convolution sees, and
+    which are to be written.
     """
     row = tl.program_id(0).to(tl.int64)
     place = tl.arange(0, stretch)
     t = tl.program_id(1) * (stretch - 2 * HALO) - HALO + place
     inside = (t >= 0) & (t < length)
-    own = inside & (place >= HALO) & (place < stretch - HALO)
-    seen = tl.load(real + row // channels * (length // per_frame) + t // per_frame, mask=inside, other=0)
-    return row * length, t, inside, own, seen.to(tl.float32)
+    seen = (t >= tl.load(ends + row // channels * 2)) & (t < tl.load(ends + row // channels * 2 + 1))
+    return row * length, t, inside, seen, inside & (place >= HALO) & (place < stretch - HALO)
 
 
 @triton.jit
-def _shifted(values, samples: tl.constexpr, stretch: tl.constexpr):  # type: ignore[no-untyped-def]
-    """What stands `samples` later, and anything in the halos."""
-    return tl.gather(values, (tl.arange(0, stretch) + samples) & (stretch - 1), 0)
+def _taps(kernel):  # type: ignore[no-untyped-def]
+    """(ROWS, 1), with a zero below the taps."""
+    tap = tl.arange(0, ROWS)
+    return tl.load(kernel + tap, mask=tap < TAPS, other=0)[:, None]
 
 
 @triton.jit
+def _shifted(values, dilation: tl.constexpr, stretch: tl.constexpr):  # type: ignore[no-untyped-def]
+    """(ROWS, stretch): for each tap what stands where it reaches, and anything in the halos."""
+    place = tl.arange(0, ROWS * stretch)
+    place += (place // stretch - TAPS // 2) * dilation
+    return tl.gather(values, place & (stretch - 1), 0).reshape(ROWS, stretch)
+
+
+@triton.jit(do_not_specialize=["length"])
 def forward_kernel(  # type: ignore[no-untyped-def]
-    x, real, kernel, bias, alpha_in, alpha_out, y, z, channels, length, per_frame,
+    x, ends, kernel, bias, alpha_in, alpha_out, y, z, channels, length,
     dilation: tl.constexpr, stretch: tl.constexpr,
 ):  # fmt: skip
     c = tl.program_id(0) % channels
-    first, t, inside, own, seen = _stretch(length, real, channels, per_frame, stretch)
-    taken = tl.load(x + first + t, mask=inside, other=0).to(tl.float32)
-    taken = _snake(taken, tl.load(alpha_in + c)) * seen
-    found = tl.zeros([stretch], tl.float32) + tl.load(bias + c)
-    for tap in tl.static_range(TAPS):
-        found += tl.load(kernel + c * TAPS + tap) * _shifted(taken, (tap - TAPS // 2) * dilation, stretch)
+    first, t, _, seen, own = _stretch(length, ends, channels, stretch)
+    taken = _snake(tl.load(x + first + t, mask=seen, other=0).to(tl.float32), tl.load(alpha_in + c))
+    found = tl.load(bias + c) + tl.sum(_taps(kernel + c * TAPS) * _shifted(taken, dilation, stretch), 0)
     tl.store(y + first + t, found, mask=own)
     tl.store(z + first + t, _snake(found, tl.load(alpha_out + c)), mask=own)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["length"])
 def backward_kernel(  # type: ignore[no-untyped-def]
-    x, y, dz, real, kernel, alpha_in, alpha_out, dx, sums, channels, length, per_frame,
+    x, y, dz, ends, kernel, alpha_in, alpha_out, dx, sums, channels, length,
     dilation: tl.constexpr, stretch: tl.constexpr,
 ):  # fmt: skip
     """`sums` (crops · channels, stretches, SUMS) are for the caller to add up."""
     c = tl.program_id(0) % channels
-    first, t, inside, own, seen = _stretch(length, real, channels, per_frame, stretch)
-    sums += (tl.program_id(0).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)) * SUMS
+    first, t, inside, seen, own = _stretch(length, ends, channels, stretch)
     given = tl.load(dz + first + t, mask=inside, other=0).to(tl.float32)
-    slope, of_alpha = _slopes(tl.load(y + first + t, mask=inside, other=0).to(tl.float32), tl.load(alpha_out + c))
+    slope, of_out = _slopes(tl.load(y + first + t, mask=inside, other=0).to(tl.float32), tl.load(alpha_out + c))
     dy = given * slope
-    tl.store(sums + TAPS, tl.sum(tl.where(own, dy, 0)))
-    tl.store(sums + TAPS + 2, tl.sum(tl.where(own, given * of_alpha, 0)))
+    there = _shifted(dy, -dilation, stretch)  # of where each tap carries a sample
+    found = tl.sum(_taps(kernel + c * TAPS) * there, 0)
 
-    input, alpha = tl.load(x + first + t, mask=inside, other=0).to(tl.float32), tl.load(alpha_in + c)
-    taken = tl.where(own, _snake(input, alpha) * seen, 0)
-    found = tl.zeros([stretch], tl.float32)
-    for tap in tl.static_range(TAPS):
-        there = _shifted(dy, (TAPS // 2 - tap) * dilation, stretch)  # of where this tap carries a sample
-        found += tl.load(kernel + c * TAPS + tap) * there
-        tl.store(sums + tap, tl.sum(there * taken))
-    found *= seen
-    slope, of_alpha = _slopes(input, alpha)
-    tl.store(sums + TAPS + 1, tl.sum(tl.where(own, found * of_alpha, 0)))
-    tl.store(dx + first + t, found * slope, mask=own)
+    input, alpha = tl.load(x + first + t, mask=seen, other=0).to(tl.float32), tl.load(alpha_in + c)
+    taken = tl.where(own, _snake(input, alpha), 0)
+    slope, of_in = _slopes(input, alpha)
+    tl.store(dx + first + t, tl.where(seen, found * slope, 0), mask=own)
+
+    sums += (tl.program_id(0).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)) * SUMS
+    tap = tl.arange(0, ROWS)
+    tl.store(sums + tap, tl.sum(there * taken[None, :], 1), mask=tap < TAPS)
+    tl.store(sums + TAPS, tl.sum(tl.where(own, dy, 0)))
+    tl.store(sums + TAPS + 1, tl.sum(tl.where(own, found * of_in, 0)))
+    tl.store(sums + TAPS + 2, tl.sum(tl.where(own, given * of_out, 0)))
 
 
 @torch.library.custom_op("snac48::snake_depthwise_snake", mutates_args={})
 def snake_depthwise_snake(
-    x_BCN: Tensor, real_BL: Tensor, kernel_CK: Tensor, bias_C: Tensor, alpha_in_C: Tensor, alpha_out_C: Tensor,
+    x_BCN: Tensor, ends_B2: Tensor, kernel_CK: Tensor, bias_C: Tensor, alpha_in_C: Tensor, alpha_out_C: Tensor,
     dilation: int,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """y_BCN and z_BCN, in the type of x_BCN; arithmetic is in float32. All inputs are contiguous."""
+    """y_BCN and z_BCN, in the type of x_BCN; arithmetic is in float32. All inputs are contiguous.
+
+    `ends_B2` (int32) are the samples at which what the convolution sees of each crop begins, and has ended.
+    """
     y_BCN, z_BCN = torch.empty_like(x_BCN), torch.empty_like(x_BCN)
     _, channels, length = x_BCN.shape
     forward_kernel[_grid(x_BCN)](
-        x_BCN, real_BL, kernel_CK, bias_C, alpha_in_C, alpha_out_C, y_BCN, z_BCN,
-        channels, length, length // real_BL.shape[1], dilation, STRETCH,
+        x_BCN, ends_B2, kernel_CK, bias_C, alpha_in_C, alpha_out_C, y_BCN, z_BCN,
+        channels, length, dilation, STRETCH,
     )  # fmt: skip
     return y_BCN, z_BCN
 
 
 @torch.library.custom_op("snac48::snake_depthwise_snake_backward", mutates_args={})
 def snake_depthwise_snake_backward(
-    x_BCN: Tensor, y_BCN: Tensor, dz_BCN: Tensor, real_BL: Tensor, kernel_CK: Tensor, alpha_in_C: Tensor,
+    x_BCN: Tensor, y_BCN: Tensor, dz_BCN: Tensor, ends_B2: Tensor, kernel_CK: Tensor, alpha_in_C: Tensor,
     alpha_out_C: Tensor, dilation: int,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """dx_BCN, and for each channel the gradients of its taps, its bias and both its alphas."""
@@ -158,8 +168,8 @@ def snake_depthwise_snake_backward(
     rows, stretches = _grid(x_BCN)
     sums = x_BCN.new_empty(rows, stretches, SUMS.value, dtype=torch.float32)
     backward_kernel[(rows, stretches)](
-        x_BCN, y_BCN, dz_BCN, real_BL, kernel_CK, alpha_in_C, alpha_out_C, dx_BCN, sums,
-        channels, length, length // real_BL.shape[1], dilation, STRETCH,
+        x_BCN, y_BCN, dz_BCN, ends_B2, kernel_CK, alpha_in_C, alpha_out_C, dx_BCN, sums,
+        channels, length, dilation, STRETCH,
     )  # fmt: skip
     return dx_BCN, sums.view(crops, channels, stretches, SUMS.value).sum(dim=(0, 2))
 
@@ -170,14 +180,14 @@ def _grid(x_BCN: Tensor) -> tuple[int, int]:
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x_BCN, real_BL, kernel_CK, _, alpha_in_C, alpha_out_C, ctx.dilation = inputs
-    ctx.save_for_backward(x_BCN, output[0], real_BL, kernel_CK, alpha_in_C, alpha_out_C)
+    x_BCN, ends_B2, kernel_CK, _, alpha_in_C, alpha_out_C, ctx.dilation = inputs
+    ctx.save_for_backward(x_BCN, output[0], ends_B2, kernel_CK, alpha_in_C, alpha_out_C)
 
 
 def _backward(ctx: Any, _: Tensor, dz_BCN: Tensor) -> tuple[Tensor | None, ...]:
-    x_BCN, y_BCN, real_BL, kernel_CK, alpha_in_C, alpha_out_C = ctx.saved_tensors
+    x_BCN, y_BCN, ends_B2, kernel_CK, alpha_in_C, alpha_out_C = ctx.saved_tensors
     dx_BCN, sums_CS = snake_depthwise_snake_backward(
-        x_BCN, y_BCN, dz_BCN.contiguous(), real_BL, kernel_CK, alpha_in_C, alpha_out_C, ctx.dilation
+        x_BCN, y_BCN, dz_BCN.contiguous(), ends_B2, kernel_CK, alpha_in_C, alpha_out_C, ctx.dilation
     )
     dkernel_CK, (dbias_C, din_C, dout_C) = sums_CS[:, : TAPS.value], sums_CS[:, TAPS.value :].unbind(1)
     return dx_BCN, None, dkernel_CK, dbias_C, din_C, dout_C, None

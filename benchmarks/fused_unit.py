@@ -29,10 +29,17 @@ class FusedUnit(ResidualUnit):
 
         snake_in, depthwise, snake_out, mix = self.block
         _, z_BCN = snake_depthwise_snake(
-            x_BCN.contiguous(), real_BL.contiguous(), depthwise.weight[:, 0], depthwise.bias, snake_in.alpha.flatten(),
-            snake_out.alpha.flatten(), depthwise.dilation[0],
+            x_BCN.contiguous(), ends(real_BL, x_BCN.shape[-1]), depthwise.weight[:, 0], depthwise.bias,
+            snake_in.alpha.flatten(), snake_out.alpha.flatten(), depthwise.dilation[0],
         )  # fmt: skip
         return x_BCN + mix(z_BCN)  # what lies beyond the ends, every depthwise convolution leaves out again
+
+
+def ends(real_BL: Tensor, samples: int) -> Tensor:
+    """(batch, 2): where in a crop the recording begins, and has ended; its latent frames are in one piece."""
+    first_B = real_BL.int().argmax(dim=1)
+    ends_B2 = torch.stack((first_B, first_B + real_BL.sum(dim=1)), dim=1)
+    return (ends_B2 * (samples // real_BL.shape[1])).int()
 
 
 run_others = decoder.run_module

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from benchmarks.fused_unit import ends
 from tests.helpers import ROOT
 
 pytest.importorskip("triton", reason="PyTorch brings it with its builds for GPUs")
@@ -33,3 +34,8 @@ def test_fused_kernels_are_as_exact_as_their_layers(errors: dict[str, Any]) -> N
         assert max(fused for fused, _ in errors[name].values()) < 1e-5, errors[name]
     rounded = errors["bfloat16 3"].values()
     assert sum(fused for fused, _ in rounded) < 2 * sum(plain for _, plain in rounded), rounded
+
+
+def test_ends_of_recordings() -> None:
+    real_BL = torch.tensor([[True] * 4, [False, True, True, False], [False] * 4])
+    assert ends(real_BL, 40).tolist() == [[0, 40], [10, 30], [0, 0]]
