@@ -19,8 +19,8 @@ ON_CPU = {
 }  # fmt: skip
 ON_GPU = {
     "training_step": ("--gpu=0", "--crops=32", "--seconds=4"), "fused_unit": ("--crops=32", "--seconds=4"),
-    "decoding": ("--gpu=0",), "encoding": (SPEECH, "--gpu=0"), "sidon": (SPEECH, "--gpu=0", "--seconds=10"),
-    "on_the_fly": ("--gpu=0", "--crops=32", "--seconds=4"),
+    "decoding": ("--gpu=0",), "on_the_fly": ("--gpu=0", "--crops=32", "--seconds=4"),
+    "encoding": (SPEECH, "--gpu=0"), "sidon": (SPEECH, "--gpu=0", "--seconds=10"),
 }  # fmt: skip
 
 

@@ -65,10 +65,15 @@ def plan_rows(speech: Path, folder: Path, times: int) -> tuple[list[dict[str, An
     return [row for number in range(len(plan.shards)) for row in plan.rows(number)], settings
 
 
+def spread(files: list[Path]) -> list[Path]:
+    """All of them, the first 200 from everywhere."""
+    step = max(len(files) // 200, 1)
+    return [file for first in range(step) for file in files[first::step]]
+
+
 def _clips(speech: Path) -> Iterator[np.ndarray[Any, Any]]:
     """At RATE, of all of the collection."""
-    files = recordings_in(speech)
-    for recording in readable(files[:: max(len(files) // 200, 1)]):
+    for recording in readable(spread(recordings_in(speech))):
         yield Resampler(recording, RATE).read(0, recording.length(RATE))
 
 
