@@ -34,7 +34,7 @@ from trainer.decoder import RATES_48K
 from trainer.inference import StepDecoder
 from trainer.streaming import EXACT
 
-NO_NOTICE = "the package snac is installed without its LICENSE, which exports have to hold: take PyPI's"
+NO_NOTICE = "the package snac is installed without its LICENSE, which exports have to hold: install its wheel"
 STOCK_ONLY = """
 import sys
 import torch

@@ -117,7 +117,9 @@ def write_snac_license(folder: Path) -> None:
     found = (path for snac in distributions(name="snac") for path in snac.files or () if path.name == "LICENSE")
     notice = next(found, None)
     if notice is None:
-        raise UserError("the package snac is installed without its LICENSE, which exports have to hold: install its wheel")
+        raise UserError(
+            "the package snac is installed without its LICENSE, which exports have to hold: install its wheel"
+        )
     write_whole(folder / SNAC_LICENSE, notice.read_text())
 
 
