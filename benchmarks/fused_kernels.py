@@ -108,6 +108,7 @@ def forward_kernel(  # type: ignore[no-untyped-def]
     first, t, _, seen, own = _stretch(length, ends, channels, stretch)
     taken = _snake(tl.load(x + first + t, mask=seen, other=0).to(tl.float32), tl.load(alpha_in + c))
     found = tl.load(bias + c) + tl.sum(_taps(kernel + c * TAPS) * _shifted(taken, dilation, stretch), 0)
+    found = found.to(y.dtype.element_ty).to(tl.float32)  # as backward will find it
     tl.store(y + first + t, found, mask=own)
     tl.store(z + first + t, _snake(found, tl.load(alpha_out + c)), mask=own)
 

@@ -31,6 +31,7 @@ def add_command(group: click.Group, name: str, settings: type[Settings], config:
         try:
             resolved = load_settings(settings, config, overrides, step)
             if check:
+                resolved.check()
                 return
             _prepare_environment()
             module, function = runs.split(":")

@@ -91,6 +91,9 @@ class Settings(BaseModel):
         """What is said of a key that there is not, after that."""
         return ""
 
+    def check(self) -> None:
+        """Raises SettingsError for what the command would refuse at its start, as far as it is known before."""
+
     def write(self, path: Location) -> None:
         """The resolved settings, beside what they produced."""
         write_whole(path, self.model_dump_json(indent=2) + "\n")

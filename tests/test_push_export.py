@@ -49,7 +49,7 @@ def test_a_dry_run_names_every_file_and_sends_nothing(exported: Path, sent: list
     for path in exported.iterdir():
         assert f"{path.stat().st_size:,} B" in output
         assert path.name in output
-    assert "dry run: 6 files would go to https://huggingface.co/someone/snac_48khz (private" in output
+    assert "dry run: 7 files would go to https://huggingface.co/someone/snac_48khz (private" in output
     assert sent == []
 
 

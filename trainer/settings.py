@@ -104,6 +104,13 @@ class TrainSettings(Settings):
         description="auto: continue from the newest checkpoint, if any; other_samples: even if shards changed"
     )
 
+    def check(self) -> None:
+        from trainer.sanity import check_that_the_decoder_learns  # it takes these settings
+
+        goes_on = any((self.run / "checkpoints").glob("step_*.pt"))  # and may end sooner than was planned
+        if self.max_steps is not None and self.phase1_epochs is None and not goes_on:  # of epochs only the shards tell
+            check_that_the_decoder_learns(self, self.phase1_steps, self.max_steps)
+
     @property
     def folders(self) -> tuple[Location, ...]:
         return self.shards if isinstance(self.shards, tuple) else (self.shards,)
@@ -114,15 +121,6 @@ class TrainSettings(Settings):
             raise ValueError("one of l1_weight, stft_weight, log_stft_weight and mel_weight must be above 0")
         if self.is_adversarial and not (self.mpd_periods or self.mrd_n_ffts):
             raise ValueError("adversarial_weight and feature_weight need mpd_periods or mrd_n_ffts")
-        return self
-
-    @model_validator(mode="after")
-    def _the_decoder_learns(self) -> TrainSettings:
-        from trainer.sanity import check_that_the_decoder_learns  # it takes these settings
-
-        goes_on = any((self.run / "checkpoints").glob("step_*.pt"))  # and may end sooner than was planned
-        if self.max_steps is not None and self.phase1_epochs is None and not goes_on:  # of epochs only the shards tell
-            check_that_the_decoder_learns(self, self.phase1_steps, self.max_steps)
         return self
 
     @model_validator(mode="after")
