@@ -122,10 +122,15 @@ def server() -> Iterator[Door]:
 
 
 @pytest.fixture
-def door(server: Door, monkeypatch: pytest.MonkeyPatch) -> Iterator[Door]:
-    """The way to `s3://corpus`, without faults and without patience."""
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Storage that is away is not waited for."""
     monkeypatch.setattr(storage, "FIRST_WAIT_SECONDS", 0.001)
     monkeypatch.setattr(storage, "PATIENCE_SECONDS", 0)
+
+
+@pytest.fixture
+def door(server: Door, impatient: None) -> Iterator[Door]:
+    """The way to `s3://corpus`, without faults and without patience."""
     server.asked.clear()
     yield server
     server.fault = lambda method, path: None

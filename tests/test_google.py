@@ -13,12 +13,11 @@ from types import SimpleNamespace
 import pytest
 
 from shards import storage
-from shards.files import replacing
 from shards.storage import StorageError, Url
 from shards.writer import read_footer
 from tests import gs_server
 from tests.gs_server import Bucket
-from tests.test_storage import BYTES, Every, put
+from tests.test_storage import BYTES, Every, put, write_half
 
 FAULTS = (429, 500, 503, "cut", "reset")
 FOLDER = Url("gs://corpus/a folder")
@@ -31,9 +30,7 @@ def google() -> Iterator[Bucket]:
 
 
 @pytest.fixture
-def bucket(google: Bucket, monkeypatch: pytest.MonkeyPatch) -> Iterator[Bucket]:
-    monkeypatch.setattr(storage, "FIRST_WAIT_SECONDS", 0.001)
-    monkeypatch.setattr(storage, "PATIENCE_SECONDS", 0)
+def bucket(google: Bucket, impatient: None) -> Iterator[Bucket]:
     google.objects.clear()
     google.asked.clear()
     yield google
@@ -150,14 +147,8 @@ def test_a_refusal_says_a_way_out(
 
 def test_an_error_while_writing_leaves_the_old_object(bucket: Bucket) -> None:
     url = put(FOLDER / "a.bin", b"old")
-
-    def interrupted() -> None:
-        with replacing(url) as temporary:
-            temporary.write_bytes(b"half of the ne")
-            raise KeyboardInterrupt
-
     with pytest.raises(KeyboardInterrupt):
-        interrupted()
+        write_half(url)
     assert bucket.objects == {"a folder/a.bin": b"old"}
 
 

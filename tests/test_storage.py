@@ -33,6 +33,12 @@ def put(url: Url, data: bytes = BYTES) -> Url:
     return url
 
 
+def write_half(url: Url) -> None:
+    with replacing(url) as temporary:
+        temporary.write_bytes(b"half of the ne")
+        raise KeyboardInterrupt
+
+
 class Every:
     """A fault at every third matching request, from the first on."""
 
@@ -190,14 +196,8 @@ def test_without_credentials_nothing_is_waited_for(folder: Url, door: Door, monk
 
 def test_an_error_while_writing_leaves_the_old_object(folder: Url) -> None:
     url = put(folder / "a.bin", b"old")
-
-    def interrupted() -> None:
-        with replacing(url) as temporary:
-            temporary.write_bytes(b"half of the ne")
-            raise KeyboardInterrupt
-
     with pytest.raises(KeyboardInterrupt):
-        interrupted()
+        write_half(url)
     assert (url.read_bytes(), list(folder.files())) == (b"old", [url])
 
 
