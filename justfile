@@ -16,6 +16,10 @@ everything := "--group extras-tests --group fuzz --all-extras -o requirements-al
 default:
     @just --list --unsorted
 
+# recordings inside Parquet (hub datasets) → tars of recordings, for shard-codes
+pack-parquet *args: _env
+    @exec {{ python }} -m pipeline pack-parquet "$@"
+
 # recordings → frozen SNAC 24 kHz → codes (Parquet)
 shard-codes *args: _env
     @exec {{ python }} -m pipeline shard-codes "$@"

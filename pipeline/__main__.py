@@ -11,6 +11,7 @@ def main() -> None:
     """Recordings → shards."""
 
 
+add_command(main, "pack-parquet", settings.PackParquetSettings, "pack_parquet.json", "pipeline.pack:pack_parquet")
 add_command(main, "shard-codes", settings.CodesSettings, "shard_codes.json", "pipeline.codes:shard_codes")
 add_command(main, "shard-targets", settings.TargetsSettings, "shard_targets.json", "pipeline.targets:shard_targets")
 add_command(main, "calibrate", settings.CalibrateSettings, "shard_targets.json", "pipeline.calibrate:calibrate")

@@ -39,6 +39,7 @@ EXPECTED = {pa.string(): "text", pa.float64(): "seconds, such as 5.25", pa.int64
 CSV = "a CSV is UTF-8, with commas between its columns"
 JSONL = 'each line is one object in UTF-8, such as {"path": "a.wav"}'
 MAX_FRAMES = 1 << 40
+INSIDE_PARQUET = "recordings inside Parquet go through `just pack-parquet` first"
 
 
 def read_manifest(path: Location) -> tuple[dict[str, list[Any]], Counter[str]]:
@@ -49,7 +50,8 @@ def read_manifest(path: Location) -> tuple[dict[str, list[Any]], Counter[str]]:
         if name not in COLUMNS and (meant := name.strip().lower()) in COLUMNS.keys() - {*table.column_names}:
             raise UserError(f"{path}: its column {name!r} would be ignored: call it {meant!r}, or something else")
     if "path" not in table.column_names:
-        raise UserError(f"{path} has no column named path; its columns are {table.column_names}")
+        hint = f"; {INSIDE_PARQUET}" if path.suffix == ".parquet" else ""
+        raise UserError(f"{path} has no column named path; its columns are {table.column_names}{hint}")
     for name, other in (("frames", "rate"), ("rate", "frames")):
         if name in table.column_names and other not in table.column_names:
             ignored[f"column {name}, which says nothing without {other}"] += 1

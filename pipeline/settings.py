@@ -22,6 +22,7 @@ def _no_repository(work: Location) -> Location:
 
 
 Work = Annotated[Place, AfterValidator(_no_repository)]
+NO_SPEAKER = "none"
 Threads = Literal["auto"] | Annotated[int, Field(ge=1, le=256)]
 
 
@@ -210,6 +211,15 @@ class PushShardsSettings(Settings):
     repo: str = Field(pattern=r"^[\w.-]+/[\w.-]+$", description="OWNER/NAME on the hub; made if there is none")
     private: bool = Field(default=True, description="whether a repository that is made now is private")
     dry_run: bool = Field(default=False, description="only print what would be uploaded")
+
+
+class PackParquetSettings(Settings):
+    """Recordings inside Parquet, as datasets of the hub hold them → tars for shard-codes. Tars that stand are kept."""
+
+    audio: Place = Field(description="folder, file or URL (hf://datasets/OWNER/NAME) of Parquet with audio in a column")
+    out: Local = Field(description="folder for the tars, one for each Parquet file")
+    speaker: str = Field(description=f"column that names the speaker, or {NO_SPEAKER}")
+    column: str = Field(description="column with the audio: bytes, or a struct of bytes and path")
 
 
 class PrefetchSettings(Settings):

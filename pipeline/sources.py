@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from codec.audio import DECODED, EXTENSIONS
-from pipeline.manifest import MANIFESTS, read_manifest
+from pipeline.manifest import INSIDE_PARQUET, MANIFESTS, read_manifest
 from pipeline.tars import members
 from shards.errors import UserError
 from shards.files import file_sha256
@@ -65,7 +65,8 @@ def find(audio: Location, group_pattern: str | None) -> tuple[pa.Table, Counter[
         raise UserError(f"audio={audio}: no such folder or manifest")
     if not columns["path"]:
         others = counted(ignored) or "nothing"
-        raise UserError(f"audio={audio} holds no recordings ({', '.join(sorted(EXTENSIONS))}); found: {others}")
+        hint = f"; {INSIDE_PARQUET}" if ".parquet" in ignored else ""
+        raise UserError(f"audio={audio} holds no recordings ({', '.join(sorted(EXTENSIONS))}); found: {others}{hint}")
     columns["group"] = _groups(columns, group_pattern)
     n = len(columns["path"])
     table = pa.table([columns.get(name) or pa.nulls(n) for name in FOUND_SCHEMA.names], FOUND_SCHEMA.names)

@@ -18,8 +18,9 @@ from codec.snac import load_snac
 from configs.loader import FOLDER, load_settings
 from pipeline.codes import shard_codes
 from pipeline.inspect import inspect
+from pipeline.pack import pack_parquet
 from pipeline.plan import Plan
-from pipeline.settings import CodesSettings, InspectSettings
+from pipeline.settings import CodesSettings, InspectSettings, PackParquetSettings
 from pipeline.sources import find
 from pipeline.targets import shard_targets
 from pipeline.tars import members
@@ -78,6 +79,13 @@ def parquet_manifest(_: Path) -> list[bytes]:
     return [sink.getvalue().to_pybytes()]
 
 
+def parquet_audio(folder: Path) -> list[bytes]:
+    sounds = [{"bytes": path.read_bytes(), "path": path.name} for path in sorted(folder.glob("audio/*/*"))[:2]]
+    sink = pa.BufferOutputStream()
+    pq.write_table(pa.table({"audio": sounds, "speaker": ["a", None]}), sink)
+    return [sink.getvalue().to_pybytes()]
+
+
 def sample(folder: Path) -> list[bytes]:
     row = load(folder / "shards", "train").table.slice(0, 1).to_pylist()[0]
     assert row["key"] == KEY
@@ -91,6 +99,12 @@ def member(suffix: str) -> Callable[[Path], list[bytes]]:
 
 def read_manifest(path: Path) -> None:
     find(path, None)
+
+
+def pack(path: Path) -> None:
+    path.with_suffix(".tar").unlink(missing_ok=True)  # of the file before, which would be kept
+    with redirect_stdout(io.StringIO()):
+        pack_parquet(PackParquetSettings(audio=path, out=path.parent, speaker="speaker", column="audio"))
 
 
 def read_tar(path: Path) -> None:
@@ -150,6 +164,7 @@ READERS = (
         (NESTED, b'{"path": ' + NESTED, b'{"path": "a", "\xa9": 1}'),
     ),
     Reader("list.parquet", parquet_manifest, read_manifest),
+    Reader("audio.parquet", parquet_audio, pack),
     Reader("recordings.tar", first("recordings.tar"), read_tar, (ENDLESS,)),
     Reader("recording.flac", first("audio/*/*.flac"), read_recording),
     Reader("recording.wav", first("audio/*/*.wav"), read_recording),
