@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -20,6 +21,8 @@ from shards.storage import READERS, locate
 # A manifest's end may lie this far after the file's: people round, voices are found in frames of up to 62 ms, and who
 # counts an MP3's frames counts what LAME fills them up with: 102 ms at 16 kHz, 41 at 44.1.
 END_TOLERANCE_SECONDS = 0.11
+MOST_AT_ONCE = 100  # files whose headers a thread reads at once
+Place = tuple[str, int | None, int | None]  # path, offset and bytes
 HEADER = ("file_frames", "rate", "channels", "file_bytes", "problem")
 
 
@@ -40,9 +43,7 @@ def _with_headers(table: pa.Table, rows: npt.NDArray[np.intp]) -> pa.Table:
     wanted = table.take(pa.array(rows))
     places = list(zip(*(wanted[name].to_pylist() for name in ("path", "offset", "file_bytes")), strict=True))
     files = list(dict.fromkeys(places))
-    with ThreadPoolExecutor(READERS) as pool:
-        found = progress_bar(pool.map(_header, files), total=len(files), desc="reading headers", unit="file")
-        headers = dict(zip(files, found, strict=True))
+    headers = dict(zip(files, _headers(files), strict=True))
     for name, values in zip(HEADER, zip(*map(headers.__getitem__, places), strict=True), strict=True):
         field = table.schema.field(name)
         column = table[name].to_pylist()
@@ -52,7 +53,20 @@ def _with_headers(table: pa.Table, rows: npt.NDArray[np.intp]) -> pa.Table:
     return table
 
 
-def _header(place: tuple[str, int | None, int | None]) -> tuple[Any, ...]:
+def _headers(files: list[Place]) -> Iterator[tuple[Any, ...]]:
+    """HEADER of each, in order. Of many files a thread takes several at once: to hand out a million one by one takes
+    minutes and gigabytes, and Ctrl-C meanwhile may leave the threads waiting for each other.
+    """
+    several = min(max(len(files) // READERS**2, 1), MOST_AT_ONCE)
+    parts = [files[start : start + several] for start in range(0, len(files), several)]
+    bar = progress_bar(total=len(files), desc="reading headers", unit="file")
+    with ThreadPoolExecutor(READERS) as pool, bar:
+        for found in pool.map(lambda part: [*map(_header, part)], parts):
+            bar.update(len(found))
+            yield from found
+
+
+def _header(place: Place) -> tuple[Any, ...]:
     """HEADER of one file."""
     try:
         file = skimmed(stored(*place), place[-1])

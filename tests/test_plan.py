@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections import defaultdict
+from collections import Counter, defaultdict
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -311,3 +313,18 @@ def test_a_plan_is_good_in_every_folder(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.chdir(tmp_path / "audio")
     assert planned(Path("../audio").resolve(), tmp_path / "work") == rows
     assert all(Path(row["path"]).is_file() for row in rows)
+
+
+def test_many_headers_are_handed_out_some_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a million, handed out one by one, the first would be told of minutes later."""
+    handed_out, submit = Counter[int](), ThreadPoolExecutor.submit
+
+    def counted(pool: ThreadPoolExecutor, function: Any, *given: Any) -> Any:
+        handed_out[id(pool)] += 1
+        return submit(pool, function, *given)
+
+    monkeypatch.setattr(ThreadPoolExecutor, "submit", counted)
+    rows = [{"recording": str(n), "path": f"gone/{n}"} for n in range(20_000)]
+    measured = measure(pa.Table.from_pylist(rows, FOUND_SCHEMA))
+    assert measured["problem"].to_pylist() == ["no such file"] * len(rows)
+    assert handed_out.total() < 300
