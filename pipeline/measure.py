@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from typing import Any
 
 import numpy as np
@@ -60,7 +61,8 @@ def _headers(files: list[Place]) -> Iterator[tuple[Any, ...]]:
     several = min(max(len(files) // READERS**2, 1), MOST_AT_ONCE)
     parts = [files[start : start + several] for start in range(0, len(files), several)]
     bar = progress_bar(total=len(files), desc="reading headers", unit="file")
-    with ThreadPoolExecutor(READERS) as pool, bar:
+    with bar, ThreadPoolExecutor(READERS) as pool, ExitStack() as left_early:
+        left_early.callback(pool.shutdown, cancel_futures=True)  # Ctrl-C waits for the files in hand alone
         for found in pool.map(lambda part: [*map(_header, part)], parts):
             bar.update(len(found))
             yield from found

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -63,7 +63,8 @@ def _verify(settings: VerifySettings) -> None:
                 raise
             return [f"{error.filename or tar_path(folder, *place)}: {os.strerror(error.errno or 0)}"], False
 
-    with ThreadPoolExecutor(_threads(settings)) as pool:
+    with ThreadPoolExecutor(_threads(settings)) as pool, ExitStack() as left_early:
+        left_early.callback(pool.shutdown, cancel_futures=True)  # Ctrl-C waits for the shards in hand alone
         each = pool.map(of_shard, shards)
         bar = progress_bar(each, desc="verifying", total=len(shards), unit="shard")
         for place, (of_one, is_damage) in zip(shards, bar, strict=True):

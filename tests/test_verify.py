@@ -8,7 +8,8 @@ import os
 import re
 import shutil
 import subprocess
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,25 @@ def test_verify_as_a_command_says_each_problem_in_one_line(shards: Path) -> None
     ]
     assert damaged.stderr.splitlines()[-1].startswith("error: 3 problem(s) in 4 shards")
     assert "Traceback" not in damaged.stderr
+
+
+def test_ctrl_c_while_problems_are_said_waits_for_no_further_shard(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    looked_at, never = list[int](), threading.Event()
+
+    def problems(*place: Any) -> Iterator[str]:
+        looked_at.append(1)
+        if len(looked_at) > 1:
+            never.wait(0.5)
+        yield "damaged"
+
+    def interrupted(_: str) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("pipeline.verify.problems", problems)
+    monkeypatch.setattr("pipeline.verify.tqdm.write", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        verify(VerifySettings(shards=work / "shards", threads=1))
+    assert len(looked_at) < 4
 
 
 def test_verify_of_no_shards_says_what_to_run(tmp_path: Path) -> None:
