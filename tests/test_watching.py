@@ -24,9 +24,9 @@ from shards.files import exclusive
 from shards.index import load
 from tests.helpers import ROOT
 from tests.training_helpers import ADVERSARIAL, CPU, call, logged_steps, metrics, small_training, train_settings
-from trainer import checkpoint, log, loop
+from trainer import checkpoint, log
 from trainer.boards import TensorBoard, WeightsAndBiases, references, spectrogram
-from trainer.data import Batch, fixed_batches
+from trainer.data import Batch, fixed_batches, training_batches
 from trainer.decoder import CodesToLatent, CropDecoder
 from trainer.distributed import Process
 from trainer.log import RunLog
@@ -160,14 +160,13 @@ def until_said(run: Path, words: str) -> None:
 
 def test_data_that_is_long_in_coming_is_said(work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As where a process that reads ahead stands still, or its disk."""
-    ordinary = loop.training_batches
     monkeypatch.setattr(log, "SLOW_SECONDS", 0.0)
 
     def stalled(*words: Any, **options: Any) -> Generator[Batch, None, None]:
         until_said(tmp_path, f"for 0 minutes process {os.getpid()} on {socket.gethostname()} has waited for its data")
-        yield from ordinary(*words, **options)
+        yield from training_batches(*words, **options)
 
-    monkeypatch.setattr(loop, "training_batches", stalled)
+    monkeypatch.setattr("trainer.loop.training_batches", stalled)
     small_training(work, tmp_path, max_steps=2)
 
 
