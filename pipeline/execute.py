@@ -14,8 +14,8 @@ import traceback
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, contextmanager
-from datetime import UTC, datetime, timedelta
+from contextlib import AbstractContextManager, contextmanager, suppress
+from datetime import timedelta
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -33,7 +33,7 @@ from pipeline.stage import Stage
 from pipeline.statuses import COLUMNS, Statuses
 from shards.contract import FAILED, OK, REJECTED
 from shards.errors import UserError, first_line, last_line
-from shards.files import exclusive
+from shards.files import exclusive, write_whole
 from shards.storage import READERS, Location, Url
 from shards.writer import AHEAD, finish, read_table
 
@@ -220,19 +220,24 @@ def clean(folder: Location, shards: Iterable[tuple[str, int]]) -> None:
     locks, what is so old that no other run is still at it.
     """
     ours = {f"{split}/{shard:06d}" for split, shard in shards}
-    found = folder.files() if isinstance(folder, Url) else folder.glob("*/*.*")
-    for path in found:
-        if path.suffix not in (".tmp", AHEAD) or f"{path.parent.name}/{path.name.partition('.')[0]}" not in ours:
-            continue
-        if not isinstance(path, Url) or _is_left_behind(path):
-            finish(path) if path.suffix == AHEAD else path.unlink(missing_ok=True)
+    left = [
+        path for path in (folder.files() if isinstance(folder, Url) else folder.glob("*/*.*"))
+        if path.suffix in (".tmp", AHEAD) and f"{path.parent.name}/{path.name.partition('.')[0]}" in ours
+    ]  # fmt: skip
+    for path in _old_ones(folder, left) if isinstance(folder, Url) and left else left:
+        finish(path) if path.suffix == AHEAD else path.unlink(missing_ok=True)
 
 
-def _is_left_behind(path: Url) -> bool:
-    try:
-        return datetime.now(UTC) - path.modified() > LEFT_BEHIND
-    except FileNotFoundError:  # whose it is has just finished it
-        return False
+def _old_ones(folder: Url, left: Iterable[Any]) -> Iterator[Url]:
+    """By the clock of the storage, which is that of their dates: this machine's may be days off."""
+    settings = folder / "settings.json"
+    with suppress(FileNotFoundError):  # there are settings where shards are, unless somebody has deleted them
+        write_whole(settings, settings.read_bytes())
+        now = settings.modified()
+        for path in left:
+            with suppress(FileNotFoundError):  # whose it is has just finished it
+                if now - path.modified() > LEFT_BEHIND:
+                    yield path
 
 
 def summarize(paths: Sequence[Location], max_failed_fraction: float, title: str) -> None:

@@ -29,6 +29,7 @@ from shards.errors import UserError
 from shards.files import described
 
 MAX_DEATHS = 3  # of processes that made the same shard
+SILENCE_SECONDS = 600.0  # of all processes; a window takes seconds to minutes
 
 
 @dataclass
@@ -52,7 +53,14 @@ def processes(stage: Stage, numbers: Sequence[int], progress: Progress) -> None:
                 if worker.number is None and waiting:
                     _give(worker, waiting)
             busy = {worker.connection: worker for worker in workers if worker.number is not None}
-            for connection in wait(busy):
+            if not (came := wait(busy, SILENCE_SECONDS)):
+                who = ", ".join(f"{worker.process.pid} (shard {progress.name(n)})" for worker in busy.values()
+                                if (n := worker.number) is not None)  # fmt: skip
+                tqdm.write(
+                    f"no progress for {SILENCE_SECONDS / 60:g} minutes of processes {who}: `ps -o stat,wchan -p …` "
+                    "shows T for one that is stopped, D for one that waits for a disk or server"
+                )
+            for connection in came:
                 worker = busy[connection]  # type: ignore[index]
                 try:
                     _listen(worker, progress)

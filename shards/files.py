@@ -56,14 +56,22 @@ def replacing(path: Location) -> Iterator[Path]:
             with naming_written(path):
                 yield temporary
                 os.fsync(lock.fileno())
-                if not _is_named(lock, temporary):  # this one stood still, its run was killed, and another cleaned up
-                    raise UserError(f"{temporary} is another process's by now, or gone: leave it to that, or try again")
+                check_is_ours(lock, temporary)
                 _rename(temporary, path)
         except BaseException:
             if _is_named(lock, temporary):
                 temporary.unlink()
             raise
     _fsync_folder(path.parent)
+
+
+class NotOursError(UserError):
+    """This process stood still, its run was killed or taken for dead, and another one cleaned up."""
+
+
+def check_is_ours(file: IO[bytes], temporary: Path) -> None:
+    if not _is_named(file, temporary):
+        raise NotOursError(f"{temporary} is another process's by now, or gone: leave it to that, or try again")
 
 
 def _is_named(file: IO[bytes], path: Path) -> bool:

@@ -45,6 +45,7 @@ NETWORK_ERRORS = {  # of Python, botocore, aiohttp, requests, httpx and google.a
     *("ConnectionError", "TimeoutError", "Timeout", "TransportError", "HTTPClientError", "ClientConnectionError"),
     *("ClientPayloadError", "ResponseStreamingError", "IncompleteReadError", "ChunkedEncodingError"),
 }
+SILENCE_SECONDS = 30.0  # of Google's storage within an answer; its client asks six times before it fails
 WHOLE_BYTES = 1 << 28  # up to this size `open` fetches an object at once
 BLOCK_BYTES = 1 << 22  # of larger ones
 EXPIRED = "have the credentials expired?"
@@ -303,7 +304,14 @@ def _filesystem(url: str) -> Any:
         os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")  # a traceback for each failure
         logging.getLogger("gcsfs").setLevel(logging.CRITICAL)
     try:
-        return hub.filesystem() if protocol == "hf" else fsspec.filesystem(protocol)
+        if protocol == "hf":
+            return hub.filesystem()
+        if protocol == "s3":
+            return fsspec.filesystem("s3")
+        from aiohttp import ClientTimeout
+
+        silence = ClientTimeout(total=None, sock_connect=SILENCE_SECONDS, sock_read=SILENCE_SECONDS)
+        return fsspec.filesystem("gs", requests_timeout=silence)  # of itself it waits without end
     except ImportError as error:
         raise StorageError(f"{url}: {error}: `just extras` installs what s3:// and gs:// need") from error
     except Exception as error:

@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 
 from shards.contract import FORMAT_VERSION, SIDECAR_SCHEMA
 from shards.errors import ShardError, first_line
-from shards.files import file_sha256, move, replacing
+from shards.files import NotOursError, check_is_ours, file_sha256, move, replacing
 from shards.pieces import Fetched
 from shards.storage import Location, Url
 
@@ -191,6 +191,7 @@ class ShardWriter:
             with self._open:  # a disk that is full only now leaves nothing behind either
                 self._tar.close()
                 self._file.flush()
+                check_is_ours(self._file, self._temporary)
                 metadata = {
                     "format_version": FORMAT_VERSION,
                     "tar_bytes": self._temporary.stat().st_size,
@@ -198,6 +199,8 @@ class ShardWriter:
                     **self._about,
                 }
                 write_table(self._ahead, pa.Table.from_pylist(self._rows, schema=SIDECAR_SCHEMA), metadata)
+        except NotOursError:  # nor is what may stand there ahead
+            raise
         except BaseException:
             self._ahead.unlink(missing_ok=True)
             raise

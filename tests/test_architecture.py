@@ -15,7 +15,7 @@ from tests.helpers import ROOT
 OURS = ("shards", "configs", "codec", "pipeline", "trainer", "demo", "benchmarks")
 STDLIB = set(sys.stdlib_module_names)
 ALLOWED = {  # beyond the standard library and the package itself
-    "shards": {"fsspec", "huggingface_hub", "miniaudio", "numpy", "pyarrow", "webdataset"},
+    "shards": {"aiohttp", "fsspec", "huggingface_hub", "miniaudio", "numpy", "pyarrow", "webdataset"},
     "configs": {"pydantic", "click", "shards", "tqdm"},
 }
 OF_OURS = {  # which of our packages each one may import beside itself

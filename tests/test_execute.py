@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import multiprocessing
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -195,6 +196,18 @@ def test_a_killed_process_loses_nothing(small: Callable[..., Stage]) -> None:
     progress.check()
     assert made(stage) == set(numbers)
     assert sorted(map(int, (stage.folder / "begun").read_text().split())) == sorted([*numbers, 1, 2])
+
+
+def test_processes_that_stand_still_are_named(
+    small: Callable[..., Stage], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("pipeline.processes.SILENCE_SECONDS", 0.0)
+    stage = small(Slow, "", "workers=2")
+    processes(stage, [0, 1], progress_of(stage))
+    said = capsys.readouterr().out.splitlines()[0]
+    assert re.match(
+        r"no progress for 0 minutes of processes \d+ \(shard train/000000\), \d+ \(shard train/000001\): ", said
+    )
 
 
 def test_a_process_killed_while_it_loads_its_model_loses_nothing(small: Callable[..., Stage]) -> None:

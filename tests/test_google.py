@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import re
+import threading
 from collections.abc import Iterator
 from itertools import count
 from pathlib import Path
@@ -53,6 +54,17 @@ def test_what_is_written_can_be_read(bucket: Bucket, tmp_path: Path) -> None:
     url.unlink(missing_ok=True)
     assert not url.exists()
     assert read_footer(url) is None
+
+
+def test_a_server_that_never_answers_is_an_outage(bucket: Bucket, monkeypatch: pytest.MonkeyPatch) -> None:
+    url, over = put(FOLDER / "a.bin"), threading.Event()
+    monkeypatch.setattr(storage, "SILENCE_SECONDS", 0.05)
+    bucket.fault = lambda method, path: 503 if over.wait() else None
+    try:
+        with pytest.raises(StorageError, match=rf"a\.bin: .*\({storage.ATTEMPTS} attempts in"):
+            url.read_bytes()
+    finally:
+        over.set()
 
 
 def test_a_list_of_several_pages(bucket: Bucket) -> None:

@@ -6,7 +6,7 @@ import multiprocessing
 import os
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -71,13 +71,22 @@ def finished_late(marker: Path) -> None:
     marker.touch()
 
 
-def test_ctrl_c_waits_for_no_job(tmp_path: Path) -> None:
+def stands_still(marker: Path) -> None:
+    marker.with_name("begun").touch()
+    os.kill(os.getpid(), signal.SIGSTOP)
+    marker.touch()
+
+
+@pytest.mark.parametrize("work", [finished_late, stands_still])
+def test_ctrl_c_waits_for_no_job(work: Callable[[Path], None], tmp_path: Path) -> None:
     def jobs() -> Iterator[Path]:
         yield tmp_path / "finished"
+        while work is stands_still and not (tmp_path / "begun").exists():
+            time.sleep(0.01)
         raise KeyboardInterrupt
 
     others = multiprocessing.active_children()  # of tests before
     with pytest.raises(KeyboardInterrupt):
-        list(ordered(finished_late, jobs(), 1))
+        list(ordered(work, jobs(), 1))
     assert not (tmp_path / "finished").exists()
     assert {*multiprocessing.active_children()} <= {*others}

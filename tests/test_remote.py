@@ -193,12 +193,26 @@ def test_what_is_done_is_not_made_again_and_leftovers_go(
     upload(work / "plan.parquet", left)
     shard_codes(codes_settings(remote / "files", mine))
     assert left.exists(), "another run may be uploading it"
-    monkeypatch.setattr(execute, "LEFT_BEHIND", timedelta(0))
+    monkeypatch.setattr(execute, "LEFT_BEHIND", timedelta(seconds=-1))  # dates are in whole seconds
     door.asked.clear()
     shard_codes(codes_settings(remote / "files", mine))
     written = [path for method, path in door.asked if method == "PUT"]
     assert all("settings.json" in path for path in written), written
     assert not [url for url in mine.files() if url.suffix == ".tmp"]
+
+
+def test_a_wrong_clock_takes_nothing_from_a_run_at_work(
+    door: Door, remote: Url, work: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To a machine whose clock is two days ahead, what the storage dates now is two days old."""
+    mine, models = Url("s3://corpus/work_ahead"), pytest.importorskip("moto.s3.models")
+    ordinary = models.utcnow
+    monkeypatch.setattr(models, "utcnow", lambda: ordinary() - timedelta(days=2))
+    shard_codes(codes_settings(remote / "files", mine))
+    left = mine / "codes" / "train" / "000000.parquet.next"
+    upload(work / "plan.parquet", left)
+    shard_codes(codes_settings(remote / "files", mine))
+    assert left.exists()
 
 
 def test_what_is_done_costs_few_requests(door: Door, work: Path) -> None:

@@ -22,6 +22,7 @@ import pytest
 
 from pipeline.targets import shard_targets
 from shards import index as indexes
+from shards import writer
 from shards.cache import ShardCache
 from shards.contract import CODES_SUFFIX, FORMAT_VERSION, META_SUFFIX, OK, SIDECAR_SCHEMA, TARGET_SUFFIX, sample_key
 from shards.errors import ShardError, UserError
@@ -193,6 +194,29 @@ def test_a_killed_writer_leaves_nothing_that_looks_done_and_can_be_repeated(tmp_
     assert not standing(tmp_path / "000000.parquet", {})
     write_shard(tmp_path)
     assert files(tmp_path) == ["000000.parquet", "000000.tar"]
+
+
+@pytest.mark.parametrize("amid", ["file_sha256", "move"])
+def test_a_writer_that_slept_takes_nothing_from_the_one_that_did_its_work(
+    amid: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It stood still, its run was taken for dead, and another one cleaned up; it wakes as that one commits."""
+    write_shard(tmp_path / "whole")
+    folder, function = tmp_path / "shard", getattr(writer, amid)
+    sleeper = ShardWriter(folder, 0, FINGERPRINT).__enter__()
+    sleeper.add(some_row(0), some_members(0))
+    (folder / "000000.tar.tmp").unlink()
+
+    def after_it_woke(*words: Any) -> Any:
+        monkeypatch.undo()
+        with pytest.raises(UserError, match=r"000000\.tar\.tmp is another process's by now, or gone"):
+            sleeper.__exit__(None, None, None)
+        return function(*words)
+
+    monkeypatch.setattr(writer, amid, after_it_woke)
+    write_shard(folder)
+    assert files(folder) == ["000000.parquet", "000000.tar"]
+    assert all(path.read_bytes() == (tmp_path / "whole" / path.name).read_bytes() for path in folder.iterdir())
 
 
 def full_disk(*_: object) -> None:

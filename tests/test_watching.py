@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import socket
 import subprocess
 import sys
 import time
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +24,9 @@ from shards.files import exclusive
 from shards.index import load
 from tests.helpers import ROOT
 from tests.training_helpers import ADVERSARIAL, CPU, call, logged_steps, metrics, small_training, train_settings
-from trainer import checkpoint
+from trainer import checkpoint, log
 from trainer.boards import TensorBoard, WeightsAndBiases, references, spectrogram
-from trainer.data import fixed_batches
+from trainer.data import Batch, fixed_batches, training_batches
 from trainer.decoder import CodesToLatent, CropDecoder
 from trainer.distributed import Process
 from trainer.log import RunLog
@@ -148,6 +151,36 @@ def test_waiting_for_the_data_of_another_process_counts(
     lines = [line for line in metrics(tmp_path) if line["kind"] == "train"]
     assert all(line["seconds_per_step"] * line["data_wait_share"] > 0.199 for line in lines)
     assert len(lines) == 2
+
+
+def until_said(run: Path, words: str) -> None:
+    while words not in (run / "training.log").read_text():
+        time.sleep(0.01)
+
+
+def test_data_that_is_long_in_coming_is_said(work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where a process that reads ahead stands still, or its disk."""
+    monkeypatch.setattr(log, "SLOW_SECONDS", 0.0)
+
+    def stalled(*words: Any, **options: Any) -> Generator[Batch, None, None]:
+        until_said(tmp_path, f"for 0 minutes process {os.getpid()} on {socket.gethostname()} has waited for its data")
+        yield from training_batches(*words, **options)
+
+    monkeypatch.setattr("trainer.loop.training_batches", stalled)
+    small_training(work, tmp_path, max_steps=2)
+
+
+def test_also_who_is_not_first_says_that_it_waits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else nobody would know which of many processes stands still: the one that says nothing."""
+    other = RunLog(tmp_path, 0, 1, writes=False)
+    with other.slowly("has waited for another"):
+        other.say("no word of it")
+    assert not (tmp_path / "training.log").exists()
+    monkeypatch.setattr(log, "SLOW_SECONDS", 0.0)
+    (tmp_path / "training.log").touch()
+    with other.slowly("has waited for another"):
+        until_said(tmp_path, "has waited for another")
+    other.close()
 
 
 def test_status_after_the_end(finished: Path) -> None:

@@ -6,8 +6,10 @@ import json
 import logging
 import math
 import os
-from collections.abc import Mapping
-from contextlib import suppress
+import socket
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +22,8 @@ from shards.files import write_whole
 if TYPE_CHECKING:
     from trainer.boards import Boards
 
+SLOW_SECONDS = 300.0
+
 
 class LogFile(logging.FileHandler):
     def handleError(self, record: logging.LogRecord) -> None:
@@ -30,7 +34,7 @@ class RunLog:
     """`training.log` for people, `metrics.jsonl` (one object per line: kind, step, named values) for programs.
 
     A resumed run first drops the lines of steps that it will do again. A process that is not first writes nothing but
-    what ended it.
+    what it waits for, and what ended it.
     """
 
     def __init__(
@@ -61,6 +65,25 @@ class RunLog:
         text = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
         with suppress(OSError):  # of a folder that is away, or on another machine
             self._logger.error(printable(" ".join(text.split())))
+
+    @contextmanager
+    def slowly(self, does: str) -> Iterator[None]:
+        """Says so where it takes minutes, on any process: of several, the one that says nothing stands still."""
+
+        def tell() -> None:
+            minutes = SLOW_SECONDS / 60
+            line = f"for {minutes:g} minutes process {os.getpid()} on {socket.gethostname()} {does}"
+            with suppress(OSError):  # of a folder that is away
+                self._logger.warning(line)
+            tqdm.write(line)
+
+        timer = threading.Timer(SLOW_SECONDS, tell)
+        timer.daemon = True
+        timer.start()
+        try:
+            yield
+        finally:
+            timer.cancel()
 
     def metrics(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
         if self._writes:

@@ -198,10 +198,12 @@ class Trainer:
         """
         batch, unread, started = None, None, time.monotonic()
         try:
-            batch = next(batches, None)
+            with self.log.slowly("has waited for its data"):
+                batch = next(batches, None)
         except UNREADABLE as error:
             unread = error
-        self.process.raise_together(unread)
+        with self.log.slowly("has waited for another"):
+            self.process.raise_together(unread)
         return batch, time.monotonic() - started
 
     def _train_step(self, batch: Batch) -> dict[str, float]:
@@ -215,7 +217,8 @@ class Trainer:
             rate_factor(self.step, since, self.total_steps, settings) for since in (max(begun, self.alone_steps), begun)
         )
         try:
-            means = self.learner.step(batch, self.step, crops, factor, of_discriminators)
+            with self.log.slowly(f"has computed step {self.step}, or waited for another in it"):
+                means = self.learner.step(batch, self.step, crops, factor, of_discriminators)
         except NotFiniteError as error:
             raise UserError(
                 f"step {self.step}: {error}. Repair them (`just verify` checks shards); {self._last_save()}; if the "

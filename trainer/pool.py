@@ -39,7 +39,7 @@ def ordered(work: Callable[[Job], Result], jobs: Iterator[Job], processes: int) 
         except KeyboardInterrupt:
             for process in multiprocessing.active_children():
                 if process not in others:
-                    process.terminate()  # a minute of speech takes ViSQOL long
+                    process.kill()  # a minute of speech takes ViSQOL long, and one that stands still hears no SIGTERM
             raise
         except BrokenProcessPool as error:
             raise UserError("a process died: memory may be short; num_workers= sets their number") from error
