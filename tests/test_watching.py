@@ -24,7 +24,7 @@ from shards.files import exclusive
 from shards.index import load
 from tests.helpers import ROOT
 from tests.training_helpers import ADVERSARIAL, CPU, call, logged_steps, metrics, small_training, train_settings
-from trainer import checkpoint, log
+from trainer import checkpoint, watch
 from trainer.boards import TensorBoard, WeightsAndBiases, references, spectrogram
 from trainer.data import Batch, fixed_batches, training_batches
 from trainer.decoder import CodesToLatent, CropDecoder
@@ -160,10 +160,10 @@ def until_said(run: Path, words: str) -> None:
 
 def test_data_that_is_long_in_coming_is_said(work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As where a process that reads ahead stands still, or its disk."""
-    monkeypatch.setattr(log, "SLOW_SECONDS", 0.0)
+    monkeypatch.setattr(watch, "SLOW_SECONDS", 0.01)
 
     def stalled(*words: Any, **options: Any) -> Generator[Batch, None, None]:
-        until_said(tmp_path, f"for 0 minutes process {os.getpid()} on {socket.gethostname()} has waited for its data")
+        until_said(tmp_path, f" minutes process {os.getpid()} on {socket.gethostname()} has waited for its data")
         yield from training_batches(*words, **options)
 
     monkeypatch.setattr("trainer.loop.training_batches", stalled)
@@ -172,11 +172,10 @@ def test_data_that_is_long_in_coming_is_said(work: Path, tmp_path: Path, monkeyp
 
 def test_also_who_is_not_first_says_that_it_waits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Else nobody would know which of many processes stands still: the one that says nothing."""
+    monkeypatch.setattr(watch, "SLOW_SECONDS", 0.01)
     other = RunLog(tmp_path, 0, 1, writes=False)
-    with other.slowly("has waited for another"):
-        other.say("no word of it")
+    other.say("no word of it")
     assert not (tmp_path / "training.log").exists()
-    monkeypatch.setattr(log, "SLOW_SECONDS", 0.0)
     (tmp_path / "training.log").touch()
     with other.slowly("has waited for another"):
         until_said(tmp_path, "has waited for another")

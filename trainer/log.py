@@ -7,9 +7,8 @@ import logging
 import math
 import os
 import socket
-import threading
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,11 +17,10 @@ from tqdm import tqdm
 from configs.progress import progress_bar
 from shards.errors import UserError, printable
 from shards.files import write_whole
+from trainer import watch
 
 if TYPE_CHECKING:
     from trainer.boards import Boards
-
-SLOW_SECONDS = 300.0
 
 
 class LogFile(logging.FileHandler):
@@ -46,6 +44,7 @@ class RunLog:
         self._logger.setLevel(logging.INFO)
         self._logger.propagate = False
         self._boards = boards
+        self._watch = watch.Watch(self._is_slow)
         self._close_files()  # of a run before in this process
         if writes:
             self._drop_after(first_step)
@@ -66,24 +65,15 @@ class RunLog:
         with suppress(OSError):  # of a folder that is away, or on another machine
             self._logger.error(printable(" ".join(text.split())))
 
-    @contextmanager
-    def slowly(self, does: str) -> Iterator[None]:
+    def slowly(self, does: str) -> AbstractContextManager[None]:
         """Says so where it takes minutes, on any process: of several, the one that says nothing stands still."""
+        return self._watch.doing(does)
 
-        def tell() -> None:
-            minutes = SLOW_SECONDS / 60
-            line = f"for {minutes:g} minutes process {os.getpid()} on {socket.gethostname()} {does}"
-            with suppress(OSError):  # of a folder that is away
-                self._logger.warning(line)
-            tqdm.write(line)
-
-        timer = threading.Timer(SLOW_SECONDS, tell)
-        timer.daemon = True
-        timer.start()
-        try:
-            yield
-        finally:
-            timer.cancel()
+    def _is_slow(self, does: str) -> None:
+        line = f"for {watch.SLOW_SECONDS / 60:g} minutes process {os.getpid()} on {socket.gethostname()} {does}"
+        with suppress(OSError):  # of a folder that is away
+            self._logger.warning(line)
+        tqdm.write(line)
 
     def metrics(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
         if self._writes:
@@ -110,6 +100,7 @@ class RunLog:
 
     def close(self) -> None:
         self.bar.close()
+        self._watch.close()
         if self._boards:
             self._boards.close()
         self._close_files()
