@@ -13,7 +13,7 @@ from snac.layers import ResidualUnit, Snake1d
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized, remove_parametrizations
 
-BLOCK_ELEMENTS = 1 << 17  # half a MiB of float32
+BLOCK_ELEMENTS = 1 << 17  # half a MiB of float32, for each core
 
 
 class BlockedSnake(nn.Module):
@@ -31,7 +31,8 @@ class BlockedSnake(nn.Module):
     def forward(self, x_BCT: Tensor) -> Tensor:
         out_BCT = x_BCT if self.in_place else torch.empty_like(x_BCT)
         channels, steps = x_BCT.shape[1:]
-        rows, columns = max(BLOCK_ELEMENTS // steps, 1), min(BLOCK_ELEMENTS, steps)
+        block = BLOCK_ELEMENTS * torch.get_num_threads()
+        rows, columns = max(block // steps, 1), min(block, steps)
         for x_CT, out_CT in zip(x_BCT, out_BCT, strict=True):
             for c in range(0, channels, rows):
                 alpha, inverse = self.alpha[c : c + rows], self.inverse[c : c + rows]

@@ -64,6 +64,9 @@ class Read:
     problem: str | None = None
 
 
+Restored = tuple[Read, Samples | None]  # with SIDON's output for it
+
+
 @dataclass(frozen=True)
 class Taught:
     """A segment's target, and what it was made from."""
@@ -123,7 +126,9 @@ class Teacher:
         reading = (self._read_file(list(jobs)) for _, jobs in files)
         read = chained_ahead(reading, thread_count(self.settings.threads), WINDOWS_AHEAD)
         gathered = Ahead(self._gathered(read), GROUPS_AHEAD, cores=1)
-        restored = Ahead(self._restored(gathered), GROUPS_AHEAD, torch.get_num_threads())
+        restored: Generator[list[Restored], None, None] | Ahead[list[Restored]] = self._restored(gathered)
+        if self.settings.gpu != "cpu":  # whose cores serve this thread best: OpenMP wakes others late for a second one
+            restored = Ahead(restored, GROUPS_AHEAD, torch.get_num_threads())
         try:
             items = chain.from_iterable(restored)
             for job, group in groupby(items, key=lambda item: item[0].job):
@@ -195,8 +200,8 @@ class Teacher:
                 group, seconds = [], 0.0
         yield group
 
-    def _restored(self, groups: Iterable[list[Read]]) -> Iterator[list[tuple[Read, Samples | None]]]:
-        """Each item with SIDON's output for it, in order."""
+    def _restored(self, groups: Iterable[list[Read]]) -> Generator[list[Restored], None, None]:
+        """In order."""
         clock = Clock()
         for items in groups:
             yield list(self._restore_all(items, clock))
@@ -204,7 +209,7 @@ class Teacher:
         if audio:
             tqdm.write(f"  {audio:.0f} s of audio restored in {took:.1f} s, the device idle {idle:.0%} of them")
 
-    def _restore_all(self, items: list[Read], clock: Clock) -> Iterator[tuple[Read, Samples | None]]:
+    def _restore_all(self, items: list[Read], clock: Clock) -> Iterator[Restored]:
         outputs: dict[int, Samples] = {}
         for chosen in self._batches({i: len(item.padded) for i, item in enumerate(items) if item.padded is not None}):
             assert self.sidon is not None
@@ -228,7 +233,7 @@ class Teacher:
         if batch:
             yield batch
 
-    def _cut(self, rows: list[Row], group: Iterator[tuple[Read, Samples | None]]) -> Iterator[Taught | AudioError]:
+    def _cut(self, rows: list[Row], group: Iterator[Restored]) -> Iterator[Taught | AudioError]:
         """The segments of one recording from its windows, whose outputs are joined; after a problem, the problem."""
         pieces = Pieces(group)
         problem: AudioError | None = None
@@ -277,7 +282,7 @@ class Pieces:
     recording's level.
     """
 
-    def __init__(self, group: Iterator[tuple[Read, Samples | None]]) -> None:
+    def __init__(self, group: Iterator[Restored]) -> None:
         self.first, output = next(group)
         self._group = chain([(self.first, output)], group)
         self._source = Held(self.first.window.start * UPSAMPLING)
