@@ -30,8 +30,8 @@ def add_command(group: click.Group, name: str, settings: type[Settings], config:
     def body(overrides: tuple[str, ...], check: bool, step: str) -> None:
         try:
             resolved = load_settings(settings, config, overrides, step)
+            resolved.check()
             if check:
-                resolved.check()
                 return
             _prepare_environment()
             module, function = runs.split(":")

@@ -100,6 +100,12 @@ def test_a_phase_1_longer_than_training_is_refused(
     assert not (tmp_path / "run").exists()
 
 
+def test_a_phase_1_longer_than_training_is_refused_before_anything_is_fetched(tmp_path: Path) -> None:
+    words = train_words(tmp_path, tmp_path / "run", pretrained_model="nobody/nowhere", phase1_steps=21, max_steps=20)
+    code, output = call("train", *words)
+    assert (code, output.partition(" (")[0]) == (2, "error: phase 1 would take 21 of 20 steps")
+
+
 def test_discriminators_that_learn_alone_to_the_end_are_refused(work: Path, tmp_path: Path) -> None:
     words = train_words(work, tmp_path, **{**ADVERSARIAL, "discriminator_start": 7})
     code, output = call("train", *words)
