@@ -9,6 +9,7 @@ import shutil
 import threading
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +105,18 @@ def test_a_phase_1_longer_than_training_is_refused_before_anything_is_fetched(tm
     words = train_words(tmp_path, tmp_path / "run", pretrained_model="nobody/nowhere", phase1_steps=21, max_steps=20)
     code, output = call("train", *words)
     assert (code, output.partition(" (")[0]) == (2, "error: phase 1 would take 21 of 20 steps")
+
+
+def test_what_only_shards_or_a_checkpoint_tell_is_not_refused_before_they_are_read(work: Path, tmp_path: Path) -> None:
+    settings = partial(train_settings, work, tmp_path / "run")
+    with pytest.raises(SettingsError, match=r"^phase 1 would take 21 of 20 steps"):
+        settings(phase1_steps=21, max_steps=20).check()
+    settings(phase1_steps=20, max_steps=20).check()
+    settings(phase1_steps=21, max_steps=None).check()
+    settings(phase1_steps=21, phase1_epochs=1, max_steps=20).check()
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "run" / "checkpoints" / "step_000000021.pt").touch()
+    settings(phase1_steps=21, max_steps=20).check()
 
 
 def test_discriminators_that_learn_alone_to_the_end_are_refused(work: Path, tmp_path: Path) -> None:
