@@ -7,6 +7,7 @@ import importlib
 import inspect
 import json
 import os
+import shlex
 import sys
 from typing import Literal, get_args, get_origin
 
@@ -19,7 +20,8 @@ from shards.files import described
 
 
 def add_command(group: click.Group, name: str, settings: type[Settings], config: str, runs: str) -> None:
-    """Adds command `name`, which loads `settings` and calls `runs` ("module:function") with them.
+    """Adds command `name`, which loads `settings` and calls `runs` ("module:function") with them. What that returns is
+    the command that follows, if any: it is said, but for a step of `just workflow`, which calls it itself.
 
     The module is imported only when the command runs, so that `--help` stays quick.
     """
@@ -30,12 +32,14 @@ def add_command(group: click.Group, name: str, settings: type[Settings], config:
     def body(overrides: tuple[str, ...], check: bool, step: str) -> None:
         try:
             resolved = load_settings(settings, config, overrides, step)
+            resolved.check()
             if check:
-                resolved.check()
                 return
             _prepare_environment()
             module, function = runs.split(":")
-            getattr(importlib.import_module(module), function)(resolved)
+            following = getattr(importlib.import_module(module), function)(resolved)
+            if following and not step:
+                click.echo(f"next: {shlex.join(following)}")
         except UserError as error:
             _fail(str(error))
             sys.exit(error.exit_code)

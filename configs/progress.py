@@ -16,7 +16,16 @@ def progress_bar(*args: Any, **options: Any) -> Any:
         intervals = dict.fromkeys(("mininterval", "maxinterval", "delay"), SECONDS_BETWEEN_LINES)
         options |= {"file": _Lines(), "position": 0, **intervals}  # else one within another moves the cursor
         options["miniters"] = 1  # else tqdm's monitor shows a state once more
+        return _Once(*args, **options)
     return tqdm(*args, **options)
+
+
+class _Once(tqdm):  # type: ignore[misc]  # untyped
+    """Ends without a word where its last state was shown."""
+
+    def close(self) -> None:
+        self.leave = not self.disable and self.n > self.last_print_n
+        super().close()
 
 
 class _Lines:

@@ -54,12 +54,15 @@ def codes_path(work: Location, split: str, shard: int) -> Location:
     return work / "codes" / split / f"{shard:06d}.parquet"
 
 
-def shard_codes(settings: CodesSettings) -> None:
-    """Plans, then writes `codes/SPLIT/000000.parquet` for each shard of the plan; skips what is done."""
+def shard_codes(settings: CodesSettings) -> list[str] | None:
+    """Plans, then writes `codes/SPLIT/000000.parquet` for each shard of the plan; skips what is done. Returns the
+    command that follows once all stand.
+    """
     with holding(settings):
         stage = CodesStage(settings)
         make_plan(settings)
-        run(stage)
+        complete = run(stage)
+    return ["just", "shard-targets", f"work={settings.work}", f"gpu={settings.gpu}"] if complete else None
 
 
 class CodesStage(Stage):

@@ -33,6 +33,7 @@ from pipeline.teachers import Teacher
 from shards.contract import COARSE_48K, INDEX_NAME, OK, PLAN_NAME, REJECTED, TARGET_RATE, Row, tar_path
 from shards.errors import UserError, first_line
 from shards.files import replacing
+from shards.index import index_rows, read_sidecar
 from shards.reader import decode_sample, sample_at
 from shards.writer import read_table
 
@@ -51,13 +52,11 @@ FLOOR_DB = -110
 
 
 def draw(shards: Path, picture: Path) -> None:
-    """Writes a PNG about the shards of a folder. Raises UserError where there is no index, or for another name."""
+    """Writes a PNG about the shards of a folder. Raises UserError where there are none, or for another name."""
     if picture.suffix.lower() != ".png":
         raise UserError(f"picture={picture}: what is drawn is a PNG; name it {picture.with_suffix('.png').name}")
-    if not (shards / INDEX_NAME).exists():
-        raise UserError(f"picture= shows a folder of finished shards: {shards / INDEX_NAME} is missing")
     matplotlib.use("Agg")
-    table = read_table(shards / INDEX_NAME)
+    table = segments(shards)
     rows = {status: table.filter(pc.field("status") == status) for status in (OK, REJECTED)}
     if not rows[REJECTED]:
         del rows[REJECTED]
@@ -68,6 +67,16 @@ def draw(shards: Path, picture: Path) -> None:
     with replacing(picture) as temporary:
         figure.savefig(temporary, format="png", dpi=90)
     plt.close(figure)
+
+
+def segments(shards: Path) -> pa.Table:
+    """INDEX_SCHEMA; of all that are done where there is no index, as where too many were rejected."""
+    if (shards / INDEX_NAME).exists():
+        return read_table(shards / INDEX_NAME)
+    done = [(path.parent.name, int(path.stem)) for path in sorted(shards.glob("*/[0-9]*.parquet"))]
+    if not done:
+        raise UserError(f"picture= shows finished shards, and {shards} holds none")
+    return pa.concat_tables([index_rows(read_sidecar(shards, *place), *place) for place in done])
 
 
 def _distributions(figure: SubFigure, rows: dict[str, pa.Table]) -> None:

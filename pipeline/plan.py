@@ -103,6 +103,7 @@ def make_plan(settings: CodesSettings) -> Plan:
     path = settings.work / PLAN_NAME
     with _planning(settings):
         asked = settings.model_dump(mode="json", include={*PLANNED_BY, "group_pattern"})
+        tqdm.write(f"listing {settings.audio}")
         listed = listed_sha256(settings.audio)
         metadata = {"settings": asked, "listed_sha256": listed}
         if not path.exists():

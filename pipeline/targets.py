@@ -63,8 +63,10 @@ TARGETS_VERSION = 1
 FINISHED_AHEAD = 4  # segments that wait to be written, per thread
 
 
-def shard_targets(settings: TargetsSettings) -> None:
-    """Writes `shards/SPLIT/000000.tar` with its sidecar for each shard of the plan, then `shards/index.parquet`."""
+def shard_targets(settings: TargetsSettings) -> list[str] | None:
+    """Writes `shards/SPLIT/000000.tar` with its sidecar for each shard of the plan, then `shards/index.parquet`.
+    Returns the command that follows once all stand.
+    """
     plan = Plan(settings.work / PLAN_NAME)
     with holding(settings):
         if settings.teacher != RECORDING:
@@ -73,12 +75,14 @@ def shard_targets(settings: TargetsSettings) -> None:
         if stage.known.calibration:
             show(stage.known.calibration)
             check(stage.known.calibration, settings)
-        if run(stage):
+        complete = run(stage)
+        if complete:
             sidecars = [stage.table(number) for number in range(len(stage.plan.shards))]
             check_alignment(sidecars, settings.max_lag_samples / 2)
             with alone(settings, stage.folder):
                 compact(stage.folder, stage.plan.shards, {"calibration": stage.known.calibration})
                 say_twins(stage.folder)
+    return ["just", "train", f"shards={stage.folder}", "run=RUN", f"gpu={settings.gpu}"] if complete else None
 
 
 def _check_first(settings: TargetsSettings, plan: Plan) -> None:

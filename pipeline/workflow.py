@@ -36,8 +36,8 @@ def workflow(settings: WorkflowSettings) -> None:
     }
     for step, command in commands.items():
         _run(*command, "--check", f"--step={step}.")
-    for command in commands.values():
-        _run(*command)
+    for step, command in commands.items():
+        _run(*command, f"--step={step}.")
 
 
 def _run(module: str, command: str, values: dict[str, Any], *options: str) -> None:

@@ -71,6 +71,19 @@ def of_kernels(dilation: int, dtype: torch.dtype, device: str) -> Errors:
     return {name: (relative(found[name], exact[name]), relative(plain[name], exact[name])) for name in exact}
 
 
+def backward_finds(device: str) -> float:
+    """How far z, in bfloat16, is at most from the Snake of the y that backward reads, in steps of its rounding."""
+    random = torch.Generator().manual_seed(0)
+    x_BCN = torch.randn(1, 2, 2400, generator=random).to(device, torch.bfloat16)
+    kernel_CK, (bias_C, alpha_C) = torch.randn(2, 7, generator=random), torch.rand(2, 2, generator=random) + 0.5
+    ends_B2 = ends(torch.ones(1, 8, dtype=torch.bool, device=device), 2400)
+    of_channels = (value.to(device).contiguous() for value in (kernel_CK, bias_C, alpha_C, alpha_C))
+    y_BCN, z_BCN = snake_depthwise_snake(x_BCN, ends_B2, *of_channels, 3)
+    expected_BCN = snake(y_BCN.float(), alpha_C.to(device)[:, None])
+    step = torch.finfo(torch.bfloat16).eps
+    return float(((z_BCN.float() - expected_BCN).abs() / (step * expected_BCN.abs() + 1e-5)).max())
+
+
 def of_units(device: str) -> Errors:
     """Of three units in turn, whose weights are any: what is real of their output, and all gradients."""
     torch.manual_seed(0)
@@ -98,4 +111,4 @@ if __name__ == "__main__":
     _, where = sys.argv
     kernels = {f"float32 {dilation}": of_kernels(dilation, torch.float32, where) for dilation in (1, 3, 9)}
     kernels["bfloat16 3"] = of_kernels(3, torch.bfloat16, where)
-    print(json.dumps({**kernels, "units": of_units(where)}))
+    print(json.dumps({**kernels, "units": of_units(where), "backward finds": backward_finds(where)}))

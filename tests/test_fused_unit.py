@@ -36,6 +36,10 @@ def test_fused_kernels_are_as_exact_as_their_layers(errors: dict[str, Any]) -> N
     assert sum(fused for fused, _ in rounded) < 2 * sum(plain for _, plain in rounded), rounded
 
 
+def test_both_ways_take_the_second_snake_of_the_same(errors: dict[str, Any]) -> None:
+    assert errors["backward finds"] <= 1
+
+
 def test_ends_of_recordings() -> None:
     real_BL = torch.tensor([[True] * 4, [False, True, True, False], [False] * 4])
     assert ends(real_BL, 40).tolist() == [[0, 40], [10, 30], [0, 0]]

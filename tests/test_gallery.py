@@ -28,6 +28,18 @@ def test_a_picture_of_real_shards(work: Path, tmp_path: Path, capsys: pytest.Cap
     assert str(tmp_path / "a.png") in capsys.readouterr().out
 
 
+def test_a_picture_of_shards_without_an_index(work: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As where too many segments were rejected, or the run is still at it."""
+    copy = tmp_path / "work"
+    shutil.copytree(work, copy)
+    (copy / "shards" / "index.parquet").unlink()
+    expected = pq.read_table(work / "shards" / "index.parquet")
+    assert gallery.segments(copy / "shards").equals(expected)
+    inspect(InspectSettings(path=copy, picture=tmp_path / "a.png", rows=0))
+    assert (tmp_path / "a.png").stat().st_size > 10_000
+    assert "codes of" in capsys.readouterr().out
+
+
 def test_a_picture_names_recordings(work: Path) -> None:
     rows = pq.read_table(work / "shards" / "index.parquet").to_pylist()
     row = next(row for row in rows if row["status"] == "ok" and row["start_seconds"])
@@ -123,5 +135,5 @@ def test_what_is_no_png_is_not_called_otherwise(tmp_path: Path) -> None:
 
 
 def test_a_folder_without_shards_has_no_picture(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="picture= shows a folder of finished shards"):
+    with pytest.raises(UserError, match=r"picture= shows finished shards, and .*/shards holds none"):
         inspect(InspectSettings(path=tmp_path, picture=tmp_path / "a.png", rows=0))

@@ -30,6 +30,7 @@ def exported(untrained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("onnx") / "export"
     code, output = call("export-onnx", f"model={untrained}", f"out={out}", "license=mit")
     assert code == 0, output
+    assert output.startswith("writing decoder_model.onnx\nwriting encoder_model.onnx\n")
     assert "stand-in" in output
     return out
 

@@ -108,7 +108,9 @@ def test_who_says_what_a_group_is_is_not_told_to(
 ) -> None:
     make_plan(codes_settings(recordings, tmp_path / "folders"))
     make_plan(codes_settings(recordings, tmp_path / "each", "group_pattern=(.*)"))
-    folders, each = re.findall("planned: .*", capsys.readouterr().out)
+    said = capsys.readouterr().out
+    assert said.startswith(f"listing {recordings}\nplanned: "), "which may take long"
+    folders, each = re.findall("planned: .*", said)
     assert folders.endswith(" A group should be a speaker: group_pattern= says which")
     assert "group_pattern" not in each
 

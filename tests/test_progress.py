@@ -28,7 +28,7 @@ def test_in_a_file_each_state_is_a_line(capsys: pytest.CaptureFixture[str], monk
     assert "\r" not in text
     assert all(line.startswith("doing: ") for line in lines)
     assert [line for line in lines if "2/3" in line and "loss 1" in line]
-    assert lines[-1].startswith("doing: 100%")
+    assert [line.partition("|")[0] for line in lines[-2:]] == ["doing:  67%", "doing: 100%"], "its last state once"
 
 
 def test_in_a_file_the_first_minute_is_silent(capsys: pytest.CaptureFixture[str]) -> None:
@@ -89,3 +89,13 @@ def test_in_a_file_no_state_is_shown_twice(capsys: pytest.CaptureFixture[str]) -
             bar.update()
             assert bar.miniters <= 1
     assert len(capsys.readouterr().err.splitlines()) > 10
+
+
+def test_in_a_file_the_end_is_shown_where_the_last_line_was_earlier(capsys: pytest.CaptureFixture[str]) -> None:
+    clock = iter((61, 62))
+    with progress_bar(total=2, desc="doing") as bar:
+        bar.start_t = bar.last_print_t = 0
+        for time in clock:
+            bar._time = lambda time=time: time
+            bar.update()
+    assert [line.partition("|")[0] for line in capsys.readouterr().err.splitlines()] == ["doing:  50%", "doing: 100%"]

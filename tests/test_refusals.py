@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -217,6 +218,22 @@ def test_a_folder_that_was_made_for_nothing_goes_again(stands: str | None, tmp_p
     assert left == stay | ({"a/b/.lock"} if "a/b" in stay else set())
     with exclusive(folder):
         pass
+
+
+def test_a_lock_is_closed_before_its_folder_goes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """NFS and FUSE keep under another name what is deleted while it is open."""
+    rmdir = Path.rmdir
+
+    def of_nfs(folder: Path) -> None:
+        opened = [os.path.realpath(descriptor) for descriptor in Path("/proc/self/fd").iterdir()]
+        if any(name.startswith(f"{folder}/") for name in opened):
+            raise OSError(errno.ENOTEMPTY, "planted")
+        rmdir(folder)
+
+    monkeypatch.setattr(Path, "rmdir", of_nfs)
+    with exclusive(tmp_path / "a" / "b"):
+        pass
+    assert not any(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("step", ["mkdir", "open", "flock"])

@@ -173,8 +173,12 @@ def test_clips_are_named_by_their_recordings(page: str, evil_page: str, work: Pa
     rows = {row["key"]: row for row in index.to_pylist()}
     for clip in data_of(page)["clips"]:
         row = rows[clip["key"]]
-        start = f", from {row['start_seconds']:.1f} s" if row["start_seconds"] else ""
-        assert f">{row['recording']}{start}</h3>" in page
+        name = row["recording"] + (f", from {row['start_seconds']:.1f} s" if row["start_seconds"] else "")
+        assert f">{name}</h3>" in page
+        for label in ("Play {}", "Position in {}, seconds", "Versions of {}"):
+            assert f'aria-label="{label.format(name)}"' in page
+        assert clip["name"] == name
+        assert {row["name"] for row in data_of(page)["values"] if row["clip"] == clip["key"]} == {name}
         assert f'<p class="note">{clip["key"]} · {row["group"]} · ' in page
     titles = re.findall(r"<h3 id=.*?>(.*?)</h3>", evil_page)
     assert sorted(map(unescape, titles)) == sorted(f"{key}.wav" for key in EVIL_KEYS)
@@ -185,7 +189,10 @@ def test_a_clip_that_is_its_own_group_is_named_once(tmp_path: Path) -> None:
         (tmp_path / "audio").mkdir(exist_ok=True)
         soundfile.write(tmp_path / "audio" / f"{number}.wav", speechlike(0.5, 48_000, number), 48_000)
     words = [f"audio={tmp_path / 'audio'}", f"systems.other={tmp_path / 'audio'}", r"group_pattern=(.*\.wav)"]
-    found = re.findall(r'<p class="note">(.*?)</p>', evaluate_and_report(words, tmp_path).read_text())
+    page = evaluate_and_report(words, tmp_path).read_text()
+    found = re.findall(r'<p class="note">(.*?)</p>', page)
+    assert "2 clips of 2 recordings (groups)," in page
+    assert "they take 5 recordings, and these clips are of 2 recordings (groups)." in page
     assert found.count("0.5 s") == 2
     assert not any(".wav" in note for note in found)
 

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import io
+import itertools
 import random
+import re
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 
 import fsspec
 import pyarrow as pa
@@ -160,6 +164,35 @@ def test_an_outage_of_minutes_is_waited_for(
     (line,) = capsys.readouterr().out.splitlines()
     assert line.startswith(f"{url}: ")
     assert line.endswith(": trying for 10 minutes; Ctrl-C ends it")
+
+
+@pytest.mark.parametrize(("kind", "failing"), [("error", storage.ATTEMPTS - 1), ("refused", 100)])
+def test_no_wait_is_said_of_a_short_outage_or_a_slow_refusal(
+    kind: str,
+    failing: int,
+    folder: Url,
+    door: Door,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(storage, "PATIENCE_SECONDS", 600)
+    clock = itertools.count(0, 0 if kind == "error" else 100)
+    monkeypatch.setattr(storage, "time", SimpleNamespace(monotonic=clock.__next__, sleep=lambda seconds: None))
+    url, failures = put(folder / "a.bin"), iter(range(failing))
+    door.fault = lambda method, path: kind if next(failures, None) is not None else None
+    with suppress(StorageError):
+        url.read_bytes()
+    assert capsys.readouterr().out == ""
+
+
+def test_an_object_of_another_size_than_told_is_said_once(
+    folder: Url, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url = put(folder / "a.bin")
+    monkeypatch.setattr(Url, "stat", lambda self: storage.Stat(len(BYTES) + 1))
+    told = f"{url}: {len(BYTES)} of {len(BYTES) + 1} bytes were fetched to {tmp_path / 'a.bin'}; try again"
+    with pytest.raises(StorageError, match=f"^{re.escape(told)}$"):
+        url.fetch(tmp_path / "a.bin")
 
 
 def test_an_outage_beyond_patience_is_an_error(folder: Url, door: Door, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,9 @@ import shutil
 import threading
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -98,6 +100,24 @@ def test_a_phase_1_longer_than_training_is_refused(
     assert f"{given}, and only the new layers would learn: take {tenth}" in output
     assert len(output.splitlines()) == 1
     assert not (tmp_path / "run").exists()
+
+
+def test_a_phase_1_longer_than_training_is_refused_before_anything_is_fetched(tmp_path: Path) -> None:
+    words = train_words(tmp_path, tmp_path / "run", pretrained_model="nobody/nowhere", phase1_steps=21, max_steps=20)
+    code, output = call("train", *words)
+    assert (code, output.partition(" (")[0]) == (2, "error: phase 1 would take 21 of 20 steps")
+
+
+def test_what_only_shards_or_a_checkpoint_tell_is_not_refused_before_they_are_read(work: Path, tmp_path: Path) -> None:
+    settings = partial(train_settings, work, tmp_path / "run")
+    with pytest.raises(SettingsError, match=r"^phase 1 would take 21 of 20 steps"):
+        settings(phase1_steps=21, max_steps=20).check()
+    settings(phase1_steps=20, max_steps=20).check()
+    settings(phase1_steps=21, max_steps=None).check()
+    settings(phase1_steps=21, phase1_epochs=1, max_steps=20).check()
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "run" / "checkpoints" / "step_000000021.pt").touch()
+    settings(phase1_steps=21, max_steps=20).check()
 
 
 def test_discriminators_that_learn_alone_to_the_end_are_refused(work: Path, tmp_path: Path) -> None:
@@ -295,15 +315,14 @@ def test_a_bad_target_stops_before_the_step_and_is_named(
 
 def test_why_training_ended_stands_in_its_log(work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("trainer.learner.weighted", lambda terms, _: terms["l1"] * math.nan)
-    monkeypatch.setattr(progress, "SECONDS_BETWEEN_LINES", 0)
+    monkeypatch.setattr(progress, "sys", SimpleNamespace(stderr=SimpleNamespace(isatty=lambda: True)))
     code, output = call("train", *train_words(work, tmp_path))
     assert code == 1
-    told = [line.split(": ")[0] for line in output.splitlines()]
-    assert [name for name in told if name in ("training", "error")] == ["training", "training", "error"]
+    assert "\rtraining: " in output
+    (error,) = [line for line in output.split("\n") if line.startswith("error: ")]  # which the bar's line has not
     last = (tmp_path / "training.log").read_text().splitlines()[-1]
     assert "ERROR step 0: " in last
-    (error,) = [line.removeprefix("error: ") for line in output.splitlines() if line.startswith("error: ")]
-    assert last.endswith(error)
+    assert last.endswith(error.removeprefix("error: "))
 
 
 @pytest.mark.parametrize("error", [OSError(errno.EROFS, "Read-only file system", "best.pt"), AssertionError()])

@@ -164,10 +164,12 @@ def test_phase_2_teaches_all_layers_though_phase_1_was_compiled(snac: SNAC, monk
     given = ["compile=true", "n_ffts=[256]", "micro_batch=2"]
     settings = load_settings(TrainSettings, "decoder_48khz.json", given)
     decoder, alone = warm_start(snac, "zero", 0), Process(0, 1, torch.device("cpu"))
-    learner = Learner(CodesToLatent(snac), decoder, settings, alone, print)
+    said: list[str] = []
+    learner = Learner(CodesToLatent(snac), decoder, settings, alone, said.append)
     batch = random_batch(2, 2)
     for phase in (1, 2):
         learner.enter_phase(phase)
+        assert said == phase * ["torch.compile: the next step may take minutes"]
         before = copy.deepcopy(decoder.state_dict())
         learner.step(batch, phase, 2, 1.0)
         for name, value in decoder.named_parameters():

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
 from configs.loader import FOLDER, load_settings
+from pipeline.__main__ import main
 from pipeline.settings import CodesSettings, TargetsSettings, WorkflowSettings
 from pipeline.workflow import _written, run_module, workflow
 from shards.errors import SettingsError
 from shards.storage import Url
-from tests.helpers import ROOT, run_command
+from tests.helpers import ROOT, codes_words, run_command, targets_words
 from trainer.settings import TrainSettings
 
 SLOW = """
@@ -92,12 +95,25 @@ def test_workflow_gives_each_command_what_all_share_and_its_own(
         ("trainer", "train", {f"shards={work / 'shards'}", f"run={run}", *both, "max_steps=7", "resume=never"}),
     ]
     words = [(module, command, set(options)) for module, command, *options in called]
-    checks = [{"--check", f"--step={step}."} for step in ("codes", "targets", "train")]
-    checked = [(*names, check | given) for (*names, given), check in zip(expected, checks, strict=True)]
-    assert words == [*checked, *expected]
+    steps = [{f"--step={step}."} for step in ("codes", "targets", "train")]
+    named = [(module, command, step | given) for (module, command, given), step in zip(expected, steps, strict=True)]
+    assert words == [*((module, command, {"--check"} | given) for module, command, given in named), *named]
     called.clear()
     workflow(load_settings(WorkflowSettings, "workflow.json", shared))
     assert "resume=auto" in called[-1]
+
+
+def test_a_stage_names_the_command_that_follows_unless_a_workflow_calls_it(
+    recordings: Path, work: Path, tmp_path: Path
+) -> None:
+    copy = tmp_path / "my work"
+    shutil.copytree(work, copy)
+    for words, following in (
+        (codes_words(recordings, copy), f"shard-targets 'work={copy}' gpu=cpu"),
+        (targets_words(copy), f"train 'shards={copy}/shards' run=RUN gpu=cpu"),
+    ):
+        alone, within = (CliRunner().invoke(main, [*words, *more]).output for more in ([], ["--step=of."]))
+        assert alone == f"{within}next: just {following}\n"
 
 
 def test_a_training_too_short_is_refused_before_anything_is_made(

@@ -27,7 +27,7 @@ from trainer.clips import Clip, Clips, Entry, RecordingClips, ShardClips
 from trainer.pool import ordered
 from trainer.scores import check_installed, schema, score
 from trainer.settings import EvalSettings
-from trainer.summary import lines, summarise, voice_text, why_no_intervals
+from trainer.summary import lines, summarise, voices_of
 from trainer.systems import (
     OURS,
     SOURCE,
@@ -191,10 +191,10 @@ def _provenance(
 def _print(settings: EvalSettings, table: pa.Table, summary: pa.Table, provenance: Mapping[str, Any]) -> None:
     rows = table.to_pylist()
     used = {row["clip"]: row["seconds"] for row in rows if row["status"] == OK}
-    groups = len({row["group"] for row in rows if row["status"] == OK})
+    voices = voices_of(row for row in rows if row["status"] == OK)
     teacher = printable(provenance["teacher"])
     click.echo(
-        f"{number_of(len(used), 'clip')} of {voice_text(groups)}, {sum(used.values()):.1f} s: {provenance['title']}; "
+        f"{number_of(len(used), 'clip')} of {voices}, {sum(used.values()):.1f} s: {provenance['title']}; "
         f"codes by {provenance['snac']}, targets by {teacher}"
     )
     for row in rows:
@@ -208,6 +208,7 @@ def _print(settings: EvalSettings, table: pa.Table, summary: pa.Table, provenanc
             f"warning: {name} is judged from 16-bit files; LSD counts their rounding noise, which models do not have: "
             "use 24-bit or float WAVs"
         )
-    why = why_no_intervals(groups)
-    how = f"; {why}" if why else f" [95 % interval over voices]; * differs from {settings.baseline} clip by clip"
+    why = voices.why_no_intervals
+    intervals = f" [95 % interval over {voices.noun}s]; * differs from {settings.baseline} clip by clip"
+    how = f"; {why}" if why else intervals
     click.echo(f"mean over clips{how}. Undefined values have their reasons in {settings.out / CLIPS}")

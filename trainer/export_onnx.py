@@ -118,6 +118,7 @@ def _write(
     outputs: list[str],
     path: Path,
 ) -> None:
+    click.echo(f"writing {path.name}")
     with _quiet_exporter(), torch.no_grad():
         program = torch.onnx.export(
             model,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shlex
 import sys
 import time
 from collections.abc import Iterator
@@ -351,6 +352,8 @@ class Trainer:
             best = -self.best if name in HIGHER_IS_BETTER else self.best
             path = checkpoint.folder(self.settings.run) / checkpoint.BEST
             self._say(f"done: {self.step} steps, best validation {name} {best:.5f} in {path}")
+            model = shlex.quote(f"model={self.settings.run}")
+            self._say(f"next: just export {model} out=FOLDER; `just decode` and `just eval` let you hear and judge it")
             if self.process.is_first and self.step and checkpoint.best_step(self.settings.run) == 0:
                 self._say(
                     f"warning: best.pt is what training began with: no validation had a better {name}; listen to "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from statistics import NormalDist
 from typing import Any
@@ -13,6 +14,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from configs.words import number_of
 from shards.contract import OK
 from trainer.scores import COLUMNS
 
@@ -161,15 +163,28 @@ def cell(row: Mapping[str, Any], most: int) -> str:
     return (f"of {row['clips']}: " if row["clips"] < most else "") + text + ("*" if differs(row) else " ")
 
 
-def voice_text(number: int) -> str:
-    return f"{number} {'voice (group)' if number == 1 else 'voices (groups)'}"
+@dataclass(frozen=True)
+class Voices:
+    """Whom clips are of: groups, which are voices, or recordings where each is a group of its own."""
+
+    number: int
+    noun: str
+
+    def __str__(self) -> str:
+        return f"{number_of(self.number, self.noun)} ({'group' if self.number == 1 else 'groups'})"
+
+    @property
+    def why_no_intervals(self) -> str | None:
+        """None where there are intervals."""
+        if self.number >= MIN_GROUPS:
+            return None
+        return f"no intervals and no *: they take {MIN_GROUPS} {self.noun}s, and these clips are of {self}"
 
 
-def why_no_intervals(number: int) -> str | None:
-    """Where clips are of so many voices; None where there are intervals."""
-    if number >= MIN_GROUPS:
-        return None
-    return f"no intervals and no *: they take {MIN_GROUPS} voices, and these clips are of {voice_text(number)}"
+def voices_of(rows: Iterable[Mapping[str, Any]]) -> Voices:
+    found = {(row["group"], row["recording"]) for row in rows}
+    noun = "recording" if all(group == recording for group, recording in found) else "voice"
+    return Voices(len({group for group, _ in found}), noun)
 
 
 def fixed(value: float, digits: int) -> str:

@@ -68,6 +68,7 @@ class TrainingDecoder(CropDecoder):
         """
         if self._compiled is not None:
             torch.compiler.reset()
+            self.say("torch.compile: the next step may take minutes")
 
     def decode(self, z_BCL: Tensor, real_BL: Tensor | None) -> Tensor:
         if self._compiled is None:

@@ -19,7 +19,7 @@ from trainer.report.charts import Chart
 from trainer.report.listening import CEILING_DB, FLOOR_DB, HEIGHT, WIDTH, Listening
 from trainer.report.reading import Evaluation, Targets
 from trainer.scores import COLUMNS, METRICS
-from trainer.summary import differs, fixed, title, voice_text, why_no_intervals
+from trainer.summary import differs, fixed, title, voices_of
 
 FOLDER = Path(__file__).parent
 STYLES = ("page.css", "controls.css", "players.css", "tables.css", "narrow.css")
@@ -48,27 +48,24 @@ def render(
         lstrip_blocks=True,
     )
     style, scripts = ("\n".join((FOLDER / name).read_text() for name in names) for names in (STYLES, SCRIPTS))
-    groups, seconds = (_first_rows(evaluation, column) for column in ("group", "seconds"))
-    recordings, starts = (_first_rows(evaluation, column) for column in ("recording", "start_seconds"))
+    rows = evaluation.clips.to_pylist()
+    clips = {row["clip"]: row for row in rows}  # what all rows of a clip share
     script = f'(() => {{\n"use strict";\n{scripts}}})();\n'
     return environment.get_template("page.html.jinja").render(
         about=evaluation.about,
         settings=evaluation.about["settings"],
         failed=evaluation.failed,
-        seconds=sum(seconds.values()),
-        clip_count=len(seconds),
-        groups=groups,
-        recordings=recordings,
-        starts=starts,
-        voices=voice_text(len(set(groups.values()))),
-        why_no_intervals=why_no_intervals(len(set(groups.values()))),
+        seconds=sum(row["seconds"] for row in clips.values()),
+        clips=clips,
+        name=_name,
+        voices=voices_of(rows),
         systems=evaluation.systems,
         heard=heard,
         picture={"width": WIDTH, "height": HEIGHT, "floor_db": FLOOR_DB, "ceiling_db": CEILING_DB},
         figures=_figures(evaluation),
         curves=curves,
         targets=targets,
-        data=_data(evaluation, heard),
+        data=_data(evaluation, clips, heard),
         style=style,
         style_hash=_csp_hash(style),
         script=script,
@@ -81,9 +78,9 @@ def _csp_hash(text: str) -> str:
     return f"sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}"
 
 
-def _first_rows(evaluation: Evaluation, column: str) -> dict[str, Any]:
-    """Clip → its value, which all its rows share."""
-    return dict(zip(*(evaluation.clips[name].to_pylist() for name in ("clip", column)), strict=True))
+def _name(row: Mapping[str, Any]) -> str:
+    """Of a clip, as people know it."""
+    return row["recording"] + (f", from {row['start_seconds']:.1f} s" if row["start_seconds"] else "")
 
 
 def _figures(evaluation: Evaluation) -> dict[str, Any]:
@@ -111,10 +108,9 @@ def _number(value: float, digits: int) -> str:
     return fixed(value, digits).replace("-", "\u2212")
 
 
-def _data(evaluation: Evaluation, heard: Sequence[Listening]) -> dict[str, Any]:
+def _data(evaluation: Evaluation, clips: Mapping[str, Any], heard: Sequence[Listening]) -> dict[str, Any]:
     """What the scripts read; the audio stands apart, clip by clip."""
     metrics = [name for name in evaluation.clips.column_names if name in COLUMNS]
-    rows = evaluation.clips.to_pylist()
     identity = json.dumps([evaluation.about, [clip.key for clip in heard]], sort_keys=True)
     return {
         "id": hashlib.sha256(identity.encode()).hexdigest()[:16],
@@ -123,12 +119,14 @@ def _data(evaluation: Evaluation, heard: Sequence[Listening]) -> dict[str, Any]:
         "clips": [
             {
                 "key": clip.key,
+                "name": _name(clips[clip.key]),
                 "seconds": clip.seconds,
                 "versions": [{"system": version.system, "gainDb": version.gain_db} for version in clip.versions],
             }
             for clip in heard
         ],
         "values": [
-            {"clip": row["clip"], "system": row["system"], **{name: row[name] for name in metrics}} for row in rows
+            {"clip": row["clip"], "name": _name(row), "system": row["system"], **{name: row[name] for name in metrics}}
+            for row in evaluation.clips.to_pylist()
         ],
     }

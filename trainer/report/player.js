@@ -157,7 +157,7 @@ function steer(card, action) {
 function show(card) {
   const { deck, element, play, versions } = card;
   element.classList.toggle("playing", deck.isPlaying);
-  play.setAttribute("aria-label", `${deck.isPlaying ? "Pause" : "Play"} ${data.clips[deck.clip].key}`);
+  play.setAttribute("aria-label", `${deck.isPlaying ? "Pause" : "Play"} ${data.clips[deck.clip].name}`);
   for (const version of versions) {
     version.setAttribute("aria-pressed", String(version.dataset.system === deck.current));
   }

@@ -44,8 +44,11 @@ const metricChoice = document.getElementById("clip-metric");
 function showClips() {
   const { name, digits } = data.metrics.find((metric) => metric.name === metricChoice.value);
   const rows = new Map();
-  for (const row of data.values) rows.set(row.clip, (rows.get(row.clip) ?? new Map()).set(row.system, row[name]));
-  const body = [...rows].map(([clip, values]) => {
+  for (const row of data.values) {
+    if (!rows.has(row.clip)) rows.set(row.clip, { clip: row.name, values: new Map() });
+    rows.get(row.clip).values.set(row.system, row[name]);
+  }
+  const body = [...rows.values()].map(({ clip, values }) => {
     const cells = data.systems.map(({ name: system }) => {
       const value = values.get(system) ?? null;
       const cell = element("td", {}, value === null ? "–" : (Math.round(value * 10 ** digits) / 10 ** digits + 0).toFixed(digits).replace("-", "−"));
