@@ -142,7 +142,7 @@ def _others_are_done(stage: Stage, mine: range) -> bool:
     """Says what of other slices is missing. Raises ShardError where another run's shard stands."""
     others = [number for number in range(len(stage.plan.shards)) if number not in mine]
     with ThreadPoolExecutor(READERS) as pool:
-        found = list(pool.map(lambda number: stage.table(number).exists(), others))
+        found = list(_looked_at(pool.map(lambda number: stage.table(number).exists(), others), len(others)))
         made = list(pool.map(stage.made, others)) if all(found) else found
     missing = made.count(False)
     if missing:
@@ -180,7 +180,13 @@ def selected(shards: int, settings: ExecutionSettings) -> range:
 def left_to_do(stage: Stage, numbers: Sequence[int]) -> list[int]:
     """Those that are not done. Raises ShardError where another run's shard stands."""
     with ThreadPoolExecutor(READERS) as pool:
-        return [number for number, done in zip(numbers, pool.map(stage.done, numbers), strict=True) if not done]
+        each = _looked_at(pool.map(stage.done, numbers), len(numbers))
+        return [number for number, done in zip(numbers, each, strict=True) if not done]
+
+
+def _looked_at(found: Iterable[Any], shards: int) -> Any:
+    """Of a hundred thousand shards this takes minutes."""
+    return progress_bar(found, total=shards, desc="looking at what is done", unit="shard", leave=False)
 
 
 @contextmanager
@@ -244,7 +250,7 @@ def summarize(paths: Sequence[Location], max_failed_fraction: float, title: str)
     """Prints counts by status and the commonest reasons. Raises UserError above `max_failed_fraction`."""
     found = Statuses()
     with ThreadPoolExecutor(READERS) as pool:
-        for table in pool.map(partial(read_table, columns=COLUMNS), paths):
+        for table in _looked_at(pool.map(partial(read_table, columns=COLUMNS), paths), len(paths)):
             found.add(table)
     statuses = found.counts()
     total = sum(statuses.values())

@@ -34,8 +34,10 @@ TEXT_OR_NUMBER = (pa.types.is_string, pa.types.is_large_string, pa.types.is_inte
 SOUND = (pa.types.is_binary, pa.types.is_large_binary)
 
 
-def pack_parquet(settings: PackParquetSettings) -> None:
-    """One tar for each Parquet file; those that stand are kept. Raises UserError naming file and column."""
+def pack_parquet(settings: PackParquetSettings) -> list[str]:
+    """One tar for each Parquet file; those that stand are kept. Returns the command that follows. Raises UserError
+    naming file and column.
+    """
     files = _files(settings.audio)
     missing = {name: path for name, path in files.items() if not (settings.out / name).exists()}
     rows = 0

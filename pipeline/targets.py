@@ -20,6 +20,7 @@ import pyarrow.parquet as pq
 import soundfile
 
 from codec.audio import AudioError, Samples
+from configs.progress import progress_bar
 from pipeline.ahead import map_ahead, thread_count
 from pipeline.calibrate import FILE as CALIBRATION
 from pipeline.calibrate import calibrated, check, show
@@ -79,8 +80,10 @@ def shard_targets(settings: TargetsSettings) -> list[str] | None:
         if complete:
             sidecars = [stage.table(number) for number in range(len(stage.plan.shards))]
             check_alignment(sidecars, settings.max_lag_samples / 2)
-            with alone(settings, stage.folder):
-                compact(stage.folder, stage.plan.shards, {"calibration": stage.known.calibration})
+            shards, calibration = stage.plan.shards, {"calibration": stage.known.calibration}
+            bar = progress_bar(total=len(shards), desc="index", unit="shard", leave=False)
+            with alone(settings, stage.folder), bar:
+                compact(stage.folder, shards, calibration, bar.update)
                 say_twins(stage.folder)
     return ["just", "train", f"shards={stage.folder}", "run=RUN", f"gpu={settings.gpu}"] if complete else None
 

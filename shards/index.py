@@ -7,7 +7,7 @@ import re
 import tempfile
 import zlib
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -50,8 +50,14 @@ MAX_SAMPLE_BYTES = 1 << 30
 KEY_PATTERN = r"^\d{6,}-\d{5,}$"  # of `sample_key`: keys name files, and nothing else may stand in one
 
 
-def compact(folder: Location, shards: Sequence[tuple[str, int]], about: Mapping[str, Any] | None = None) -> Location:
-    """All sidecars of `shards`, in that order, into `folder/index.parquet`; each read once, READERS at a time.
+def compact(
+    folder: Location,
+    shards: Sequence[tuple[str, int]],
+    about: Mapping[str, Any] | None = None,
+    advance: Callable[[], object] = lambda: None,
+) -> Location:
+    """All sidecars of `shards`, in that order, into `folder/index.parquet`; each read once, READERS at a time. After
+    each, `advance` is called.
 
     Its schema metadata holds what their fingerprints have in common, and `about`. SHA256SUMS, last,
     names tars, sidecars and index. Raises ShardError for a remote tar that is not its sidecar's.
@@ -70,6 +76,7 @@ def compact(folder: Location, shards: Sequence[tuple[str, int]], about: Mapping[
                     sums[f"{split}/{shard:06d}.tar"] = sidecar_metadata(sidecar)["tar_sha256"]
                     sums[f"{split}/{shard:06d}.parquet"] = file_sha256(sidecar)
                     yield table
+                    advance()
 
     def of_shard(place: tuple[str, int]) -> tuple[Fetched, pa.Table]:
         sidecar, tar = read_sidecar(folder, *place), tar_path(folder, *place)
