@@ -43,10 +43,9 @@ def pack_parquet(settings: PackParquetSettings) -> list[str]:
     rows = 0
     for name, path in progress_bar(missing.items(), desc="packing", unit="file"):
         rows += _pack(path, settings.out / name, settings)
-    kept = len(files) - len(missing)
-    tqdm.write(
-        f"{settings.out}: {number_of(rows, 'row')} in {number_of(len(missing), 'new tar')}; {kept} stood already"
-    )
+    made, kept = number_of(len(missing), "new tar"), len(files) - len(missing)
+    tqdm.write(f"{settings.out}: {number_of(rows, 'row')} in {made}; {kept} stood already")
+    return ["just", "shard-codes", f"audio={settings.out}", "work=WORK"]
 
 
 def _files(audio: Location) -> dict[str, Location]:
