@@ -23,15 +23,17 @@ from codec.audio import EXTENSIONS
 from configs.progress import progress_bar
 from configs.words import number_of
 from pipeline.settings import NO_SPEAKER, PackParquetSettings
+from pipeline.sources import walk
 from shards.errors import UserError, first_line
 from shards.files import replacing
-from shards.storage import Location, Url
+from shards.storage import Location, locate
 
 PARQUET = ".parquet"
 ROWS_AT_ONCE = 16
 BUFFER_BYTES = 1 << 20  # read at once; pyarrow still holds a row group twice, without this three to four times
-TEXT_OR_NUMBER = (pa.types.is_string, pa.types.is_large_string, pa.types.is_integer, pa.types.is_dictionary)
-SOUND = (pa.types.is_binary, pa.types.is_large_binary)
+TEXT = (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view, pa.types.is_dictionary)
+TEXT_OR_NUMBER = (*TEXT, pa.types.is_integer, pa.types.is_null)  # null: that of no row
+SOUND = (pa.types.is_binary, pa.types.is_large_binary, pa.types.is_binary_view)
 
 
 def pack_parquet(settings: PackParquetSettings) -> list[str]:
@@ -52,14 +54,10 @@ def _files(audio: Location) -> dict[str, Location]:
     """The tar that is made of each Parquet file, and the file."""
     if audio.suffix == PARQUET and audio.is_file():
         return {f"{audio.stem}.tar": audio}
-    found: list[Location]
-    if isinstance(audio, Url):
-        found = [url for url in audio.files() if url.suffix == PARQUET]
-    else:
-        found = sorted(path for path in audio.rglob(f"*{PARQUET}") if path.is_file())
+    found = sorted(path for path, _ in walk(audio) if path.endswith(PARQUET)) if audio.is_dir() else []
     if not found:
         raise UserError(f"audio={audio} is no Parquet file, and no folder with such files")
-    return {str(path.with_suffix(".tar")).removeprefix(f"{audio}/"): path for path in found}
+    return {path.removeprefix(f"{audio}/").removesuffix(PARQUET) + ".tar": locate(path) for path in found}
 
 
 def _pack(path: Location, tar: Path, settings: PackParquetSettings) -> int:
@@ -68,15 +66,17 @@ def _pack(path: Location, tar: Path, settings: PackParquetSettings) -> int:
     name, holds_audio = None, False
     found = _rows(path, settings)
     begin = list(islice(found, 1))  # before there is a folder: what is refused leaves none
-    with replacing(tar) as temporary, temporary.open("wb") as file:
-        writer = webdataset.TarWriter(file, encoder=False, mtime=0)
+    with (
+        replacing(tar) as temporary,
+        temporary.open("wb") as file,
+        webdataset.TarWriter(file, encoder=False, mtime=0) as writer,
+    ):
         for name, sound, speaker in chain(begin, found):
             about = json.dumps({"speaker": speaker}).encode()
             writer.write({"__key__": f"{rows:06d}", "json": about, _suffix(name, sound).removeprefix("."): sound})
             rows += 1
             of_nobody += not speaker
             holds_audio |= sound != b""
-        writer.close()
         if rows and not holds_audio:
             raise UserError(
                 f"{path}: its column {settings.column} holds no audio, only names such as {name!r}: list these files "

@@ -83,7 +83,7 @@ def listed_sha256(audio: Location) -> str:
     """Of a manifest, or of the names in a folder and the tars' sizes and times: as long as it stays, so does `find`."""
     if audio.suffix in MANIFESTS and audio.is_file():
         return file_sha256(audio)
-    paths = sorted(path for path, _ in _walk(audio)) if _is_folder(audio) else [str(audio)]
+    paths = sorted(path for path, _ in walk(audio)) if _is_folder(audio) else [str(audio)]
     digest = hashlib.sha256()
     with ThreadPoolExecutor(READERS) as pool:
         versions = pool.map(_version, (path for path in paths if path.lower().endswith(TAR)))
@@ -139,7 +139,7 @@ def _is_folder(audio: Location) -> bool:
 def _folder(folder: Location) -> Iterator[Item]:
     prefix = len(str(folder).rstrip("/")) + 1
     tars = []
-    for path, file_bytes in _walk(folder):
+    for path, file_bytes in walk(folder):
         id, name = path[prefix:], path.rpartition("/")[2]
         suffix = os.path.splitext(name)[1].lower()  # noqa: PTH122 (a million of them)
         if not name:
@@ -193,7 +193,7 @@ def _is_utf8(text: str) -> bool:
     return True
 
 
-def _walk(folder: Location) -> Iterator[tuple[str, int | None]]:
+def walk(folder: Location) -> Iterator[tuple[str, int | None]]:
     """Every file below `folder`, with its bytes where they are known. Links to folders are followed, once each."""
     if isinstance(folder, Url):
         yield from ((str(url), size) for url, size in folder.files().items())

@@ -23,7 +23,7 @@ from pipeline.tars import members
 from shards.errors import UserError
 from shards.storage import Location, Url
 from tests.command_helpers import refused, rows_of
-from tests.helpers import codes_settings, speechlike
+from tests.helpers import codes_settings, longest_file, speechlike
 from tests.hub_server import Hub
 
 HELD = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
@@ -138,6 +138,44 @@ def test_what_stands_is_kept_and_what_is_missing_is_made(recordings: Path, tmp_p
     pack(audio, tars)
     assert first.read_bytes() == b"as it is"
     assert second.read_bytes() == before
+
+
+def test_links_to_folders_are_followed_and_none_to_nowhere_is_left_out(recordings: Path, tmp_path: Path) -> None:
+    audio = dataset(recordings, tmp_path / "dataset")
+    linked = tmp_path / "linked"
+    linked.mkdir()
+    (linked / "voices.parquet").symlink_to(audio, target_is_directory=True)
+    (linked / "around").symlink_to(linked, target_is_directory=True)
+    pack(linked, tmp_path / "tars")
+    tars = {str(tar.relative_to(tmp_path / "tars")) for tar in (tmp_path / "tars").rglob("*.tar")}
+    assert tars == {"voices.parquet/data/train-0.tar", "voices.parquet/data/train-1.tar"}
+    (linked / "away.parquet").symlink_to(tmp_path / "not mounted")
+    with pytest.raises(FileNotFoundError, match=r"away\.parquet"):
+        pack(linked, tmp_path / "others")
+
+
+def test_what_polars_writes_is_read(recordings: Path, tmp_path: Path) -> None:
+    """Views; and a speaker that no row of a file has."""
+    sounds = [path.read_bytes() for path in sorted(recordings.glob("*/*.wav"))[:2]]
+    views = pa.array(sounds, pa.binary_view())
+    for name, speakers in (("named", pa.array(["anna", "bo"], pa.string_view())), ("of_nobody", pa.nulls(2))):
+        path = tmp_path / "in" / f"{name}.parquet"
+        path.parent.mkdir(exist_ok=True)
+        pq.write_table(pa.table({"audio": views, "speaker_id": speakers}), path)
+    pack(tmp_path / "in", tmp_path / "tars")
+    for name, speakers in (("named", ["anna", "bo"]), ("of_nobody", [None, None])):
+        held = members(tmp_path / "tars" / f"{name}.tar", EXTENSIONS)
+        assert [member.speaker for member in held] == speakers
+        contained = contents(tmp_path / "tars" / f"{name}.tar")
+        assert [contained[f"00000{row}.wav"] for row in range(2)] == sounds
+
+
+def test_on_a_full_disk_nothing_is_written_behind_its_end(recordings: Path, tmp_path: Path) -> None:
+    """By what had begun to write, when it is thrown away: Python would show a second error."""
+    audio = dataset(recordings, tmp_path / "dataset")
+    with pytest.raises(OSError, match=r"File too large: .*train-0\.tar"), longest_file(1 << 16):
+        pack(audio, tmp_path / "tars")
+    assert not [*(tmp_path / "tars").rglob("*.*")]
 
 
 def test_a_damaged_file_leaves_no_tar(recordings: Path, tmp_path: Path) -> None:
