@@ -29,7 +29,7 @@ from shards.errors import UserError
 from shards.files import described
 
 MAX_DEATHS = 3  # of processes that made the same shard
-SILENCE_SECONDS = 600.0  # of all processes; a window takes seconds to minutes
+SILENCE_SECONDS = 600.0  # of all processes; SIDON on a CPU may take longer for what it restores together
 
 
 @dataclass
@@ -58,7 +58,7 @@ def processes(stage: Stage, numbers: Sequence[int], progress: Progress) -> None:
                                 if (n := worker.number) is not None)  # fmt: skip
                 tqdm.write(
                     f"no progress for {SILENCE_SECONDS / 60:g} minutes of processes {who}: `ps -o stat,wchan -p …` "
-                    "shows T for one that is stopped, D for one that waits for a disk or server"
+                    "shows R for one that computes, T for a stopped one, D for one that waits for a disk or server"
                 )
             for connection in came:
                 worker = busy[connection]  # type: ignore[index]
