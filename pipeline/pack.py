@@ -83,7 +83,9 @@ def _pack(path: Location, tar: Path, settings: PackParquetSettings) -> int:
                 "in a manifest"
             )
     if of_nobody and settings.speaker != NO_SPEAKER:
-        tqdm.write(f"{path}: {settings.speaker} is empty in {of_nobody} of {number_of(rows, 'row')}")
+        tqdm.write(
+            f"{path}: {settings.speaker} is empty in {of_nobody} of {number_of(rows, 'row')}: their group is the tar"
+        )
     return rows
 
 
