@@ -304,18 +304,19 @@ def _filesystem(url: str) -> Any:
         os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")  # a traceback for each failure
         logging.getLogger("gcsfs").setLevel(logging.CRITICAL)
     try:
-        if protocol == "hf":
-            return hub.filesystem()
-        if protocol == "s3":
-            return fsspec.filesystem("s3")
-        from aiohttp import ClientTimeout
-
-        silence = ClientTimeout(total=None, sock_connect=SILENCE_SECONDS, sock_read=SILENCE_SECONDS)
-        return fsspec.filesystem("gs", requests_timeout=silence)  # of itself it waits without end
+        options = _google_options() if protocol == "gs" else {}
+        return hub.filesystem() if protocol == "hf" else fsspec.filesystem(protocol, **options)
     except ImportError as error:
         raise StorageError(f"{url}: {error}: `just extras` installs what s3:// and gs:// need") from error
     except Exception as error:
         raise StorageError(f"{url}: {protocol}:// cannot be opened: {error}") from error
+
+
+def _google_options() -> dict[str, Any]:
+    """Of itself its client waits without end for a server that accepts and never answers."""
+    from aiohttp import ClientTimeout
+
+    return {"requests_timeout": ClientTimeout(total=None, sock_connect=SILENCE_SECONDS, sock_read=SILENCE_SECONDS)}
 
 
 def _path(files: Any, url: Url) -> str:
