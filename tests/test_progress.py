@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from weakref import WeakSet
 
 import pytest
 from tqdm import tqdm
@@ -73,6 +74,7 @@ def test_a_terminal_has_one_line_that_moves(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    monkeypatch.setattr(tqdm, "_instances", WeakSet())  # of bars that others left
     work(3)
     text = capsys.readouterr().err
     assert text.count("\n") == 1

@@ -270,8 +270,8 @@ def test_a_run_begins_from_anothers_mean(work: Path, tmp_path: Path) -> None:
     assert f"{source}: no checkpoint there" in output
 
 
-def test_an_init_from_that_is_not_there_is_said_before_what_goes_on_from_it(work: Path, tmp_path: Path) -> None:
-    words = train_words(work, tmp_path / "run", init_from=str(tmp_path / "typo"), max_steps=2, phase1_steps=5)
+def test_an_init_from_that_is_not_there_is_named(work: Path, tmp_path: Path) -> None:
+    words = train_words(work, tmp_path / "run", init_from=str(tmp_path / "typo"), max_steps=2)
     code, output = call("train", *words)
     assert code == 1
     assert f"{tmp_path / 'typo'}" in output

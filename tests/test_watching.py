@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import re
@@ -9,6 +10,7 @@ import socket
 import subprocess
 import sys
 import time
+import weakref
 from collections.abc import Generator
 from pathlib import Path
 from typing import Any
@@ -180,6 +182,15 @@ def test_also_who_is_not_first_says_that_it_waits(tmp_path: Path, monkeypatch: p
     with other.slowly("has waited for another"):
         until_said(tmp_path, "has waited for another")
     other.close()
+
+
+def test_what_watches_keeps_no_log_of_a_training_that_failed(tmp_path: Path) -> None:
+    """Nor its bar, below which all others would stand."""
+    log = RunLog(tmp_path, 0, 1, writes=True)
+    gone = weakref.ref(log)
+    del log
+    gc.collect()
+    assert gone() is None
 
 
 def test_status_after_the_end(finished: Path) -> None:
