@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import json
+from collections import Counter
 from collections.abc import Iterator
 from itertools import chain, islice
 from pathlib import Path, PurePosixPath
@@ -23,8 +24,8 @@ from codec.audio import EXTENSIONS
 from configs.progress import progress_bar
 from configs.words import number_of
 from pipeline.settings import NO_SPEAKER, PackParquetSettings
-from pipeline.sources import walk
-from shards.errors import UserError, first_line
+from pipeline.sources import counted, walk
+from shards.errors import UserError, first_line, printable
 from shards.files import replacing
 from shards.storage import Location, locate
 
@@ -52,12 +53,18 @@ def pack_parquet(settings: PackParquetSettings) -> list[str]:
 
 def _files(audio: Location) -> dict[str, Location]:
     """The tar that is made of each Parquet file, and the file."""
-    if audio.suffix == PARQUET and audio.is_file():
+    if audio.suffix.lower() == PARQUET and audio.is_file():
         return {f"{audio.stem}.tar": audio}
-    found = sorted(path for path, _ in walk(audio) if path.endswith(PARQUET)) if audio.is_dir() else []
+    paths = sorted(path for path, _ in walk(audio)) if audio.is_dir() else []
+    found = [path for path in paths if path.lower().endswith(PARQUET)]
     if not found:
         raise UserError(f"audio={audio} is no Parquet file, and no folder with such files")
-    return {path.removeprefix(f"{audio}/").removesuffix(PARQUET) + ".tar": locate(path) for path in found}
+    if others := Counter(PurePosixPath(path).suffix or PurePosixPath(path).name for path in set(paths) - {*found}):
+        tqdm.write(printable(f"ignored: {counted(others)}"))
+    tars = {path[: -len(PARQUET)].removeprefix(f"{audio}/") + ".tar": locate(path) for path in found}
+    if len(tars) < len(found):
+        raise UserError(f"audio={audio}: two names differ only in the capitals of {PARQUET}: rename one")
+    return tars
 
 
 def _pack(path: Location, tar: Path, settings: PackParquetSettings) -> int:

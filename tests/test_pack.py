@@ -128,6 +128,20 @@ def test_from_the_hub_come_the_same_bytes(recordings: Path, hub: Hub, tmp_path: 
         assert (tmp_path / "there" / tar).read_bytes() == (tmp_path / "here" / tar).read_bytes()
 
 
+def test_what_is_not_packed_is_said(recordings: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    audio = dataset(recordings, tmp_path / "dataset")
+    (audio / "data" / "train-1.parquet").rename(audio / "data" / "TRAIN.PARQUET")
+    (audio / "README.md").touch()
+    (audio / "a.wav").touch()
+    pack(audio, tmp_path / "tars")
+    assert {path.name for path in (tmp_path / "tars" / "data").iterdir()} == {"train-0.tar", "TRAIN.tar"}
+    ignored, _ = capsys.readouterr().out.splitlines()
+    assert sorted(ignored.removeprefix("ignored: ").split(", ")) == ["1 × .md", "1 × .wav"]
+    (audio / "data" / "train-0.parquet").rename(audio / "data" / "TRAIN.parquet")
+    with pytest.raises(UserError, match="two names differ only in"):
+        pack(audio, tmp_path / "again")
+
+
 def test_what_stands_is_kept_and_what_is_missing_is_made(recordings: Path, tmp_path: Path) -> None:
     audio, tars = dataset(recordings, tmp_path / "dataset"), tmp_path / "tars"
     pack(audio, tars)
